@@ -1,0 +1,36 @@
+# Two commands: `make demo` trains with our loss beside the built-in one, `make test` runs every check.
+# Both create .venv first; a second run installs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test check inner clean
+
+demo: $(STAMP)
+	$(BIN)/python -m softmax_ext
+	$(BIN)/python -m examples.demo
+
+test: $(STAMP) check
+	$(BIN)/python -m softmax_ext
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+# The static half of `make test`: style and types.
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+# The quick loop while editing: everything but the tests marked slow.
+inner: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+
+# Frameworks first and exactly pinned: a later package that asks for any torch then finds one.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --group frameworks
+	$(BIN)/python -m pip install --quiet --group test --group demo --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,249 @@
+"""What may be asked: option values, shapes and types, and the sentence each mistake is told in.
+
+Knows shapes and type names only, never arrays, so both frameworks share every rule and every word:
+`<op>: <argument> must <rule>; got <value>.`
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+REDUCTIONS = ("mean", "sum", "none")
+ON_ALL_IGNORED = ("nan", "zero")
+STATS = ("lse", "logprob", "entropy", "argmax")
+
+
+# Each class also derives from what the frameworks' own ops raise for the same mistake, so that
+# `except` clauses written for them keep working (NotImplementedError is a RuntimeError).
+class ArgumentValueError(ValueError, RuntimeError):
+    """A value or shape outside its rule."""
+
+
+class ArgumentIndexError(ValueError, IndexError):
+    """A dimension or class index out of range."""
+
+
+class ArgumentTypeError(TypeError, NotImplementedError):
+    """An argument of the wrong type."""
+
+
+class ReductionTypeError(TypeError, ValueError):
+    """A reduction that is no string: the built-ins call that a ValueError."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """What the rules need to know of an array: `kind` is float, int, bool, or what else it is."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The loss options shared by every loss in both frameworks; the public docstrings explain each."""
+
+    ignore_index: int | None = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+    on_all_ignored: str = "nan"
+    stats: tuple[str, ...] = ()
+
+    @property
+    def ignored(self) -> int:
+        """The class index that marks an ignored row."""
+        return -100 if self.ignore_index is None else int(self.ignore_index)
+
+    def check(self, op: str) -> None:
+        """Raise for the first option outside its rule."""
+        if self.ignore_index is not None and not is_integer(self.ignore_index):
+            _type(op, "ignore_index", "be a Python integer or None", self.ignore_index)
+        _one_of(op, "reduction", self.reduction, REDUCTIONS, ReductionTypeError)
+        s = _number(op, "label_smoothing", self.label_smoothing, "in [0, 1]")
+        if not 0.0 <= s <= 1.0:
+            _value(op, "label_smoothing", "be a Python number in [0, 1]", self.label_smoothing)
+        _positive(op, "logit_scale", self.logit_scale)
+        if self.softcap is not None:
+            _positive(op, "softcap", self.softcap)
+        z = _number(op, "z_loss", self.z_loss, ">= 0, finite")
+        if not 0.0 <= z < math.inf:
+            _value(op, "z_loss", "be a Python number >= 0, finite", self.z_loss)
+        _one_of(op, "on_all_ignored", self.on_all_ignored, ON_ALL_IGNORED, ArgumentTypeError)
+        rule = f"be a tuple of names from {', '.join(map(repr, STATS))}"
+        if not isinstance(self.stats, tuple | list):
+            _type(op, "stats", rule, self.stats)
+        for name in self.stats:
+            if not isinstance(name, str):
+                _type(op, "stats", rule, name)
+            if name not in STATS:
+                _value(op, "stats", rule, name)
+
+
+def loss(
+    op: str,
+    input: Array,
+    target: Array,
+    weight: Array | None,
+    token_weight: Array | None,
+    options: LossOptions,
+    *,
+    axis: int,
+) -> bool:
+    """Check a loss on logits of class dimension `axis` (non-negative); True when targets are soft."""
+    options.check(op)
+    floating(op, "input", input)
+    rows = input.shape[:axis] + input.shape[axis + 1 :]
+    _array(op, "target", target)
+    soft = _is_soft(op, input.shape, rows, target)
+    if soft and options.ignore_index not in (None, -100) and options.ignored >= 0:
+        rule = "be negative with class probabilities as targets"
+        _value(op, "ignore_index", rule, options.ignore_index)
+    if soft and "logprob" in options.stats:
+        _value(op, "stats", "not name 'logprob' with class probabilities as targets", "logprob")
+    for name, array, shape in (
+        ("weight", weight, (input.shape[axis],)),
+        ("token_weight", token_weight, rows),
+    ):
+        if array is not None:
+            floating(op, name, array)
+            if array.shape != shape:
+                _value(op, name, f"have shape {_shape(shape)}", _shape(array.shape), raw=True)
+            _same_device(op, name, array, input)
+    _same_device(op, "target", target, input)
+    return soft
+
+
+def _is_soft(op: str, full: tuple[int, ...], rows: tuple[int, ...], target: Array) -> bool:
+    if target.kind == "float":
+        if target.shape == full:
+            return True
+        if target.shape == rows:
+            _type(op, "target", "have an integer type for class indices", target.dtype, raw=True)
+        rule = f"have the input's shape {_shape(full)} for class probabilities"
+        _value(op, "target", rule, _shape(target.shape), raw=True)
+    if target.kind != "int":
+        rule = "have an integer type (class indices) or a floating type (class probabilities)"
+        _type(op, "target", rule, target.dtype, raw=True)
+    if target.shape == full:
+        rule = "have a floating type for class probabilities (the input's shape)"
+        _type(op, "target", rule, target.dtype, raw=True)
+    if target.shape != rows:
+        rule = f"have shape {_shape(rows)} for class indices"
+        _value(op, "target", rule, _shape(target.shape), raw=True)
+    return False
+
+
+def dimension(op: str, name: str, dim: Any, ndim: int) -> int:
+    """The non-negative form of one dimension index; a scalar counts as one dimension."""
+    if not is_integer(dim):
+        _type(op, name, "be a Python integer", dim)
+    n = max(ndim, 1)
+    if not -n <= dim < n:
+        rule = f"be in [{-n}, {n - 1}] for an input of {ndim} dimensions"
+        raise ArgumentIndexError(_sentence(op, name, rule, repr(int(dim))))
+    return int(dim) % n
+
+
+def floating(op: str, name: str, array: Array) -> None:
+    """Raise unless the array has one of the four floating types the kernels compute in."""
+    _array(op, name, array)
+    if array.dtype not in FLOATS:
+        _type(op, name, f"have type {', '.join(FLOATS[:-1])} or {FLOATS[-1]}", array.dtype, raw=True)
+
+
+def at_least_1d(op: str, name: str, array: Array) -> None:
+    """Raise for a scalar where a class dimension is needed."""
+    _array(op, name, array)
+    if not array.shape:
+        _value(op, name, "have at least 1 dimension", _shape(array.shape), raw=True)
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    """Raise unless the value is True or False."""
+    if not isinstance(value, bool):
+        _type(op, name, "be True or False", value)
+
+
+def fail_type(op: str, name: str, rule: str, got: str) -> NoReturn:
+    """Raise a type mistake whose value has already been put in words."""
+    _type(op, name, rule, got, raw=True)
+
+
+def fail_value(op: str, name: str, rule: str, got: str) -> NoReturn:
+    """Raise a value mistake whose value has already been put in words."""
+    _value(op, name, rule, got, raw=True)
+
+
+def target_out_of_range(op: str, classes: int, ignored: int, value: int, row: int) -> IndexError:
+    """The error for a class index that names no class, told with its row and value."""
+    rule = f"be in [0, {classes}) or ignore_index ({ignored})"
+    return ArgumentIndexError(_sentence(op, "target", rule, f"{value} at row {row}"))
+
+
+def is_integer(value: Any) -> bool:
+    """A Python or NumPy integer scalar, not a bool; arrays and tracers are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _number(op: str, name: str, value: Any, rule: str) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        _type(op, name, f"be a Python number {rule}", value)
+    return float(value)
+
+
+def _positive(op: str, name: str, value: Any) -> None:
+    if not 0.0 < _number(op, name, value, "> 0, finite") < math.inf:
+        _value(op, name, "be a Python number > 0, finite", value)
+
+
+def _one_of(op: str, name: str, value: Any, names: tuple[str, ...], error: type[TypeError]) -> None:
+    rule = f"be one of {', '.join(map(repr, names))}"
+    if not isinstance(value, str):
+        raise error(_sentence(op, name, rule, _words(value)))
+    if value not in names:
+        _value(op, name, rule, value)
+
+
+def _array(op: str, name: str, array: Array) -> None:
+    if array.kind == "sparse":
+        _type(op, name, "be dense (strided)", array.dtype, raw=True)
+    if array.kind == "other":
+        _type(op, name, "be an array", array.dtype, raw=True)
+
+
+def _same_device(op: str, name: str, array: Array, input: Array) -> None:
+    if array.device != input.device:
+        _value(op, name, f"be on the input's device ({input.device})", str(array.device), raw=True)
+
+
+def _words(value: Any) -> str:
+    # Tracers, tensors and NumPy arrays print differently: one word for all keeps one sentence.
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, numbers.Number):
+        return "an array"
+    plain = value is None or isinstance(value, str | int | float | complex | tuple | list)
+    return repr(value) if plain else f"{type(value).__name__} object"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+
+
+def _sentence(op: str, name: str, rule: str, got: str) -> str:
+    return f"{op}: {name} must {rule}; got {got}."
+
+
+def _value(op: str, name: str, rule: str, got: Any, *, raw: bool = False) -> NoReturn:
+    raise ArgumentValueError(_sentence(op, name, rule, got if raw else _words(got)))
+
+
+def _type(op: str, name: str, rule: str, got: Any, *, raw: bool = False) -> NoReturn:
+    raise ArgumentTypeError(_sentence(op, name, rule, got if raw else _words(got)))

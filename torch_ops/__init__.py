@@ -1,0 +1,7 @@
+"""Softmax and cross-entropy operators for PyTorch, with analytic derivatives of every order."""
+
+from torch_ops import nn
+from torch_ops.cross_entropy import cross_entropy
+from torch_ops.softmax import log_softmax, softmax
+
+__all__ = ["cross_entropy", "log_softmax", "nn", "softmax"]

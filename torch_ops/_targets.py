@@ -1,0 +1,38 @@
+"""Class indices of any integer type in one canonical form: a class, IGNORED or INVALID, as int64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softmax_ext import contract
+from torch_ops._rows import IGNORED, INVALID
+
+
+def canonical(op: str, target: Tensor, classes: int, ignored: int) -> Tensor:
+    """int64 targets in [0, classes), IGNORED or INVALID; IndexError where eager CPU code can afford to look.
+
+    The comparison with `ignored` is made in a wide signed type: uint8 156 is not -100.
+    """
+    t = target.to(torch.int64)
+    kept = t != ignored
+    if target.dtype == torch.uint64:  # values from 2**63 on turn negative: they name no class and no marker
+        kept = kept | (t < 0)
+    valid = (t >= 0) & (t < classes)
+    if _can_look(target):
+        bad = (kept & ~valid).flatten().nonzero()
+        if bad.numel():
+            row = int(bad[0])
+            value = int(target.flatten()[row])
+            raise contract.target_out_of_range(op, classes, ignored, value, row)
+    return t.where(valid, INVALID).where(kept, IGNORED)
+
+
+def _can_look(target: Tensor) -> bool:
+    # Elsewhere a look is a device sync (CUDA), a graph break (compile) or impossible (vmap, fake, meta).
+    return (
+        target.device.type == "cpu"
+        and type(target) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(target)
+    )
