@@ -35,7 +35,8 @@ def describe(x: Any) -> Array:
 
 def autocast_dtype(builtin: Callable[..., Tensor], x: Tensor) -> torch.dtype | None:
     """The type the built-in would compute in under the autocast that is on, else None."""
-    if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.is_floating_point()):
         return None
     # Each device has its own list of ops that autocast widens: ask the built-in.
     dtype = builtin(x.detach().new_zeros(1), dim=-1).dtype
@@ -45,11 +46,7 @@ def autocast_dtype(builtin: Callable[..., Tensor], x: Tensor) -> torch.dtype | N
 def batch_first(info: Any, in_dims: tuple[int | None, ...], *arrays: Any) -> tuple[Any, ...]:
     """The arrays of a vmap rule with their batch dimension first, expanded where they have none."""
     return tuple(
-        x
-        if x is None
-        else x.expand(info.batch_size, *x.shape)
-        if at is None
-        else x.movedim(at, 0)
+        x if x is None else x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
         for x, at in zip(arrays, in_dims, strict=False)
     )
 

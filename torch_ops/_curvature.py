@@ -57,7 +57,13 @@ class Curvature:
                 self.mass = self.mass.scatter(dim, index, 1.0)
 
     def tangents(
-        self, dx: Tensor | None, dy: Tensor | None, dw: Tensor | None, *, smooth: bool, entropy: bool
+        self,
+        dx: Tensor | None,
+        dy: Tensor | None,
+        dw: Tensor | None,
+        *,
+        smooth: bool,
+        entropy: bool,
     ) -> list[Tensor | None]:
         """Directional derivatives of [nll, lse, smooth, entropy] along logits, soft target and weight."""
         u = torch.zeros_like(self.p) if dx is None else self.slope * rows.compute(dx)

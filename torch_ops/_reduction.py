@@ -27,7 +27,7 @@ def reduce(
     share = kept.to(nll.dtype)  # the row's part of the mean's denominator
     if not soft and weight is not None and classes:
         share = share * weight.to(nll.dtype)[target.clamp(0, classes - 1)]
-        nll = nll.masked_fill((share == 0) & (nll == torch.inf), 0.0) * share
+        nll = nll * share
     loss = nll
     if s > 0.0:
         smooth = rows["smooth"] * (s / max(classes, 1))
@@ -54,9 +54,7 @@ def reduce(
     return torch.where(some, total / torch.where(some, count, 1.0), torch.nan)
 
 
-def statistics(
-    rows: dict[str, Tensor], z: Tensor, target: Tensor, options: LossOptions, dim: int
-) -> dict[str, Tensor]:
+def statistics(rows: dict[str, Tensor], z: Tensor, target: Tensor, options: LossOptions, dim: int) -> dict[str, Tensor]:
     """The statistics asked for, of the target's row shape; ignored rows hold 0 (argmax -1)."""
     out: dict[str, Tensor] = {}
     for name in options.stats:

@@ -105,7 +105,14 @@ def cross_entropy_bwd(
     """dL/dlogits from the rows' upstream gradients d_*; `out` may be the logits themselves."""
     if out is not None:
         return _in_slices(
-            out, logits, target, weight, (m, rest, d_nll, d_lse, d_smooth, d_entropy), dim, scale, softcap
+            out,
+            logits,
+            target,
+            weight,
+            (m, rest, d_nll, d_lse, d_smooth, d_entropy),
+            dim,
+            scale,
+            softcap,
         )
     # legend:  p softmax(z), z = softcap tanh(scale logits / softcap), t target class, Y one-hot of t or
     #          w * soft target, w class weights, H entropy, S = sum_j Y_j, W = sum_j w_j
@@ -137,7 +144,7 @@ def cross_entropy_bwd(
             dz = dz + c * torch.where(d == 0, (s - mass) - s * (rest / total), s * p - mass)
         elif d.shape[dim]:
             index = target.clamp(0, d.shape[dim] - 1).unsqueeze(dim)
-            d_t, e_t, p_t = d.gather(dim, index), e.gather(dim, index), p.gather(dim, index)
+            d_t, e_t = d.gather(dim, index), e.gather(dim, index)
             # p_t - 1 = -(sum over the others) / total, never 1 subtracted from p_t.
             others = torch.where(d_t == 0, rest, total - e_t) / total
             at_target = dz.gather(dim, index) - c * others

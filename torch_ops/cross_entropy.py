@@ -113,7 +113,14 @@ def cross_entropy(
         0.3978
     """
     options = contract.LossOptions(
-        ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss, on_all_ignored, stats
+        ignore_index,
+        reduction,
+        label_smoothing,
+        logit_scale,
+        softcap,
+        z_loss,
+        on_all_ignored,
+        stats,
     )
     arrays = (input, target, weight, token_weight)
     if has_torch_function(arrays):
@@ -148,7 +155,12 @@ def cross_entropy(
         "entropy" in stats,
         inplace_backward and _may_overwrite(input),
     )
-    names = ["nll", "lse", *["smooth"] * (label_smoothing > 0.0), *["entropy"] * ("entropy" in stats)]
+    names = [
+        "nll",
+        "lse",
+        *["smooth"] * (label_smoothing > 0.0),
+        *["entropy"] * ("entropy" in stats),
+    ]
     per_row = dict(zip(names, values, strict=False))
     loss = reduce(per_row, target, weight, token_weight, options, classes)
     if not stats:
@@ -188,7 +200,14 @@ class _Row(Function):
         inplace: bool,
     ) -> tuple[Tensor, ...]:
         return rows.cross_entropy_fwd(
-            logits, target, weight, dim=dim, scale=scale, softcap=softcap, smooth=smooth, entropy=entropy
+            logits,
+            target,
+            weight,
+            dim=dim,
+            scale=scale,
+            softcap=softcap,
+            smooth=smooth,
+            entropy=entropy,
         )
 
     @staticmethod
@@ -258,9 +277,7 @@ class _RowBwd(Function):
         softcap: float | None,
     ) -> Tensor:
         upstream = (d_nll, d_lse, d_smooth, d_entropy)
-        return rows.cross_entropy_bwd(
-            logits, target, weight, m, rest, *upstream, dim=dim, scale=scale, softcap=softcap
-        )
+        return rows.cross_entropy_bwd(logits, target, weight, m, rest, *upstream, dim=dim, scale=scale, softcap=softcap)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -308,7 +325,13 @@ class _RowBwd(Function):
         weights = weight.movedim(in_dims[2], 0)
         outs = [
             _RowBwd.apply(
-                logits[i], target[i], weights[i], *(r if r is None else r[i] for r in per_row), dim, scale, softcap
+                logits[i],
+                target[i],
+                weights[i],
+                *(r if r is None else r[i] for r in per_row),
+                dim,
+                scale,
+                softcap,
             )
             for i in range(info.batch_size)
         ]
@@ -318,7 +341,11 @@ class _RowBwd(Function):
 def _by_name(ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """[d_nll, d_lse, d_smooth, d_entropy] from the gradients of the outputs that exist."""
     found = iter(grads)
-    return [next(found), next(found), *(next(found) if on else None for on in (ctx.smooth, ctx.entropy))]
+    return [
+        next(found),
+        next(found),
+        *(next(found) if on else None for on in (ctx.smooth, ctx.entropy)),
+    ]
 
 
 def _may_overwrite(x: Tensor) -> bool:

@@ -92,7 +92,14 @@ class CrossEntropyLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         options = contract.LossOptions(
-            ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss, on_all_ignored, stats
+            ignore_index,
+            reduction,
+            label_smoothing,
+            logit_scale,
+            softcap,
+            z_loss,
+            on_all_ignored,
+            stats,
         )
         options.check("CrossEntropyLoss")
         contract.flag("CrossEntropyLoss", "inplace_backward", inplace_backward)

@@ -11,7 +11,14 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from softmax_ext import contract
 from torch_ops import _rows as rows
-from torch_ops._arrays import autocast_dtype, batch_first, describe, enter_graph, forward_rule, in_graph
+from torch_ops._arrays import (
+    autocast_dtype,
+    batch_first,
+    describe,
+    enter_graph,
+    forward_rule,
+    in_graph,
+)
 
 
 def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Tensor:
