@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test check inner clean
+.PHONY: demo test check inner accuracy clean
 
 demo: $(STAMP)
 	$(BIN)/python -m softmax_ext
@@ -31,6 +31,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --group frameworks
 	$(BIN)/python -m pip install --quiet --group test --group demo --editable .
 	touch $@
+
+# The accuracy table of the README.
+accuracy: $(STAMP)
+	$(BIN)/python -m benchmarks.accuracy
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -56,7 +57,7 @@ class LossOptions:
     softcap: float | None = None
     z_loss: float = 0.0
     on_all_ignored: str = "nan"
-    stats: tuple[str, ...] = ()
+    stats: Sequence[str] = ()
 
     @property
     def ignored(self) -> int:
@@ -91,18 +92,18 @@ class LossOptions:
 def loss(
     op: str,
     input: Array,
-    target: Array,
+    target: Array | None,
     weight: Array | None,
     token_weight: Array | None,
-    options: LossOptions,
     *,
+    options: LossOptions,
     axis: int,
 ) -> bool:
     """Check a loss on logits of class dimension `axis` (non-negative); True when targets are soft."""
     options.check(op)
     floating(op, "input", input)
     rows = input.shape[:axis] + input.shape[axis + 1 :]
-    _array(op, "target", target)
+    target = _array(op, "target", target)
     soft = _is_soft(op, input.shape, rows, target)
     if soft and options.ignore_index not in (None, -100) and options.ignored >= 0:
         rule = "be negative with class probabilities as targets"
@@ -160,11 +161,12 @@ def floating(op: str, name: str, array: Array) -> None:
         _type(op, name, f"have type {', '.join(FLOATS[:-1])} or {FLOATS[-1]}", array.dtype, raw=True)
 
 
-def at_least_1d(op: str, name: str, array: Array) -> None:
-    """Raise for a scalar where a class dimension is needed."""
-    _array(op, name, array)
+def at_least_1d(op: str, name: str, array: Array | None) -> Array:
+    """The array's facts; raises for a scalar where a class dimension is needed."""
+    array = _array(op, name, array)
     if not array.shape:
         _value(op, name, "have at least 1 dimension", _shape(array.shape), raw=True)
+    return array
 
 
 def flag(op: str, name: str, value: Any) -> None:
@@ -213,11 +215,14 @@ def _one_of(op: str, name: str, value: Any, names: tuple[str, ...], error: type[
         _value(op, name, rule, value)
 
 
-def _array(op: str, name: str, array: Array) -> None:
+def _array(op: str, name: str, array: Array | None) -> Array:
+    if array is None:
+        _type(op, name, "be an array", None)
     if array.kind == "sparse":
         _type(op, name, "be dense (strided)", array.dtype, raw=True)
     if array.kind == "other":
         _type(op, name, "be an array", array.dtype, raw=True)
+    return array
 
 
 def _same_device(op: str, name: str, array: Array, input: Array) -> None:

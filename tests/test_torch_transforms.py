@@ -205,9 +205,7 @@ class _Head(torch.nn.Module):
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_dynamic_rows(strict: bool) -> None:
     rows = torch.export.Dim("rows", min=2, max=64)
-    program = torch.export.export(
-        _Head(), (IN["x"], TARGET), dynamic_shapes=({0: rows}, {0: rows}), strict=strict
-    )
+    program = torch.export.export(_Head(), (IN["x"], TARGET), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
     x, t = torch.cat([IN["x"]] * 3), torch.cat([TARGET] * 3)
     for ours, eager in zip(program.module()(x, t), _Head()(x, t), strict=True):
         _same(ours, eager)
@@ -219,9 +217,7 @@ def test_exported_program_round_trips() -> None:
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
-    for ours, eager in zip(
-        torch.export.load(file).module()(IN["x"], TARGET), _Head()(IN["x"], TARGET), strict=True
-    ):
+    for ours, eager in zip(torch.export.load(file).module()(IN["x"], TARGET), _Head()(IN["x"], TARGET), strict=True):
         _same(ours, eager)
 
 

@@ -43,6 +43,11 @@ def autocast_dtype(builtin: Callable[..., Tensor], x: Tensor) -> torch.dtype | N
     return None if dtype == x.dtype else dtype
 
 
+def is_transformed(x: Tensor) -> bool:
+    """Whether torch.func is at work on x: its values cannot be looked at, its memory not be written."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def batch_first(info: Any, in_dims: tuple[int | None, ...], *arrays: Any) -> tuple[Any, ...]:
     """The arrays of a vmap rule with their batch dimension first, expanded where they have none."""
     return tuple(

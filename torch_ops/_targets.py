@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from softmax_ext import contract
+from torch_ops._arrays import is_transformed
 from torch_ops._rows import IGNORED, INVALID
 
 
@@ -34,5 +35,5 @@ def _can_look(target: Tensor) -> bool:
         target.device.type == "cpu"
         and type(target) is Tensor
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(target)
+        and not is_transformed(target)
     )

@@ -12,8 +12,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops import _rows as rows
-from torch_ops._arrays import batch_first, describe, enter_graph, forward_rule, in_graph
-from torch_ops._curvature import Curvature
+from torch_ops._arrays import batch_first, describe, enter_graph, forward_rule, in_graph, is_transformed
+from torch_ops._curvature import Curvature, RowBwd
 from torch_ops._reduction import reduce, statistics
 from torch_ops._targets import canonical
 
@@ -68,10 +68,10 @@ def cross_entropy(
     stats: Sequence[str] = (),
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    r"""Cross-entropy between softmax(input) and targets, in nats.
+    """Cross-entropy between softmax(input) and targets, in nats.
 
-    $L = \log \sum_j \exp(z_j) - z_t$ for class t, $-\sum_j y_j \log p_j$ for probabilities y.
-    Gradient: $dz_j = p_j \sum_k y_k - y_j$ (y one-hot for a class index).
+    Formula: `sum(y) * log(sum(exp(x))) - sum(y * x)` for probabilities y, one-hot for a class index.
+    Gradient: `exp(x) / sum(exp(x)) * sum(y) - y`
 
     Args:
         input: logits (N, V), (N, V, d1, ...) or (V,); float16, bfloat16, float32 or float64.
@@ -135,10 +135,10 @@ def cross_entropy(
             **vars(options),
         )
     enter_graph()
-    facts = [None if a is None else describe(a) for a in arrays]
-    contract.at_least_1d("cross_entropy", "input", facts[0])
+    facts, *others = [None if a is None else describe(a) for a in arrays]
+    facts = contract.at_least_1d("cross_entropy", "input", facts)
     dim = 1 if input.dim() > 1 else 0
-    soft = contract.loss("cross_entropy", *facts, options, axis=dim)
+    soft = contract.loss("cross_entropy", facts, *others, options=options, axis=dim)
     contract.flag("cross_entropy", "inplace_backward", inplace_backward)
 
     classes = input.shape[dim]
@@ -233,7 +233,7 @@ class _Row(Function):
                 over = logits.detach()
                 d_logits = rows.cross_entropy_bwd(*args, dim=dim, scale=scale, softcap=softcap, out=over)
             else:
-                d_logits = _RowBwd.apply(*args, *ctx.layout)
+                d_logits = RowBwd.apply(*args, *ctx.layout)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             curve = Curvature(logits, target, weight, *ctx.layout)
             d_target, d_weight = curve.mass_gradient(upstream, *ctx.needs_input_grad[1:3])
@@ -258,86 +258,6 @@ class _Row(Function):
         return out, (0,) * len(out)  # pyright: ignore[reportArgumentType]
 
 
-class _RowBwd(Function):
-    """dL/dlogits as a function of logits, targets, weights and upstream gradients: linear in the last."""
-
-    @staticmethod
-    def forward(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        m: Tensor,
-        rest: Tensor,
-        d_nll: Tensor | None,
-        d_lse: Tensor | None,
-        d_smooth: Tensor | None,
-        d_entropy: Tensor | None,
-        dim: int,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
-        upstream = (d_nll, d_lse, d_smooth, d_entropy)
-        return rows.cross_entropy_bwd(logits, target, weight, m, rest, *upstream, dim=dim, scale=scale, softcap=softcap)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        *arrays, dim, scale, softcap = inputs
-        ctx.layout = (dim, scale, softcap)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arrays)
-        ctx.save_for_forward(*arrays)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor | None) -> Any:
-        if v is None:
-            return (None,) * 12
-        logits, target, weight, _, _, *upstream = ctx.saved_tensors
-        curve = Curvature(logits, target, weight, *ctx.layout)
-        needs = ctx.needs_input_grad
-        d_logits = curve.hessian_vector(v, upstream) if needs[0] else None
-        d_target, d_weight = curve.mass_hessian_vector(v, upstream, *needs[1:3])
-        tangents = curve.tangents(v, None, None, smooth=needs[7], entropy=needs[8])
-        d_upstream = [t if need else None for t, need in zip(tangents, needs[5:9], strict=True)]
-        return d_logits, d_target, d_weight, None, None, *d_upstream, None, None, None
-
-    @staticmethod
-    @forward_rule
-    def jvp(ctx: Any, saved: Any, dx: Any, dy: Any, dw: Any, _m: Any, _rest: Any, *tangents: Any) -> Any:
-        logits, target, weight, m, rest, *upstream = saved
-        curve = Curvature(logits, target, weight, *ctx.layout)
-        out = torch.zeros_like(logits)
-        if dx is not None:
-            out = out + curve.hessian_vector(dx, upstream)
-        if dy is not None or dw is not None:
-            out = out + curve.gradient_by_mass(dy, dw, upstream)
-        along = tangents[:4]
-        if any(t is not None for t in along):
-            out = out + _RowBwd.apply(logits, target, weight, m, rest, *along, *ctx.layout)
-        return out
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        *arrays, dim, scale, softcap = args
-        logits, target, _, *per_row = batch_first(info, in_dims, *arrays)
-        weight = arrays[2]
-        if in_dims[2] is None:
-            return _RowBwd.apply(logits, target, weight, *per_row, dim + 1, scale, softcap), 0
-        weights = weight.movedim(in_dims[2], 0)
-        outs = [
-            _RowBwd.apply(
-                logits[i],
-                target[i],
-                weights[i],
-                *(r if r is None else r[i] for r in per_row),
-                dim,
-                scale,
-                softcap,
-            )
-            for i in range(info.batch_size)
-        ]
-        return torch.stack(outs), 0  # pyright: ignore[reportArgumentType]
-
-
 def _by_name(ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """[d_nll, d_lse, d_smooth, d_entropy] from the gradients of the outputs that exist."""
     found = iter(grads)
@@ -350,7 +270,7 @@ def _by_name(ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
 
 def _may_overwrite(x: Tensor) -> bool:
     """Whether a gradient may be written over x: not over a parameter, not where elements share memory."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if torch.compiler.is_compiling() or is_transformed(x):
         return False
     owner = x if x._base is None else x._base
     dense = torch.ops.aten.is_non_overlapping_and_dense.default(x)

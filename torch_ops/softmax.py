@@ -22,9 +22,10 @@ from torch_ops._arrays import (
 
 
 def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Softmax probabilities along one dimension (no unit).
+    """Softmax probabilities along one dimension (no unit).
 
-    $p_i = \exp(x_i) / \sum_j \exp(x_j)$. Gradient: $dx_i = p_i (dp_i - \sum_j p_j dp_j)$.
+    Formula: `exp(x) / sum(exp(x))`
+    Gradient: `y * (dy - sum(y * dy))` for the output y and its upstream gradient dy.
 
     Args:
         input: logits of any shape; float16, bfloat16, float32 or float64 (any type if `dtype` is given).
@@ -57,9 +58,10 @@ def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -
 
 
 def log_softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Log-probabilities of the softmax along one dimension, in nats.
+    """Log-probabilities of the softmax along one dimension, in nats.
 
-    $y_i = x_i - \log \sum_j \exp(x_j)$. Gradient: $dx_i = dy_i - p_i \sum_j dy_j$.
+    Formula: `x - log(sum(exp(x)))`
+    Gradient: `dy - exp(y) * sum(dy)` for the output y and its upstream gradient dy.
 
     Args:
         input: logits of any shape; float16, bfloat16, float32 or float64 (any type if `dtype` is given).
