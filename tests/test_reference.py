@@ -242,8 +242,7 @@ def test_products_with_the_jacobian():
     def weighted(z):
         return np.array(
             [
-                mpmath.fsum(up * row)
-                - mpmath.fsum(up) * mpmath.log(mpmath.fsum(map(mpmath.exp, row)))
+                mpmath.fsum(up * row) - mpmath.fsum(up) * mpmath.log(mpmath.fsum(map(mpmath.exp, row)))
                 for row, up in zip(z, exact(d), strict=True)
             ]
         )
@@ -396,9 +395,7 @@ def test_minus_infinity_without_mass():
     for options in ({}, everything):
         for t in (target, np.eye(7)[target]):
             close(reference.cross_entropy(x, t, **options), plain_loss(exact(x), t, **options))
-            grad = reference.cross_entropy_grad(
-                x, t, dstats={"entropy": np.ones(6), "lse": np.ones(6)}, **options
-            )
+            grad = reference.cross_entropy_grad(x, t, dstats={"entropy": np.ones(6), "lse": np.ones(6)}, **options)
             assert np.isfinite(grad).all()
             assert (grad[np.isneginf(x)] == 0).all()
     assert reference.softmax(x)[0, 3] == 0
@@ -438,9 +435,7 @@ def test_a_bad_row_is_nan_and_alone(bad):
         grad = reference.cross_entropy_grad(x, t)
         for out in (loss, grad, stats["lse"], stats["entropy"]):
             assert np.isnan(out[1]).all()
-        np.testing.assert_array_equal(
-            loss[good], reference.cross_entropy(x[good], t[good], reduction="none")
-        )
+        np.testing.assert_array_equal(loss[good], reference.cross_entropy(x[good], t[good], reduction="none"))
         alone = reference.cross_entropy_grad(x[good], t[good], dloss=2 / 3)
         np.testing.assert_allclose(grad[good], alone, rtol=1e-15)
 
@@ -492,9 +487,7 @@ def test_out_of_range_targets_are_nan_rows():
         t = target.copy()
         t[1] = value
         for options in PLAIN_SMOOTH_WEIGHT:
-            loss, stats = reference.cross_entropy(
-                x, t, reduction="none", stats=("logprob", "lse", "argmax"), **options
-            )
+            loss, stats = reference.cross_entropy(x, t, reduction="none", stats=("logprob", "lse", "argmax"), **options)
             np.testing.assert_array_equal(np.isnan(loss), np.arange(6) == 1)
             np.testing.assert_array_equal(np.isnan(stats["logprob"]), np.arange(6) == 1)
             assert np.isfinite(stats["lse"]).all()
@@ -632,12 +625,8 @@ def test_linear_shift(soft, reduction):
         np.testing.assert_array_equal(ours, truth)
         np.testing.assert_array_equal(stats["lse"], lse["lse"])
         same["dloss"] = dloss
-        dx, dw, _ = reference.linear_cross_entropy_grad(
-            x, w, target, token_weight=tw, shift=k, **same
-        )
-        cut_dx, cut_dw, _ = reference.linear_cross_entropy_grad(
-            *cut, token_weight=tw[:, 6 - n :], **same
-        )
+        dx, dw, _ = reference.linear_cross_entropy_grad(x, w, target, token_weight=tw, shift=k, **same)
+        cut_dx, cut_dw, _ = reference.linear_cross_entropy_grad(*cut, token_weight=tw[:, 6 - n :], **same)
         np.testing.assert_array_equal(dx[:, :n], cut_dx)
         assert (dx[:, n:] == 0).all()
         np.testing.assert_array_equal(dw, cut_dw)
@@ -698,9 +687,7 @@ def test_torch_agrees_on_the_k_dimensional_head(kind):
         x[0] = NAN  # all four of its targets are ignored
     ours = reference.linear_cross_entropy(x, w, target, linear_bias=b, reduction="none")
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-13)
-    grads = reference.linear_cross_entropy_grad(
-        x, w, target, linear_bias=b, reduction="none", dloss=dloss
-    )
+    grads = reference.linear_cross_entropy_grad(x, w, target, linear_bias=b, reduction="none", dloss=dloss)
     for grad, arg in zip(grads, args, strict=True):
         assert grad is not None
         assert arg.grad is not None

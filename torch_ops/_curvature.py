@@ -132,7 +132,7 @@ class Curvature:
             tanh = torch.tanh(rows.compute(logits) * (scale / softcap))
             self.bend = -2.0 * tanh * self.slope * (scale / softcap)  # C''
         if self.soft:
-            y = rows.compute(target)
+            y = target.to(self.z.dtype)
             self.mass = y if self.w is None else y * self.w
         else:
             self.mass = torch.zeros_like(self.p)
@@ -160,9 +160,9 @@ class Curvature:
             out[3] = -(self.p * u * self._surprise()).sum(self.dim)
         if dy is not None or dw is not None:
             dmass, dw_row = self._mass_along(dy, dw)
-            out[0] = nll - _dot(dmass, self._log_p(), self.dim)
+            out[0] = nll - (dmass * self._log_p()).sum(self.dim)
             if smooth and dw_row is not None:
-                out[2] = out[2] - _dot(dw_row, self._log_p(), self.dim)
+                out[2] = out[2] - (dw_row * self._log_p()).sum(self.dim)
         return [None if t is None else self._rows(t) for t in out]
 
     def hessian_vector(self, v: Tensor, upstream: _Up) -> Tensor:
@@ -207,14 +207,14 @@ class Curvature:
         d_nll, _, d_smooth, _ = (None if c is None else c.unsqueeze(self.dim) for c in upstream)
         to_y = to_w = None
         if by_target and d_nll is not None:
-            to_y = _product(d_nll if self.w is None else d_nll * self.w, factor).to(self.target.dtype)
+            to_y = (self._times_w(d_nll) * factor).to(self.target.dtype)
         if by_weight:
             coefficient = torch.zeros_like(factor)
             if d_nll is not None and self.soft:
-                coefficient = coefficient + d_nll * rows.compute(self.target)
+                coefficient = coefficient + d_nll * self.target.to(self.z.dtype)
             if d_smooth is not None:
                 coefficient = coefficient + d_smooth
-            terms = _product(coefficient, factor)
+            terms = coefficient * factor
             if not self.soft:
                 terms = terms.masked_fill((self.target == rows.IGNORED).unsqueeze(self.dim), 0.0)
             to_w = terms.sum([i for i in range(terms.dim()) if i != self.dim])
@@ -225,9 +225,9 @@ class Curvature:
         dw_row = rows.class_row(dw, self.p, self.dim)
         dmass = torch.zeros_like(self.p)
         if dy is not None:
-            dmass = dmass + self._times_w(rows.compute(dy))
+            dmass = dmass + self._times_w(dy.to(self.z.dtype))
         if dw_row is not None and self.soft:
-            dmass = dmass + rows.compute(self.target) * dw_row
+            dmass = dmass + self.target.to(self.z.dtype) * dw_row
         return dmass, dw_row
 
     def _masses(self, upstream: _Up) -> tuple[Tensor, Tensor]:
@@ -249,12 +249,14 @@ class Curvature:
         return g
 
     def _surprise(self) -> Tensor:
-        """l + H, with l = 0 where p is 0: it is only ever multiplied by p."""
-        log_p = self._log_p().masked_fill(self.p == 0, 0.0)
+        """l + H."""
+        log_p = self._log_p()
         return log_p - (self.p * log_p).sum(self.dim, keepdim=True)
 
     def _log_p(self) -> Tensor:
-        return _log_softmax(self.z, self.dim)
+        """l, 0 where it is -inf: such a class takes no part, not even through 0 * inf."""
+        log_p = _log_softmax(self.z, self.dim)
+        return log_p.masked_fill(log_p == -math.inf, 0.0)
 
     def _times_w(self, x: Tensor) -> Tensor:
         return x if self.w is None else x * self.w
@@ -270,12 +272,3 @@ class Curvature:
             target = self.target.unsqueeze(self.dim)
             x = x.masked_fill(target == rows.INVALID, math.nan).masked_fill(target == rows.IGNORED, 0.0)
         return x.to(self.dtype)
-
-
-def _product(mass: Tensor, factor: Tensor) -> Tensor:
-    """mass * factor, where a mass of 0 on an infinite factor counts 0."""
-    return mass * factor.masked_fill((mass == 0) & factor.isinf(), 0.0)
-
-
-def _dot(mass: Tensor, factor: Tensor, dim: int) -> Tensor:
-    return _product(mass.expand_as(factor), factor).sum(dim)

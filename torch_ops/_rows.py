@@ -72,7 +72,7 @@ def cross_entropy_fwd(
     log_total = torch.log1p(rest)
     w = class_row(weight, d, dim)
     if target.is_floating_point():
-        mass = compute(target) if w is None else compute(target) * w
+        mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
         nll = _dot(mass, log_total - d, dim)
     else:
         nll = (log_total - _pick(d, target, dim)).squeeze(dim)
@@ -138,10 +138,12 @@ def cross_entropy_bwd(
     if d_nll is not None:
         c = d_nll.unsqueeze(dim)
         if soft:
-            mass = compute(target) if w is None else compute(target) * w
+            mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
             s = mass.sum(dim, keepdim=True)
-            # At the maximum S p - Y = (S - Y) - S rest/total: a confident row keeps its gradient.
-            dz = dz + c * torch.where(d == 0, (s - mass) - s * (rest / total), s * p - mass)
+            # Where one class holds more than half, S p - Y = (S - Y) - S rest/total: a confident row keeps its
+            # gradient. Among ties for the maximum it is this form that would cancel.
+            confident = (d == 0) & (rest < 1)
+            dz = dz + c * torch.where(confident, (s - mass) - s * (rest / total), s * p - mass)
         elif d.shape[dim]:
             index = target.clamp(0, d.shape[dim] - 1).unsqueeze(dim)
             d_t, e_t = d.gather(dim, index), e.gather(dim, index)
