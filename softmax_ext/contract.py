@@ -24,7 +24,7 @@ class ArgumentValueError(ValueError, RuntimeError):
     """A value or shape outside its rule."""
 
 
-class ArgumentIndexError(ValueError, IndexError):
+class ArgumentIndexError(ValueError, IndexError, RuntimeError):
     """A dimension or class index out of range."""
 
 
@@ -64,10 +64,18 @@ class LossOptions:
         """The class index that marks an ignored row."""
         return -100 if self.ignore_index is None else int(self.ignore_index)
 
+    def fitted(self, tiny: float, largest: float) -> tuple[float, float | None]:
+        """(logit_scale, softcap) as a type with this range holds them: not 0, not infinite; a cap beyond it is none."""
+        scale = min(max(float(self.logit_scale), tiny), largest)
+        cap = None if self.softcap is None or self.softcap > largest else max(float(self.softcap), tiny)
+        return scale, cap
+
     def check(self, op: str) -> None:
         """Raise for the first option outside its rule."""
         if self.ignore_index is not None and not is_integer(self.ignore_index):
-            _type(op, "ignore_index", "be a Python integer or None", self.ignore_index)
+            _type(op, "ignore_index", "be a Python integer of 64 bits or None", self.ignore_index)
+        if not -(2**63) <= self.ignored < 2**63:
+            _value(op, "ignore_index", "be a Python integer of 64 bits or None", self.ignore_index)
         _one_of(op, "reduction", self.reduction, REDUCTIONS, ReductionTypeError)
         s = _number(op, "label_smoothing", self.label_smoothing, "in [0, 1]")
         if not 0.0 <= s <= 1.0:
@@ -105,7 +113,7 @@ def loss(
     rows = input.shape[:axis] + input.shape[axis + 1 :]
     target = _array(op, "target", target)
     soft = _is_soft(op, input.shape, rows, target)
-    if soft and options.ignore_index not in (None, -100) and options.ignored >= 0:
+    if soft and options.ignored >= 0:
         rule = "be negative with class probabilities as targets"
         _value(op, "ignore_index", rule, options.ignore_index)
     if soft and "logprob" in options.stats:
@@ -154,10 +162,10 @@ def dimension(op: str, name: str, dim: Any, ndim: int) -> int:
     return int(dim) % n
 
 
-def floating(op: str, name: str, array: Array) -> None:
-    """Raise unless the array has one of the four floating types the kernels compute in."""
+def floating(op: str, name: str, array: Array, *, converted: bool = False) -> None:
+    """Raise unless the array has one of the four floating types, or any real type that will be `converted`."""
     _array(op, name, array)
-    if array.dtype not in FLOATS:
+    if array.dtype not in FLOATS and not (converted and array.kind in ("float", "int", "bool")):
         _type(op, name, f"have type {', '.join(FLOATS[:-1])} or {FLOATS[-1]}", array.dtype, raw=True)
 
 
@@ -165,7 +173,7 @@ def at_least_1d(op: str, name: str, array: Array | None) -> Array:
     """The array's facts; raises for a scalar where a class dimension is needed."""
     array = _array(op, name, array)
     if not array.shape:
-        _value(op, name, "have at least 1 dimension", _shape(array.shape), raw=True)
+        raise ArgumentIndexError(_sentence(op, name, "have at least 1 dimension", "()"))
     return array
 
 

@@ -48,6 +48,19 @@ def is_transformed(x: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_untracked(*arrays: Tensor | None) -> bool:
+    """Whether nobody differentiates or batches what is computed from the arrays now."""
+    return not torch.is_grad_enabled() and not any(
+        x is not None
+        and (
+            is_transformed(x)
+            or torch._C._functorch.is_legacy_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+            or forward_ad.unpack_dual(x).tangent is not None
+        )
+        for x in arrays
+    )
+
+
 def batch_first(info: Any, in_dims: tuple[int | None, ...], *arrays: Any) -> tuple[Any, ...]:
     """The arrays of a vmap rule with their batch dimension first, expanded where they have none."""
     return tuple(

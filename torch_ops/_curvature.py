@@ -217,7 +217,7 @@ class Curvature:
             terms = coefficient * factor
             if not self.soft:
                 terms = terms.masked_fill((self.target == rows.IGNORED).unsqueeze(self.dim), 0.0)
-            to_w = terms.sum([i for i in range(terms.dim()) if i != self.dim])
+            to_w = terms.movedim(self.dim, -1).reshape(-1, terms.shape[self.dim]).sum(0)
         return to_y, to_w
 
     def _mass_along(self, dy: Tensor | None, dw: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -262,13 +262,11 @@ class Curvature:
         return x if self.w is None else x * self.w
 
     def _rows(self, x: Tensor) -> Tensor:
-        if self.soft:
-            return x
-        x = x.masked_fill(self.target == rows.INVALID, math.nan)
-        return x.masked_fill(self.target == rows.IGNORED, 0.0)
+        return x if self.soft else _marked(x, self.target)
 
     def _full(self, x: Tensor) -> Tensor:
-        if not self.soft:
-            target = self.target.unsqueeze(self.dim)
-            x = x.masked_fill(target == rows.INVALID, math.nan).masked_fill(target == rows.IGNORED, 0.0)
-        return x.to(self.dtype)
+        return (x if self.soft else _marked(x, self.target.unsqueeze(self.dim))).to(self.dtype)
+
+
+def _marked(x: Tensor, target: Tensor) -> Tensor:
+    return x.masked_fill(target == rows.INVALID, math.nan).masked_fill(target == rows.IGNORED, 0.0)

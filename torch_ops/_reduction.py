@@ -5,6 +5,8 @@ Plain differentiable framework code: what autograd does here is exact and costs 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,9 @@ def reduce(
     kept = torch.ones_like(nll, dtype=torch.bool) if soft else target != IGNORED
     share = kept.to(nll.dtype)  # the row's part of the mean's denominator
     if not soft and weight is not None and classes:
-        share = share * weight.to(nll.dtype)[target.clamp(0, classes - 1)]
+        # Ignored rows read no weight, not even through 0 * inf; one more dimension spares 0-d indices a look.
+        of_row = weight.to(nll.dtype)[target.clamp(0, classes - 1).unsqueeze(0)].squeeze(0)
+        share = torch.where(kept, of_row, 0.0)
         nll = nll * share
     loss = nll
     if s > 0.0:
@@ -38,7 +42,8 @@ def reduce(
         loss = loss + options.z_loss * rows["lse"].square()
     if token_weight is not None:
         t = torch.where(kept, token_weight.to(nll.dtype), 0.0)
-        loss, share = loss * t, (t if soft else share * t)
+        share = t if soft else share * t
+        loss = loss * t
     if options.reduction == "none":
         return loss
     total = loss.sum()
@@ -46,23 +51,22 @@ def reduce(
         return total
     # The denominator is exchanged before dividing, not the quotient after: a gradient through an unused 0/0
     # would be NaN.
-    count = share.sum()
-    if options.on_all_ignored == "zero":
-        some = count != 0
-        return torch.where(some, total / torch.where(some, count, 1.0), 0.0)
-    some = kept.any()
-    return torch.where(some, total / torch.where(some, count, 1.0), torch.nan)
+    count, zero = share.sum(), options.on_all_ignored == "zero"
+    some = count != 0 if zero else kept.any()
+    return torch.where(some, total / torch.where(some, count, 1.0), 0.0 if zero else torch.nan)
 
 
-def statistics(rows: dict[str, Tensor], z: Tensor, target: Tensor, options: LossOptions, dim: int) -> dict[str, Tensor]:
+def statistics(
+    rows: dict[str, Tensor], z: Callable[[], Tensor], target: Tensor, options: LossOptions, dim: int
+) -> dict[str, Tensor]:
     """The statistics asked for, of the target's row shape; ignored rows hold 0 (argmax -1)."""
     out: dict[str, Tensor] = {}
     for name in options.stats:
         if name == "logprob":
             out[name] = 0.0 - rows["nll"]
         elif name == "argmax":
-            if z.shape[dim]:
-                out[name] = z.argmax(dim)
+            if (logits := z()).shape[dim]:
+                out[name] = logits.argmax(dim)
             else:
                 out[name] = torch.full_like(rows["nll"], -1, dtype=torch.int64)
             if not target.is_floating_point():

@@ -9,6 +9,7 @@ for half precision and float32, float64 for float64.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def cross_entropy_fwd(
     w = class_row(weight, d, dim)
     if target.is_floating_point():
         mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
-        nll = _dot(mass, log_total - d, dim)
+        nll = _dot(mass, log_total - d, dim) if d.shape[dim] else rest.squeeze(dim)
     else:
         nll = (log_total - _pick(d, target, dim)).squeeze(dim)
     rows = [nll, (m + log_total).squeeze(dim)]
@@ -104,16 +105,8 @@ def cross_entropy_bwd(
 ) -> Tensor:
     """dL/dlogits from the rows' upstream gradients d_*; `out` may be the logits themselves."""
     if out is not None:
-        return _in_slices(
-            out,
-            logits,
-            target,
-            weight,
-            (m, rest, d_nll, d_lse, d_smooth, d_entropy),
-            dim,
-            scale,
-            softcap,
-        )
+        per_row = (m, rest, d_nll, d_lse, d_smooth, d_entropy)
+        return _in_slices(out, logits, target, weight, per_row, dim=dim, scale=scale, softcap=softcap)
     # legend:  p softmax(z), z = softcap tanh(scale logits / softcap), t target class, Y one-hot of t or
     #          w * soft target, w class weights, H entropy, S = sum_j Y_j, W = sum_j w_j
     # formula: dL/dz_j = d_nll (S p_j - Y_j) + d_lse p_j + d_smooth (W p_j - w_j)
@@ -170,7 +163,7 @@ def capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
         z = z * scale
     if softcap is None:
         return z
-    return torch.where(z == -math.inf, z, softcap * torch.tanh(z / softcap))
+    return torch.where(logits == -math.inf, z, softcap * torch.tanh(z / softcap))
 
 
 def slope(logits: Tensor, scale: float, softcap: float | None) -> Tensor | float:
@@ -235,23 +228,23 @@ def _in_slices(
     target: Tensor,
     weight: Tensor | None,
     rows: tuple[Tensor | None, ...],
-    dim: int,
-    scale: float,
-    softcap: float | None,
+    **layout: Any,
 ) -> Tensor:
-    step = max(1, _SLICE // max(1, logits.numel() // max(1, logits.shape[0])))
-    if dim == 0:  # one row cannot be cut: its sums need all of it
-        step = max(1, logits.shape[0])
-    for start in range(0, logits.shape[0], step):
-        part = slice(start, start + step) if dim else slice(None)
-        piece = cross_entropy_bwd(
-            logits[part],
-            target[part] if target.dim() else target,
-            weight,
-            *(r[part] if r is not None and dim else r for r in rows),  # pyright: ignore[reportArgumentType]
-            dim=dim,
-            scale=scale,
-            softcap=softcap,
-        )
-        out[part].copy_(piece)
+    """The gradient written slice by slice along the longest dimension that is not the classes'."""
+    dim = layout["dim"]
+    others = [i for i in range(logits.dim()) if i != dim]
+    if not others:  # one row cannot be cut: its sums need all of it
+        return out.copy_(cross_entropy_bwd(logits, target, weight, *rows, **layout))  # pyright: ignore
+    cut = max(others, key=lambda i: logits.shape[i])
+    per_step = max(1, _SLICE * logits.shape[cut] // max(1, logits.numel()))
+    soft = target.is_floating_point()
+    for start in range(0, logits.shape[cut], per_step):
+        count = min(per_step, logits.shape[cut] - start)
+
+        def part(x: Tensor, full: bool, start: int = start, count: int = count) -> Tensor:
+            return x.narrow(cut if full or cut < dim else cut - 1, start, count)
+
+        few = (None if r is None else part(r, False) for r in rows)
+        piece = cross_entropy_bwd(part(logits, True), part(target, soft), weight, *few, **layout)  # pyright: ignore
+        part(out, True).copy_(piece)
     return out

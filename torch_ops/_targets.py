@@ -24,7 +24,7 @@ def canonical(op: str, target: Tensor, classes: int, ignored: int) -> Tensor:
         bad = (kept & ~valid).flatten().nonzero()
         if bad.numel():
             row = int(bad[0])
-            value = int(target.flatten()[row])
+            value = int(target.flatten()[row].item())  # not int(tensor): that refuses uint64 from 2**63 on
             raise contract.target_out_of_range(op, classes, ignored, value, row)
     return t.where(valid, INVALID).where(kept, IGNORED)
 

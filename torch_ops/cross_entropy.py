@@ -12,7 +12,15 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops import _rows as rows
-from torch_ops._arrays import batch_first, describe, enter_graph, forward_rule, in_graph, is_transformed
+from torch_ops._arrays import (
+    batch_first,
+    describe,
+    enter_graph,
+    forward_rule,
+    in_graph,
+    is_transformed,
+    is_untracked,
+)
 from torch_ops._curvature import Curvature, RowBwd
 from torch_ops._reduction import reduce, statistics
 from torch_ops._targets import canonical
@@ -135,38 +143,36 @@ def cross_entropy(
             **vars(options),
         )
     enter_graph()
-    facts, *others = [None if a is None else describe(a) for a in arrays]
+    if isinstance(input, Tensor) and isinstance(target, Tensor) and input.dim() == 1 and target.shape == (1,):
+        target = target if target.is_floating_point() or input.shape == (1,) else target[0]  # as F.cross_entropy
+    facts, target_facts, *weights = [None if a is None else describe(a) for a in (input, target, weight, token_weight)]
     facts = contract.at_least_1d("cross_entropy", "input", facts)
     dim = 1 if input.dim() > 1 else 0
-    soft = contract.loss("cross_entropy", facts, *others, options=options, axis=dim)
+    soft = contract.loss("cross_entropy", facts, target_facts, *weights, options=options, axis=dim)
     contract.flag("cross_entropy", "inplace_backward", inplace_backward)
 
-    classes = input.shape[dim]
+    kind = torch.promote_types(input.dtype, torch.float32)
+    scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)
+    classes, smooth, entropy = input.shape[dim], bool(label_smoothing > 0.0), "entropy" in stats
     if not soft:
         target = canonical("cross_entropy", target, classes, options.ignored)
     values = _row(
         input,
         target,
-        None if weight is None else weight.to(torch.promote_types(input.dtype, torch.float32)),
+        weight.to(kind) if weight is not None and (soft or smooth) else None,  # nothing else of a row needs it
         dim,
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        label_smoothing > 0.0,
-        "entropy" in stats,
+        scale,
+        cap,
+        smooth,
+        entropy,
         inplace_backward and _may_overwrite(input),
     )
-    names = [
-        "nll",
-        "lse",
-        *["smooth"] * (label_smoothing > 0.0),
-        *["entropy"] * ("entropy" in stats),
-    ]
+    names = ["nll", "lse", *["smooth"] * smooth, *["entropy"] * entropy]
     per_row = dict(zip(names, values, strict=False))
     loss = reduce(per_row, target, weight, token_weight, options, classes)
     if not stats:
         return loss
-    z = rows.capped(input.detach(), logit_scale, softcap) if "argmax" in stats else input
-    return loss, statistics(per_row, z, target, options, dim)
+    return loss, statistics(per_row, lambda: rows.capped(input.detach(), scale, cap), target, options, dim)
 
 
 @in_graph
@@ -226,17 +232,17 @@ class _Row(Function):
         d_logits = d_target = d_weight = None
         if all(g is None for g in upstream):
             return (None,) * 9
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:  # before the logits are overwritten
+            curve = Curvature(logits, target, weight, *ctx.layout)
+            d_target, d_weight = curve.mass_gradient(upstream, *ctx.needs_input_grad[1:3])
         if ctx.needs_input_grad[0]:
             args = (logits, target, weight, m, rest, *upstream)
-            if ctx.inplace and not torch.is_grad_enabled():
+            if ctx.inplace and is_untracked(*args):
                 dim, scale, softcap = ctx.layout
                 over = logits.detach()
                 d_logits = rows.cross_entropy_bwd(*args, dim=dim, scale=scale, softcap=softcap, out=over)
             else:
                 d_logits = RowBwd.apply(*args, *ctx.layout)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            curve = Curvature(logits, target, weight, *ctx.layout)
-            d_target, d_weight = curve.mass_gradient(upstream, *ctx.needs_input_grad[1:3])
         return d_logits, d_target, d_weight, *(None,) * 6
 
     @staticmethod
@@ -249,6 +255,7 @@ class _Row(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, logits: Any, target: Any, weight: Any, dim: int, *rest: Any) -> Any:
         logits, target = batch_first(info, in_dims, logits, target)
+        rest = (*rest[:-1], False)  # the batch may be an expanded view: nothing to write over
         if in_dims[2] is None:
             out = _Row.apply(logits, target, weight, dim + 1, *rest)
         else:  # class weights that differ by example: one at a time, the kernels share one vector
@@ -269,9 +276,12 @@ def _by_name(ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
 
 
 def _may_overwrite(x: Tensor) -> bool:
-    """Whether a gradient may be written over x: not over a parameter, not where elements share memory."""
+    """Whether a gradient may be written over x: not over a parameter, not where elements share memory.
+
+    Nor over a part of a larger tensor: its other parts share the version counter, and would be refused theirs.
+    """
     if torch.compiler.is_compiling() or is_transformed(x):
         return False
     owner = x if x._base is None else x._base
     dense = torch.ops.aten.is_non_overlapping_and_dense.default(x)
-    return x.requires_grad and not x.is_leaf and not owner.is_leaf and dense
+    return x.requires_grad and not x.is_leaf and not owner.is_leaf and dense and owner.numel() == x.numel()

@@ -103,19 +103,19 @@ class CrossEntropyLoss(torch.nn.Module):
         )
         options.check("CrossEntropyLoss")
         contract.flag("CrossEntropyLoss", "inplace_backward", inplace_backward)
-        self._options: dict[str, Any] = {**vars(options), "inplace_backward": inplace_backward}
+        for name, value in vars(options).items():
+            setattr(self, name, value)
+        self.inplace_backward = inplace_backward
         self.register_buffer("weight", weight)
 
-    def __getattr__(self, name: str) -> Any:
-        """Options read as attributes, as on torch.nn's losses."""
-        options = self.__dict__.get("_options", {})
-        return options[name] if name in options else super().__getattr__(name)
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*vars(contract.LossOptions()), "inplace_backward")}
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
         defaults = {**vars(contract.LossOptions()), "inplace_backward": False}
-        return ", ".join(f"{k}={v!r}" for k, v in self._options.items() if v != defaults[k])
+        return ", ".join(f"{k}={v!r}" for k, v in self._options().items() if v != defaults[k])
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Any:
         """The loss in nats, with (loss, stats) as `torch_ops.cross_entropy` returns them."""
-        return cross_entropy(input, target, self.weight, token_weight=token_weight, **self._options)
+        return cross_entropy(input, target, self.weight, token_weight=token_weight, **self._options())

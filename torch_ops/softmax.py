@@ -95,12 +95,11 @@ def log_softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = Non
 
 def _along(op: Any, name: str, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     enter_graph()
-    facts = describe(input)
-    if isinstance(input, Tensor):
-        dtype = dtype or autocast_dtype(getattr(torch, name), input)
-        if dtype is not None and facts.kind in ("float", "int", "bool"):
-            facts = describe(input.new_empty(0, dtype=dtype))
-    contract.floating(name, "input" if dtype is None else "dtype", facts)
+    contract.floating(name, "input", describe(input), converted=dtype is not None)
+    if dtype is None:
+        dtype = autocast_dtype(getattr(torch, name), input)
+    elif not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        contract.fail_type(name, "dtype", "be a floating torch.dtype or None", repr(dtype))
     at = contract.dimension(name, "dim", dim, input.dim())
     x = input if dtype is None else input.to(dtype)
     return op(x, at) if x.dim() else op(x.unsqueeze(0), 0).squeeze(0)
@@ -245,8 +244,7 @@ class _LogSoftmaxBwd(Function):
         p = _softmax(x, ctx.dim)
         g, a = rows.compute(ddx), rows.compute(p)
         to_dy = (g - (a * g).sum(ctx.dim, keepdim=True)).to(dy.dtype)
-        to_x = -_SoftmaxBwd.apply(ddx, p, ctx.dim) * dy.sum(ctx.dim, keepdim=True)  # pyright: ignore
-        return to_dy, to_x, None, None, None
+        return to_dy, -_by_sum(_SoftmaxBwd.apply(ddx, p, ctx.dim), dy, ctx.dim), None, None, None
 
     @staticmethod
     @forward_rule
@@ -255,9 +253,9 @@ class _LogSoftmaxBwd(Function):
         p = _softmax(x, ctx.dim)
         out = torch.zeros_like(x)
         if ddy is not None:
-            out = out + ddy - p * ddy.sum(ctx.dim, keepdim=True)
+            out = out + ddy - _by_sum(p, ddy, ctx.dim)
         if dx_ is not None:
-            out = out - _SoftmaxBwd.apply(dx_, p, ctx.dim) * dy.sum(ctx.dim, keepdim=True)  # pyright: ignore
+            out = out - _by_sum(_SoftmaxBwd.apply(dx_, p, ctx.dim), dy, ctx.dim)
         return out
 
     @staticmethod
@@ -265,3 +263,8 @@ class _LogSoftmaxBwd(Function):
         *arrays, dim = args
         arrays = batch_first(info, in_dims, *arrays)
         return _LogSoftmaxBwd.apply(*arrays, dim + 1), 0
+
+
+def _by_sum(x: Any, dy: Tensor, dim: int) -> Tensor:
+    """x sum(dy), summed in the compute type: a float16 sum over 2^17 classes overflows."""
+    return (rows.compute(x) * rows.compute(dy).sum(dim, keepdim=True)).to(x.dtype)
