@@ -1,0 +1,44 @@
+"""What the ops share about arrays: their facts for the contract, and one set of varying mesh axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softmax_ext.contract import Array
+
+_KINDS = {"b": "bool", "i": "int", "u": "int", "c": "complex"}
+
+
+def unwrap(x: Any) -> Any:
+    """x itself, or the array that a wrapper or a Python number stands for."""
+    if not isinstance(x, jax.Array) and hasattr(x, "__jax_array__"):
+        return x.__jax_array__()
+    return np.asarray(x) if isinstance(x, bool | int | float | complex | np.generic) else x
+
+
+def describe(x: Any) -> Array:
+    """The facts of an array that the contract's rules ask for."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        return Array((), f"{type(x).__name__} object", "other")
+    dtype = x.dtype
+    kind = "float" if jnp.issubdtype(dtype, jnp.floating) else _KINDS.get(getattr(dtype, "kind", ""), "other")
+    return Array(tuple(x.shape), str(dtype), kind)
+
+
+def same_axes(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays, varying over the same mesh axes: inside shard_map a derivative has its argument's type."""
+    varying = [frozenset() if x is None else _varying(x) for x in arrays]
+    joint = frozenset().union(*varying)
+    return tuple(
+        x if x is None or has == joint else jax.lax.pcast(x, tuple(joint - has), to="varying")
+        for x, has in zip(arrays, varying, strict=True)
+    )
+
+
+def _varying(x: jax.Array) -> frozenset[Any]:
+    kind: Any = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # renamed between releases

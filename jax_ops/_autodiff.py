@@ -1,0 +1,58 @@
+"""One public function for both modes of differentiation, from one analytic pullback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def analytic(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., Any]:
+    """The function fwd(*arrays)[0] with the derivative bwd(residuals, cotangents), in every mode.
+
+    A custom_vjp alone refuses jvp, linearize and jacfwd; a custom_jvp alone lets JAX choose what to keep for
+    the backward pass. So the custom_vjp stands inside a custom_jvp whose tangent is the linear transpose of
+    the analytic pullback; transposed again, for reverse mode, it is that pullback. Hence `bwd` must be
+    literally linear in the cotangents (no comparison of them), and arrays must be arguments, never closed
+    over: scan and checkpoint would leak their tracers. Both halves are checkpointed, otherwise linearising
+    them would keep their intermediate arrays.
+    """
+
+    @jax.custom_vjp
+    def reverse(*arrays: Any) -> Any:
+        return fwd(*arrays)[0]
+
+    reverse.defvjp(fwd, bwd)
+
+    @jax.custom_jvp
+    def function(*arrays: Any) -> Any:
+        return reverse(*arrays)
+
+    @function.defjvp
+    def tangent(primals: Any, tangents: Any) -> Any:
+        real = [x is not None and jnp.issubdtype(x.dtype, jnp.inexact) for x in primals]
+
+        @_checkpoint
+        def forward(*arrays: Any) -> Any:
+            return jax.vjp(reverse, *arrays)
+
+        out, pull = forward(*primals)
+
+        @_checkpoint
+        def pullback(cotangents: Any) -> Any:
+            return _only(real, pull(cotangents))
+
+        (dout,) = jax.linear_transpose(pullback, out)(_only(real, tangents))
+        return out, dout
+
+    return function
+
+
+def _checkpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.checkpoint(fn, prevent_cse=False)
+
+
+def _only(wanted: list[bool], values: Any) -> tuple[Any, ...]:
+    return tuple(v for v, on in zip(values, wanted, strict=True) if on)

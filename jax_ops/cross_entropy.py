@@ -1,0 +1,184 @@
+"""Fused softmax cross-entropy for JAX: a custom_vjp (and jvp) with analytic derivatives of every order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_ops import _rows as rows
+from jax_ops._arrays import describe, same_axes, unwrap
+from jax_ops._autodiff import analytic
+from jax_ops._reduction import reduce, statistics
+from jax_ops._targets import canonical
+from softmax_ext import contract
+
+
+@overload
+def cross_entropy(
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: ArrayLike | None = None,
+    on_all_ignored: str = "nan",
+    stats: tuple[()] = (),
+) -> jax.Array: ...
+@overload
+def cross_entropy(
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: ArrayLike | None = None,
+    on_all_ignored: str = "nan",
+    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax"]],
+) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+def cross_entropy(
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: ArrayLike | None = None,
+    on_all_ignored: str = "nan",
+    stats: Sequence[str] = (),
+) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy between softmax(input) and targets, in nats.
+
+    Formula: `sum(y) * log(sum(exp(x))) - sum(y * x)` for probabilities y, one-hot for a class index.
+    Gradient: `exp(x) / sum(exp(x)) * sum(y) - y`
+
+    Args:
+        input: logits of at least one dimension; float16, bfloat16, float32 or float64.
+        target: class indices, the input's shape without its class axis, any integer type; or
+            probabilities, the input's shape, any floating type (their sum need not be 1).
+        weight: one weight per class (V,), any floating type.
+        axis: the class axis, in [-ndim, ndim - 1].
+        ignore_index: class index of rows that reach no result; None means -100.
+        reduction: "mean" (weighted by class and token weights), "sum" or "none".
+        label_smoothing: s in [0, 1]; targets become (1 - s) * target + s / V.
+        logit_scale: finite number > 0 the logits are multiplied by first (1 / temperature).
+        softcap: finite number > 0 or None; then logits become softcap * tanh(logits / softcap).
+        z_loss: number >= 0; adds z_loss * lse^2 to each kept row, not multiplied by class weights.
+        token_weight: one weight per row, the shape of the class indices.
+        on_all_ignored: what a mean over nothing gives: "nan", or "zero" (with zero gradients).
+        stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
+
+    Returns:
+        The loss, float32 for half-precision logits: a scalar, or row-shaped with reduction "none". With `stats`
+        a pair (loss, {name: array}), the statistics of the scaled and capped logits in nats (argmax: integers).
+        The loss and gradient of a row whose class index is outside [0, V) and not ignore_index are NaN.
+
+    Raises:
+        TypeError: an argument of the wrong type; options are Python values, never arrays.
+        ValueError: a shape or value outside its rule.
+
+    Memory:
+        The backward pass keeps the logits, the targets and two numbers per row.
+
+    Source:
+        Kurbiel 2021, "Derivative of the Softmax Function and the Categorical Cross-Entropy Loss".
+
+    Example:
+        >>> import jax.numpy as jnp, jax_ops
+        >>> logits = jnp.array([[1.1, 2.2, 0.2, -1.7]])
+        >>> round(jax_ops.cross_entropy(logits, jnp.array([1])).item(), 4)
+        0.3977
+    """
+    options = contract.LossOptions(
+        ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss, on_all_ignored, stats
+    )
+    arrays = [None if a is None else unwrap(a) for a in (input, target, weight, token_weight)]
+    facts = [None if a is None else describe(a) for a in arrays]
+    about = contract.at_least_1d("cross_entropy", "input", facts[0])
+    axis = contract.dimension("cross_entropy", "axis", axis, len(about.shape))
+    soft = contract.loss("cross_entropy", about, *facts[1:], options=options, axis=axis)
+
+    limits = jnp.finfo(jnp.promote_types(about.dtype, jnp.float32))
+    scale, cap = options.fitted(float(limits.tiny), float(limits.max))
+    classes = about.shape[axis]
+    if not soft:
+        arrays[1] = canonical(arrays[1], classes, options.ignored)
+    logits, t, w, tw = (None if a is None else jnp.asarray(a) for a in arrays)
+    per_row = row(
+        logits,
+        t,
+        w,
+        axis=axis,
+        scale=scale,
+        softcap=cap,
+        names=("nll",)
+        + ("lse",) * (z_loss > 0.0 or "lse" in stats)
+        + ("smooth",) * (label_smoothing > 0.0)
+        + ("entropy",) * ("entropy" in stats),
+    )
+    loss = reduce(per_row, t, w, tw, options, classes)
+    if not stats:
+        return loss
+    return loss, statistics(per_row, lambda: rows.capped(jax.lax.stop_gradient(logits), scale, cap), t, options, axis)
+
+
+def row(
+    logits: jax.Array,
+    target: jax.Array,
+    weight: jax.Array | None,
+    *,
+    axis: int,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    names: tuple[str, ...] = ("nll",),
+) -> dict[str, jax.Array]:
+    """The numbers asked for of each row, differentiable; targets canonical or soft."""
+    if not rows.is_soft(target) and "smooth" not in names:
+        weight = None  # nothing in the row depends on it
+    if weight is not None:
+        weight = weight.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    arrays = same_axes(logits, target, weight)
+    return dict(zip(names, _row(axis, scale, softcap, names)(*arrays), strict=True))
+
+
+@cache
+def _row(axis: int, scale: float, softcap: float | None, names: tuple[str, ...]) -> Any:
+    """The named numbers of each row. Saves logits, target, weight, m and rest."""
+    layout = {"axis": axis, "scale": scale, "softcap": softcap}
+    wanted = {"smooth": "smooth" in names, "entropy": "entropy" in names}
+    computed = ["nll", "lse", *(name for name, on in wanted.items() if on)]
+
+    def fwd(logits: Any, target: Any, weight: Any) -> Any:
+        *values, m, rest = rows.cross_entropy_fwd(logits, target, weight, **layout, **wanted)
+        out = tuple(v for name, v in zip(computed, values, strict=True) if name in names)
+        return out, (logits, target, weight, m, rest)
+
+    def bwd(saved: Any, cotangents: Any) -> Any:
+        up = dict(zip(names, cotangents, strict=True))
+        d_nll, d_lse, d_smooth, d_entropy = map(up.get, ("nll", "lse", "smooth", "entropy"))
+        d_logits = rows.cross_entropy_bwd(*saved, d_nll, d_lse, d_smooth, d_entropy, **layout)
+        d_target, d_weight = rows.cross_entropy_mass_bwd(*saved, d_nll, d_smooth, **layout)
+        return d_logits, d_target, d_weight
+
+    return analytic(fwd, bwd)
