@@ -84,7 +84,7 @@ def cross_entropy_fwd(
     log_total = jnp.log1p(rest)
     w = class_row(weight, d, axis)
     if is_soft(target):
-        mass = compute(target) if w is None else compute(target) * w
+        mass = target.astype(d.dtype) if w is None else target.astype(d.dtype) * w
         nll = _dot(mass, log_total - d, axis)
     else:
         nll = (log_total - _pick(logits, target, m, axis, scale, softcap)).squeeze(axis)
@@ -143,7 +143,7 @@ def cross_entropy_bwd(
         dz = dz - _up(d_entropy, target, axis) * p * (log_p + _entropy(d, e, rest, axis))
     if d_nll is not None:
         if is_soft(target):
-            mass = compute(target) if w is None else compute(target) * w
+            mass = target.astype(d.dtype) if w is None else target.astype(d.dtype) * w
             dp = _centred(mass, p, q, confident, axis)
         else:
             classes = lax.broadcasted_iota(target.dtype, d.shape, axis)
@@ -183,7 +183,7 @@ def cross_entropy_mass_bwd(
         c = jnp.expand_dims(d_nll, axis)
         d_target = c * minus_log_p if w is None else c * w * minus_log_p
         d_target = d_target.astype(target.dtype)
-        mass = mass + c * compute(target)
+        mass = mass + c * target.astype(d.dtype)
     if d_smooth is not None:
         mass = mass + _up(d_smooth, target, axis)
     if weight is not None:

@@ -124,7 +124,8 @@ def cross_entropy(
     classes = about.shape[axis]
     if not soft:
         arrays[1] = canonical(arrays[1], classes, options.ignored)
-    logits, t, w, tw = (None if a is None else jnp.asarray(a) for a in arrays)
+    logits, t = jnp.asarray(arrays[0]), jnp.asarray(arrays[1])
+    w, tw = (None if a is None else jnp.asarray(a) for a in arrays[2:])
     per_row = row(
         logits,
         t,

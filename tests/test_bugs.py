@@ -75,7 +75,8 @@ def test_04_zero_times_minus_infinity(fw):
     assert dx[0, 1] == 0
     # In the target that stands for an ignored row's, whichever it is.
     x = [[-INF, 1.0, -INF], [1.0, 2.0, 3.0]]
-    for options in ({}, {"weight": [0.0, 1.0, 2.0]}, {"label_smoothing": 0.1, "z_loss": 0.1}):
+    choices: list[dict[str, Any]] = [{}, {"weight": [0.0, 1.0, 2.0]}, {"label_smoothing": 0.1, "z_loss": 0.1}]
+    for options in choices:
         loss, dx, _ = ce(fw, x, [-100, 1], **options)
         alone, dx0, _ = ce(fw, x[1:], [1], **options)
         assert loss == alone

@@ -95,7 +95,7 @@ def test_bad_row_is_nan_and_alone(fw, dtype, bad):
             np.testing.assert_array_equal(got[others], clean[others])
     for t in (target, cases.soft(17, dtype, len(x))):
         stats = STATS[:3] if t.ndim == 1 else ("lse", "entropy")
-        options = {"reduction": "none", "stats": stats, **OPTIONS["all"], "softcap": None}
+        options: dict[str, Any] = {"reduction": "none", "stats": stats, **OPTIONS["all"], "softcap": None}
         got, clean = (ce(fw, a, t, dtype=dtype, up=r.dloss, **options) for a in (x, r.x))
         for ours, theirs in zip([*got[:2], *got[2].values()], [*clean[:2], *clean[2].values()], strict=True):
             assert np.isnan(ours[2]).all()
@@ -120,7 +120,7 @@ def test_ignored_row_reaches_no_result(fw, dtype, content, reduction):
     x, target = np.maximum(r.x, -30.0), np.maximum(r.target, 0)
     x[[3, 5]], target[[3, 5]] = content, -100
     kept = target != -100
-    up = r.dloss if reduction == "none" else 1.5
+    up: Any = r.dloss if reduction == "none" else 1.5
     w, tw = cases.class_weight(9, dtype), cases.token_weight(len(x), dtype)
     options = {"reduction": reduction, "weight": w, "stats": STATS, **OPTIONS["all"]}
     loss, dx, stats, others = ce(fw, x, target, dtype=dtype, up=up, token_weight=tw, **options)

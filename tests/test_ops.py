@@ -53,11 +53,14 @@ def test_accuracy_of_large_vocabularies(fw, dtype, classes):
 
 @both
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("at", [0, 9], ids=["at the confident class", "at another"])
-def test_confident_row_keeps_its_loss_and_gradient(fw, dtype, at):
+@pytest.mark.parametrize("at", [0, 9], ids=["five classes", "ten classes"])
+@pytest.mark.parametrize("kind", ["hard", "one-hot", "weighted one-hot"])
+def test_confident_row_keeps_its_loss_and_gradient(fw, dtype, at, kind):
     x = np.array([[0.0] * at + [60.0] + [0.0] * (9 - at) if at else [60.0, 0, 0, 0, 0]])
-    target = np.array([at])
-    values, grads = fw("cross_entropy", dtype, {"input": x, "target": target}, {"value": 1.0})
+    arrays: Named = {"input": x, "target": np.array([at]) if kind == "hard" else np.eye(x.shape[1])[[at]]}
+    if kind == "weighted one-hot":
+        arrays["weight"] = np.where(np.arange(x.shape[1]) == at, 1.0, 2.0)
+    values, grads = fw("cross_entropy", dtype, arrays, {"value": 1.0})
     others = x.shape[1] - 1
     np.testing.assert_allclose(values["value"], others * np.exp(-60), rtol=1e-6)
     want = np.full(x.shape, np.exp(-60))
