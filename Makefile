@@ -25,7 +25,8 @@ inner: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -q -m "not slow"
 
 # Frameworks first and exactly pinned: a later package that asks for any torch then finds one.
-$(STAMP): pyproject.toml
+# A compiler is found or not: without one the package installs and runs on plain framework ops.
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard softmax_ext/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --group frameworks

@@ -388,8 +388,11 @@ def test_anything(fw, p):
         p["x"], p["dy"] = (np.resize(cases.rounded(p[k], "bfloat16"), (2, 3)) for k in ("x", "dy"))
         p["dloss"], p["target"] = np.array([0.5, -1.5]), np.resize(p["target"], 2) % 4 - 1
         p["dtype"] = "bfloat16" if p["dtype"] in HALF else "float32"
-        if p["options"]["reduction"] == "sum":
-            p["options"].update(OPTIONS["all"])
+        p["options"] = {
+            "reduction": "none",
+            "ignore_index": -1,
+            **OPTIONS["all" if p["options"].get("softcap") else "plain"],
+        }
     for op in SOFTMAXES:
         check(fw, op, p["dtype"], {"input": p["x"]}, {"value": p["dy"]})
     up = p["dloss"] if p["options"]["reduction"] == "none" else 1.5

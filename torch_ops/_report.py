@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 import torch_ops
+from torch_ops import _native as native
 
 
 def version() -> str:
@@ -21,7 +22,10 @@ def threads() -> str:
 def kernels() -> list[tuple[str, str, str]]:
     """(device, kernel, why) for each device found and for those that would be used if they were."""
     accelerator = torch.accelerator.current_accelerator()
-    rows = [("cpu", "plain", "analytic rules in PyTorch ops; no native kernels in this build")]
+    if native.missing:
+        rows = [("cpu", "plain", f"analytic rules in PyTorch ops: {native.missing}")]
+    else:
+        rows = [("cpu", "native", f"{native.instruction_set()} kernels; plain PyTorch ops for higher derivatives")]
     if accelerator is not None and torch.accelerator.is_available():
         rows.append((accelerator.type, "plain", "analytic rules in PyTorch ops"))
     else:

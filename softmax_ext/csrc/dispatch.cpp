@@ -1,0 +1,100 @@
+// Chooses the kernels for this CPU once, cuts calls into units, and advises memory.
+#include "dispatch.h"
+
+#include <atomic>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace softmax_ext {
+namespace {
+
+int best() {
+#if defined(SX_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+    return 2;
+  // every CPU with AVX2 and FMA also has F16C; the name is missing from older compilers' lists
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 1;
+#endif
+  return 0;
+}
+
+std::atomic<int> level{best()};
+
+}  // namespace
+
+int instruction_set() { return level.load(std::memory_order_relaxed); }
+
+int limit_instruction_set(int wanted) {
+  int top = best();
+  level.store(wanted < 0 ? top : wanted < top ? wanted : top, std::memory_order_relaxed);
+  return instruction_set();
+}
+
+const char* instruction_set_name() {
+  switch (instruction_set()) {
+    case 2: return "AVX-512";
+    case 1: return "AVX2";
+  }
+#if defined(__aarch64__)
+  return "NEON";
+#else
+  return "baseline";
+#endif
+}
+
+Plan plan(const Layout& y, Type) {
+  constexpr int64_t worth = 32768;  // elements that take a few microseconds, about what waking a thread costs
+  int64_t units, elements;
+  switch (way_of(y)) {
+    case Way::wide: units = y.rows(), elements = y.V; break;
+    case Way::strips: units = y.outer * strip_units(y), elements = y.V * unit_lanes; break;
+    default: units = (y.rows() + unit_lanes - 1) / unit_lanes, elements = y.V * unit_lanes;
+  }
+  int64_t grain = elements < worth ? worth / (elements > 0 ? elements : 1) : 1;
+  return {units, grain > 0 ? grain : 1};
+}
+
+void prepare(CrossEntropy& a) {
+  if (!a.weight) {
+    a.weight_sum = (double)a.layout.V;
+    return;
+  }
+  double s = 0, lost = 0;
+  for (int64_t v = 0; v < a.layout.V; ++v) {
+    double w = a.type == Type::f64 ? ((const double*)a.weight)[v] : (double)((const float*)a.weight)[v];
+    double t = s + w, b = t - s;
+    lost += (s - (t - b)) + (w - b);
+    s = t;
+  }
+  a.weight_sum = s + lost;
+}
+
+bool run(Fn fn, const void* args, int64_t begin, int64_t end) {
+  // every argument structure begins with the layout and the type
+  struct Head { Layout layout; Type type; };
+  Type type = static_cast<const Head*>(args)->type;
+#if defined(SX_X86)
+  switch (instruction_set()) {
+    case 2: return avx512::run(fn, type, args, begin, end);
+    case 1: return avx2::run(fn, type, args, begin, end);
+  }
+#endif
+  return base::run(fn, type, args, begin, end);
+}
+
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Fresh memory costs a fault per page: a copy of (1024, 32000) floats into it takes 38 ms with 4 KiB pages,
+  // 9 ms with 2 MiB ones (transparent huge pages in mode "madvise"). Advice about pages already there is free.
+  constexpr uintptr_t page = 4096;
+  if (bytes < (4 << 20)) return;
+  uintptr_t from = ((uintptr_t)data + page - 1) / page * page, to = ((uintptr_t)data + (uintptr_t)bytes) / page * page;
+  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace softmax_ext

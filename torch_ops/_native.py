@@ -1,0 +1,106 @@
+"""The native CPU kernels as PyTorch ops: found, loaded, described to the compiler; or the reason they are missing."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import softmax_ext
+
+LIBRARY = "libsoftmax_ext_torch.so"
+
+
+def _find() -> tuple[Any, str]:
+    """(the loaded library, "") or (None, why not)."""
+    for folder in softmax_ext.__path__:
+        path = Path(folder) / LIBRARY
+        if path.exists():
+            try:
+                torch.ops.load_library(str(path))
+            except OSError as error:  # built for another machine or an older torch
+                return None, f"{LIBRARY} does not load ({error})"
+            return ctypes.CDLL(str(path)), ""
+    return None, f"{LIBRARY} was not built: no compiler or no PyTorch headers when the package was installed"
+
+
+_library, missing = _find()
+ops = torch.ops.softmax_ext
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def instruction_set() -> str:
+    """What the kernels run on here: AVX-512, AVX2, NEON or the baseline."""
+    _library.softmax_ext_instruction_set.restype = ctypes.c_char_p
+    return _library.softmax_ext_instruction_set().decode()
+
+
+def limit_instruction_set(level: int) -> int:
+    """For tests: run on at most level 2 (AVX-512), 1 (AVX2), 0 (baseline); -1 is no limit. The level in force."""
+    return _library.softmax_ext_limit_instruction_set(level)
+
+
+def serves(x: Tensor, dim: int) -> bool:
+    """Whether the native kernels take x; exported programs hold no op of ours, so that they run anywhere."""
+    return (
+        _library is not None
+        and x.shape[dim] > 0
+        and x.device.type == "cpu"
+        and x.dtype in _FLOATS
+        and _is_plain(x)
+        and not torch.compiler.is_exporting()
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    # Subclasses that dispatch (DTensor and the like) know the framework's ops, not ours; the compiler's own do.
+    kind = type(x)
+    return kind in (Tensor, torch.nn.Parameter) or kind.__module__.startswith("torch._subclasses")
+
+
+if _library is not None:
+
+    @torch.library.register_fake("softmax_ext::softmax_fwd")
+    def _(x: Tensor, dim: int) -> Tensor:
+        return _dense_like(x)
+
+    @torch.library.register_fake("softmax_ext::softmax_bwd")
+    def _(dy: Tensor, y: Tensor, dim: int) -> Tensor:
+        return _dense_like(y)
+
+    @torch.library.register_fake("softmax_ext::log_softmax_fwd")
+    def _(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        return _dense_like(x), *_rows(x, dim, 2)
+
+    @torch.library.register_fake("softmax_ext::log_softmax_bwd")
+    def _(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, dim: int) -> Tensor:
+        return _dense_like(x)
+
+    @torch.library.register_fake("softmax_ext::cross_entropy_fwd")
+    def _(
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        dim: int,
+        scale: float,
+        softcap: float | None,
+        smooth: bool,
+        entropy: bool,
+    ) -> list[Tensor]:
+        return _rows(logits, dim, 4 + smooth + entropy)
+
+    @torch.library.register_fake("softmax_ext::cross_entropy_bwd")
+    def _(logits: Tensor, *_: Any) -> Tensor:
+        return _dense_like(logits)
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor, dim: int, count: int) -> list[Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return [x.new_empty([*x.shape[:dim], *x.shape[dim + 1 :]], dtype=dtype) for _ in range(count)]

@@ -1,0 +1,252 @@
+"""Row functions in plain PyTorch ops: any device, any layout, one axis `dim` (non-negative).
+
+The algorithm keeps `rest`, the sum of exp(z - m) over every position but one of the row's maximum m, so that
+lse = m + log1p(rest) and 1 - p at the maximum is rest / (1 + rest): neither subtracts nearly equal numbers.
+Row-shaped results (the input's shape without `dim`) and all arithmetic are in the compute type: float32
+for half precision and float32, float64 for float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -1  # canonical target of a row that reaches no result
+INVALID = -2  # canonical target of a row whose class index names no class
+
+# In-place gradients are formed in slices of this many elements: the only workspace they need.
+_SLICE = 1 << 20
+
+
+def softmax_fwd(x: Tensor, *, dim: int) -> Tensor:
+    """y_i = exp(x_i) / sum_j exp(x_j), in the type of x."""
+    _, e, _, rest = _exponentials(compute(x), dim)
+    return (e / (1.0 + rest)).to(x.dtype)
+
+
+def softmax_bwd(dy: Tensor, y: Tensor, *, dim: int) -> Tensor:
+    """dx = J dy for J = diag(y) - y yT, from the output alone."""
+    # legend:  y softmax output, dy = dL/dy, dx = dL/dx
+    # formula: dx_i = sum_j dy_j y_j (delta_ij - y_i) = y_i (dy_i - sum_j y_j dy_j)
+    # source:  Kronecker form of Purcell 2021, eq. (5), contracted with dy; docs/derivation.md
+    a, g = compute(y), compute(dy)
+    return (a * (g - (a * g).sum(dim, keepdim=True))).to(y.dtype)
+
+
+def log_softmax_fwd(x: Tensor, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p, m, rest), log p in the type of x."""
+    d, _, m, rest = _exponentials(compute(x), dim)
+    y = d - torch.log1p(rest)
+    return y.to(x.dtype), m.squeeze(dim), rest.squeeze(dim)
+
+
+def log_softmax_bwd(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, *, dim: int) -> Tensor:
+    """dx = dy - p sum(dy)."""
+    # formula: d log p_i / dx_j = delta_ij - p_j (Kurbiel's logarithmic derivative), contracted with dy
+    # p comes from the input: from a half-precision log p it would be off by |log p| units of roundoff.
+    _, e = _shifted(compute(x), m.unsqueeze(dim))
+    g = compute(dy)
+    p = e / (1.0 + rest.unsqueeze(dim))
+    return (g - p * g.sum(dim, keepdim=True)).to(x.dtype)
+
+
+def cross_entropy_fwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    dim: int,
+    scale: float,
+    softcap: float | None,
+    smooth: bool,
+    entropy: bool,
+) -> tuple[Tensor, ...]:
+    """(nll, lse, [smooth], [entropy], m, rest), row-shaped, in nats.
+
+    nll = -log p_target for class indices (not weighted), -sum_j w_j y_j log p_j for soft targets y;
+    smooth = -sum_j w_j log p_j; entropy = -sum_j p_j log p_j.
+    """
+    d, e, m, rest = _exponentials(capped(logits, scale, softcap), dim)
+    log_total = torch.log1p(rest)
+    w = class_row(weight, d, dim)
+    if target.is_floating_point():
+        mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
+        nll = _dot(mass, log_total - d, dim) if d.shape[dim] else rest.squeeze(dim)
+    else:
+        nll = (log_total - _pick(d, target, dim)).squeeze(dim)
+    rows = [nll, (m + log_total).squeeze(dim)]
+    if smooth:
+        rows.append((log_total - d).sum(dim) if w is None else _dot(w, log_total - d, dim))
+    if entropy:
+        rows.append(_entropy(d, e, rest, dim).squeeze(dim))
+    if not target.is_floating_point():
+        rows = [row.masked_fill(target == IGNORED, 0.0) for row in rows]
+    return (*rows, m.squeeze(dim), rest.squeeze(dim))
+
+
+def cross_entropy_bwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    m: Tensor,
+    rest: Tensor,
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    d_smooth: Tensor | None,
+    d_entropy: Tensor | None,
+    *,
+    dim: int,
+    scale: float,
+    softcap: float | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """dL/dlogits from the rows' upstream gradients d_*; `out` may be the logits themselves."""
+    if out is not None:
+        per_row = (m, rest, d_nll, d_lse, d_smooth, d_entropy)
+        return _in_slices(out, logits, target, weight, per_row, dim=dim, scale=scale, softcap=softcap)
+    # legend:  p softmax(z), z = softcap tanh(scale logits / softcap), t target class, Y one-hot of t or
+    #          w * soft target, w class weights, H entropy, S = sum_j Y_j, W = sum_j w_j
+    # formula: dL/dz_j = d_nll (S p_j - Y_j) + d_lse p_j + d_smooth (W p_j - w_j)
+    #                    - d_entropy p_j (log p_j + H)
+    # source:  Kurbiel's s * sum(y) - y, with S not assumed to be 1; docs/derivation.md
+    d, e = _shifted(capped(logits, scale, softcap), m.unsqueeze(dim))
+    rest = rest.unsqueeze(dim)
+    total = 1.0 + rest
+    p = e / total
+    w = class_row(weight, d, dim)
+    soft = target.is_floating_point()
+
+    dz = torch.zeros_like(p)
+    if d_lse is not None:
+        dz = dz + p * d_lse.unsqueeze(dim)
+    if d_smooth is not None:
+        c = d_smooth.unsqueeze(dim)
+        dz = dz + (c * (d.shape[dim] * p - 1.0) if w is None else c * (w.sum() * p - w))
+    if d_entropy is not None:
+        log_p = torch.where(e > 0, d - torch.log1p(rest), 0.0)
+        dz = dz - d_entropy.unsqueeze(dim) * p * (log_p + _entropy(d, e, rest, dim))
+    if d_nll is not None:
+        c = d_nll.unsqueeze(dim)
+        if soft:
+            mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
+            s = mass.sum(dim, keepdim=True)
+            # Where one class holds more than half, S p - Y = (S - Y) - S rest/total: a confident row keeps its
+            # gradient. Among ties for the maximum it is this form that would cancel.
+            confident = (d == 0) & (rest < 1)
+            dz = dz + c * torch.where(confident, (s - mass) - s * (rest / total), s * p - mass)
+        elif d.shape[dim]:
+            index = target.clamp(0, d.shape[dim] - 1).unsqueeze(dim)
+            d_t, e_t = d.gather(dim, index), e.gather(dim, index)
+            # p_t - 1 = -(sum over the others) / total, never 1 subtracted from p_t.
+            others = torch.where(d_t == 0, rest, total - e_t) / total
+            at_target = dz.gather(dim, index) - c * others
+            dz = (dz + c * p).scatter(dim, index, at_target)
+    dz = dz * slope(logits, scale, softcap)
+    if not soft:
+        dz = dz.masked_fill((target <= INVALID).unsqueeze(dim), math.nan)
+        dz = dz.masked_fill((target == IGNORED).unsqueeze(dim), 0.0)
+    return dz.to(logits.dtype)
+
+
+def compute(x: Tensor) -> Tensor:
+    """x in the type the arithmetic is done in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """z = softcap tanh(scale logits / softcap), or scale logits; a -inf logit stays -inf."""
+    z = compute(logits)
+    if scale != 1.0:
+        z = z * scale
+    if softcap is None:
+        return z
+    return torch.where(logits == -math.inf, z, softcap * torch.tanh(z / softcap))
+
+
+def slope(logits: Tensor, scale: float, softcap: float | None) -> Tensor | float:
+    """dz/dlogits = scale (1 - tanh^2), written 4q / (1 + q)^2 with q = exp(-2|.|): no cancellation."""
+    if softcap is None:
+        return scale
+    u = compute(logits) * (scale / softcap)
+    # Not abs: its derivative at 0 is 0, which is right once but not twice.
+    q = torch.exp(2.0 * torch.where(u > 0, -u, u))
+    return scale * 4.0 * q / (1.0 + q).square()
+
+
+def class_row(weight: Tensor | None, like: Tensor, dim: int) -> Tensor | None:
+    """Class weights (V,) shaped to broadcast along `dim`."""
+    if weight is None:
+        return None
+    return weight.reshape([-1 if i == dim else 1 for i in range(like.dim())])
+
+
+def _exponentials(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(z - m, exp(z - m), m, rest); rest is NaN where m is not finite, and so is then the whole row."""
+    if z.shape[dim] == 0:
+        m = z.sum(dim, keepdim=True) + math.nan
+        return z, z, m, m
+    m, top = z.max(dim, keepdim=True)
+    d, e = _shifted(z, m)
+    rest = e.scatter(dim, top, 0.0).sum(dim, keepdim=True)
+    return d, e, m, torch.where(m.isfinite(), rest, math.nan)
+
+
+def _shifted(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """(z - m, exp(z - m)), the exponential with the rounding error of the difference put back."""
+    d = z - m
+    back = d - z
+    error = (z - (d - back)) - (m + back)  # exact (Knuth's TwoSum); NaN where z or d is infinite
+    e = torch.exp(d)
+    return d, e + e * torch.nan_to_num(error, 0.0, 0.0, 0.0)
+
+
+def _entropy(d: Tensor, e: Tensor, rest: Tensor, dim: int) -> Tensor:
+    """log(total) - sum p (z - m), keeping `dim`: both terms are >= 0."""
+    weighted = torch.where(e > 0, e * d, 0.0).sum(dim, keepdim=True)
+    return torch.log1p(rest) - weighted / (1.0 + rest)
+
+
+def _dot(mass: Tensor, minus_log_p: Tensor, dim: int) -> Tensor:
+    """sum_j mass_j (-log p_j), where a mass of 0 on a -log p of +inf counts 0."""
+    free = (mass == 0) & (minus_log_p == math.inf)
+    return (mass * minus_log_p.masked_fill(free, 0.0)).sum(dim)
+
+
+def _pick(d: Tensor, target: Tensor, dim: int) -> Tensor:
+    """d at the target, NaN where the target names no class (keeping `dim`)."""
+    t = target.unsqueeze(dim)
+    if d.shape[dim] == 0:
+        return torch.full_like(t, math.nan, dtype=d.dtype)
+    picked = d.gather(dim, t.clamp(0, d.shape[dim] - 1))
+    return picked.masked_fill((t < 0) | (t >= d.shape[dim]), math.nan)
+
+
+def _in_slices(
+    out: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    rows: tuple[Tensor | None, ...],
+    **layout: Any,
+) -> Tensor:
+    """The gradient written slice by slice along the longest dimension that is not the classes'."""
+    dim = layout["dim"]
+    others = [i for i in range(logits.dim()) if i != dim]
+    if not others:  # one row cannot be cut: its sums need all of it
+        return out.copy_(cross_entropy_bwd(logits, target, weight, *rows, **layout))  # pyright: ignore
+    cut = max(others, key=lambda i: logits.shape[i])
+    per_step = max(1, _SLICE * logits.shape[cut] // max(1, logits.numel()))
+    soft = target.is_floating_point()
+    for start in range(0, logits.shape[cut], per_step):
+        count = min(per_step, logits.shape[cut] - start)
+
+        def part(x: Tensor, full: bool, start: int = start, count: int = count) -> Tensor:
+            return x.narrow(cut if full or cut < dim else cut - 1, start, count)
+
+        few = (None if r is None else part(r, False) for r in rows)
+        piece = cross_entropy_bwd(part(logits, True), part(target, soft), weight, *few, **layout)  # pyright: ignore
+        part(out, True).copy_(piece)
+    return out
