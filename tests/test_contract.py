@@ -55,7 +55,7 @@ def loss(*args: Any, **options: Any) -> Callable[[Any], Any]:
     return lambda door: call(door, "cross_entropy", *(args or (X, T)), **options)
 
 
-OPTION = np.float32([0.5])
+OPTION = np.array([0.5], np.float32)
 # name: (call, class, argument, what the sentence shows)
 MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str, str]] = {
     "dim none": (lambda d: call(d, "softmax", X, "x"), TypeError, "dim", "'x'"),
@@ -66,7 +66,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str, str]] = {
     "softmax complex": (lambda d: call(d, "softmax", X.astype(np.complex64)), TypeError, "input", "complex64"),
     "input int": (loss(np.ones((3, 4), np.int32), T), TypeError, "input", "int32"),
     "input list": (loss([[1.0]], T), TypeError, "input", "list object"),
-    "input scalar": (loss(np.float32([1]).reshape(()), T), ValueError, "input", "()"),
+    "input scalar": (loss(np.zeros((), np.float32), T), ValueError, "input", "()"),
     "target list": (loss(X, [0, 1, 2]), TypeError, "target", "list object"),
     "target bool": (loss(X, T > 0), TypeError, "target", "bool"),
     "target float": (loss(X, T.astype(np.float32)), TypeError, "target", "float32"),

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax_ops._rows
 import numpy as np
 import pytest
 import torch
 
 import jax_ops
+import jax_ops._rows
 import torch_ops
 import torch_ops._rows
 from softmax_ext import __main__ as report

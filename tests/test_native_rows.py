@@ -1,4 +1,4 @@
-"""The native rows against float64 NumPy, through the PyTorch door: layouts, types, options, strange values, refusals."""
+"""The native rows against float64 NumPy, through the PyTorch door: layouts, types, options, refusals."""
 
 import shutil
 
@@ -207,7 +207,7 @@ def test_cross_entropy(lead, trail, dtype, option):
             i += 1
         if entropy:
             close(out[i], dead(ent), F, u, np.abs(ent) * 1 + (1e-7 + 0 * ent) * (u > 1e-10), what=name + "entropy")
-        d = {
+        d: dict[str, torch.Tensor | None] = {
             k: (torch.rand(shape, generator=g, dtype=torch.float64) + 0.5).to(F)
             for k in ("nll", "lse", "smooth", "entropy")
         }

@@ -233,7 +233,7 @@ def test_compiled_training_step_with_dynamic_shapes() -> None:
         loss = compiled(x, t)
         eager = torch_ops.cross_entropy(x, t, label_smoothing=S, z_loss=Z, softcap=CAP)
         _same(loss.detach(), eager.detach())
-        _same(*(torch.autograd.grad(out, x)[0] for out in (loss, eager)))
+        _same(torch.autograd.grad(loss, x)[0], torch.autograd.grad(eager, x)[0])
 
 
 def test_compiled_function_gives_a_nan_row_where_eager_raises() -> None:
@@ -302,8 +302,9 @@ def test_tensor_subclasses_keep_their_type_and_see_our_functions() -> None:
             return super().__torch_function__(func, types, args, kwargs or {})
 
     x = IN["x"].as_subclass(Spy)
-    for fn, args in ((torch_ops.softmax, ()), (torch_ops.log_softmax, ()), (torch_ops.cross_entropy, (TARGET,))):
-        out = fn(x, *args)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [(torch_ops.softmax, ()), (torch_ops.log_softmax, ())]
+    for fn, args in [*calls, (torch_ops.cross_entropy, (TARGET,))]:
+        out: Any = fn(x, *args)
         assert isinstance(out, Spy)
         assert seen[0] is fn
         seen.clear()

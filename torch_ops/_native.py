@@ -73,7 +73,8 @@ if _library is not None:
 
     @torch.library.register_fake("softmax_ext::log_softmax_fwd")
     def _(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        return _dense_like(x), *_rows(x, dim, 2)
+        m, rest = _rows(x, dim, 2)
+        return _dense_like(x), m, rest
 
     @torch.library.register_fake("softmax_ext::log_softmax_bwd")
     def _(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, dim: int) -> Tensor:
