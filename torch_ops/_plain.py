@@ -116,6 +116,9 @@ def cross_entropy_bwd(
     rest = rest.unsqueeze(dim)
     total = 1.0 + rest
     p = e / total
+    # 1 - p: at the maximum rest / total, elsewhere at least 1/2, so never 1 subtracted from p.
+    q = torch.where(d == 0, rest, total - e) / total
+    confident = (d == 0) & (rest < 1)  # one class holds more than half
     w = class_row(weight, d, dim)
     soft = target.is_floating_point()
 
@@ -123,8 +126,8 @@ def cross_entropy_bwd(
     if d_lse is not None:
         dz = dz + p * d_lse.unsqueeze(dim)
     if d_smooth is not None:
-        c = d_smooth.unsqueeze(dim)
-        dz = dz + (c * (d.shape[dim] * p - 1.0) if w is None else c * (w.sum() * p - w))
+        ones = torch.ones_like(d) if w is None else w.expand_as(d)
+        dz = dz + d_smooth.unsqueeze(dim) * _centred(ones, p, q, confident, dim)
     if d_entropy is not None:
         log_p = torch.where(e > 0, d - torch.log1p(rest), 0.0)
         dz = dz - d_entropy.unsqueeze(dim) * p * (log_p + _entropy(d, e, rest, dim))
@@ -132,17 +135,10 @@ def cross_entropy_bwd(
         c = d_nll.unsqueeze(dim)
         if soft:
             mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
-            s = mass.sum(dim, keepdim=True)
-            # Where one class holds more than half, S p - Y = (S - Y) - S rest/total: a confident row keeps its
-            # gradient. Among ties for the maximum it is this form that would cancel.
-            confident = (d == 0) & (rest < 1)
-            dz = dz + c * torch.where(confident, (s - mass) - s * (rest / total), s * p - mass)
+            dz = dz + c * _centred(mass, p, q, confident, dim)
         elif d.shape[dim]:
             index = target.clamp(0, d.shape[dim] - 1).unsqueeze(dim)
-            d_t, e_t = d.gather(dim, index), e.gather(dim, index)
-            # p_t - 1 = -(sum over the others) / total, never 1 subtracted from p_t.
-            others = torch.where(d_t == 0, rest, total - e_t) / total
-            at_target = dz.gather(dim, index) - c * others
+            at_target = dz.gather(dim, index) - c * q.gather(dim, index)  # p_t - 1 = -q_t
             dz = (dz + c * p).scatter(dim, index, at_target)
     dz = dz * slope(logits, scale, softcap)
     if not soft:
@@ -201,6 +197,12 @@ def _shifted(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     error = (z - (d - back)) - (m + back)  # exact (Knuth's TwoSum); NaN where z or d is infinite
     e = torch.exp(d)
     return d, e + e * torch.nan_to_num(error, 0.0, 0.0, 0.0)
+
+
+def _centred(mass: Tensor, p: Tensor, q: Tensor, confident: Tensor, dim: int) -> Tensor:
+    """S p - mass for S = sum(mass), in the form that does not cancel: a confident row keeps its gradient."""
+    s = mass.sum(dim, keepdim=True)
+    return torch.where(confident, (s - mass) - s * q, s * p - mass)
 
 
 def _entropy(d: Tensor, e: Tensor, rest: Tensor, dim: int) -> Tensor:
