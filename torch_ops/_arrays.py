@@ -48,6 +48,15 @@ def is_transformed(x: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_constant(*arrays: Tensor | None) -> bool:
+    """Whether the rows may be computed without an autograd.Function, whose call costs more than a small row."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+        and forward_ad._current_level < 0
+        and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays))
+    )
+
+
 def is_untracked(*arrays: Tensor | None) -> bool:
     """Whether nobody differentiates or batches what is computed from the arrays now."""
     return not torch.is_grad_enabled() and not any(

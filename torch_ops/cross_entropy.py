@@ -18,6 +18,7 @@ from torch_ops._arrays import (
     enter_graph,
     forward_rule,
     in_graph,
+    is_constant,
     is_transformed,
     is_untracked,
 )
@@ -187,6 +188,9 @@ def _row(
     entropy: bool,
     inplace: bool,
 ) -> tuple[Tensor, ...]:
+    if is_constant(logits, target, weight):
+        layout = {"dim": dim, "scale": scale, "softcap": softcap}
+        return rows.cross_entropy_fwd(logits, target, weight, **layout, smooth=smooth, entropy=entropy)
     return _Row.apply(logits, target, weight, dim, scale, softcap, smooth, entropy, inplace)  # pyright: ignore
 
 

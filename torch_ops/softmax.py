@@ -18,6 +18,7 @@ from torch_ops._arrays import (
     enter_graph,
     forward_rule,
     in_graph,
+    is_constant,
 )
 
 
@@ -107,11 +108,15 @@ def _along(op: Any, name: str, input: Tensor, dim: int, dtype: torch.dtype | Non
 
 @in_graph
 def _softmax(x: Tensor, dim: int) -> Tensor:
+    if is_constant(x):
+        return rows.softmax_fwd(x, dim=dim)
     return _Softmax.apply(x, dim)  # pyright: ignore[reportReturnType]
 
 
 @in_graph
 def _log_softmax(x: Tensor, dim: int) -> Tensor:
+    if is_constant(x):
+        return rows.log_softmax_fwd(x, dim=dim)[0]
     return _LogSoftmax.apply(x, dim)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
