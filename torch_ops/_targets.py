@@ -16,6 +16,10 @@ def canonical(op: str, target: Tensor, classes: int, ignored: int) -> Tensor:
     The comparison with `ignored` is made in a wide signed type: uint8 156 is not -100.
     """
     t = target.to(torch.int64)
+    if _can_look(target) and t.numel():
+        low, high = (int(v) for v in t.aminmax())
+        if low >= 0 and high < classes and not low <= ignored <= high:
+            return t  # the usual case, in one pass
     kept = t != ignored
     if target.dtype == torch.uint64:  # values from 2**63 on turn negative: they name no class and no marker
         kept = kept | (t < 0)
