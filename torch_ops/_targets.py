@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from softmax_ext import contract
 from torch_ops._arrays import is_transformed
 from torch_ops._rows import IGNORED, INVALID
+
+
+_MODES: Any = torch._C._TorchDispatchModeKey  # pyright: ignore[reportAttributeAccessIssue]
+_TRACING = (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)
 
 
 def canonical(op: str, target: Tensor, classes: int, ignored: int) -> Tensor:
@@ -40,4 +46,5 @@ def _can_look(target: Tensor) -> bool:
         and type(target) is Tensor
         and not torch.compiler.is_compiling()
         and not is_transformed(target)
+        and not any(torch._C._get_dispatch_mode(mode) for mode in _TRACING)
     )
