@@ -46,7 +46,7 @@ _library, missing = _find()
 
 
 def instruction_set() -> str:
-    """What the kernels run on here: avx512, avx2, neon or baseline."""
+    """What the kernels run on here, by its maker's name."""
     _library.softmax_ext_instruction_set.restype = ctypes.c_char_p
     return _library.softmax_ext_instruction_set().decode()
 

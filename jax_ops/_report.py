@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ops
+from jax_ops import _native as native
 
 
 def version() -> str:
@@ -24,7 +25,10 @@ def threads() -> str:
 def kernels() -> list[tuple[str, str, str]]:
     """(device, kernel, why) for each device found and for those that would be used if they were."""
     platform = jax.default_backend()
-    rows = [("cpu", "plain", "analytic rules in jax.numpy; no native kernels in this build")]
+    if native.missing:
+        rows = [("cpu", "plain", f"analytic rules in jax.numpy: {native.missing}")]
+    else:
+        rows = [("cpu", "native", f"{native.instruction_set()} kernels; jax.numpy for higher derivatives")]
     if platform != "cpu":
         rows.append((platform, "plain", "analytic rules in jax.numpy, fused by XLA"))
     else:

@@ -175,7 +175,7 @@ def _row(axis: int, scale: float, softcap: float | None, names: tuple[str, ...])
         out = tuple(v for name, v in zip(computed, values, strict=True) if name in names)
         return out, (logits, target, weight, m, rest)
 
-    def bwd(saved: Any, cotangents: Any) -> Any:
+    def bwd(saved: tuple[Any, Any, Any, Any, Any], cotangents: Any) -> Any:
         up = dict(zip(names, cotangents, strict=True))
         d_nll, d_lse, d_smooth, d_entropy = map(up.get, ("nll", "lse", "smooth", "entropy"))
         d_logits = rows.cross_entropy_bwd(*saved, d_nll, d_lse, d_smooth, d_entropy, **layout)

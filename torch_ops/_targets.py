@@ -11,7 +11,6 @@ from softmax_ext import contract
 from torch_ops._arrays import is_transformed
 from torch_ops._rows import IGNORED, INVALID
 
-
 _MODES: Any = torch._C._TorchDispatchModeKey  # pyright: ignore[reportAttributeAccessIssue]
 _TRACING = (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)
 
