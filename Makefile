@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test check inner accuracy clean
+.PHONY: demo test check inner accuracy bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m softmax_ext
@@ -36,6 +36,10 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard softmax_ext/csrc/*)
 # The accuracy table of the README.
 accuracy: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy
+
+# Our ops beside the built-ins; arguments: BENCH="--rounds 21 --shapes 1024x32000".
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info
