@@ -10,7 +10,7 @@ import numpy as np
 
 from softmax_ext.contract import Array
 
-_KINDS = {"b": "bool", "i": "int", "u": "int", "c": "complex"}
+_KINDS = {"b": "bool", "c": "complex"}
 
 
 def unwrap(x: Any) -> Any:
@@ -25,6 +25,8 @@ def describe(x: Any) -> Array:
     if not isinstance(x, jax.Array | np.ndarray):
         return Array((), f"{type(x).__name__} object", "other")
     dtype = x.dtype
+    if jnp.issubdtype(dtype, jnp.integer):  # int4 and its like, whose NumPy kind says nothing
+        return Array(tuple(x.shape), str(dtype), "int")
     kind = "float" if jnp.issubdtype(dtype, jnp.floating) else _KINDS.get(getattr(dtype, "kind", ""), "other")
     return Array(tuple(x.shape), str(dtype), kind)
 

@@ -149,6 +149,8 @@ def cross_entropy_bwd(
             classes = lax.broadcasted_iota(target.dtype, d.shape, axis)
             dp = jnp.where(classes == jnp.expand_dims(target, axis), -q, p)
         dz = dz + _up(d_nll, target, axis) * dp
+    if weight is not None and not is_soft(target):  # a class weight may be NaN, which 0 does not silence
+        dz = jnp.where(jnp.expand_dims(target == IGNORED, axis), 0.0, dz)
     return (dz * slope(logits, scale, softcap)).astype(logits.dtype)
 
 
@@ -209,7 +211,7 @@ def capped(logits: Array, scale: float, softcap: float | None) -> Array:
         z = z * scale
     if softcap is None:
         return z
-    masked = z == -jnp.inf
+    masked = logits == -jnp.inf
     return jnp.where(masked, z, softcap * jnp.tanh(jnp.where(masked, 0.0, z) / softcap))
 
 
@@ -218,8 +220,8 @@ def slope(logits: Array, scale: float, softcap: float | None) -> Array | float:
     if softcap is None:
         return scale
     # JAX takes 1, not 0, for the derivative of abs at 0: so the second derivative of this is right there too.
-    q = jnp.exp(-2.0 * jnp.abs(compute(logits) * (scale / softcap)))
-    return scale * 4.0 * q / jnp.square(1.0 + q)
+    q = jnp.exp(-2.0 * jnp.abs(compute(logits) * scale / softcap))
+    return scale * (4.0 * q / jnp.square(1.0 + q))
 
 
 def class_row(weight: Array | None, like: Array, axis: int) -> Array | None:

@@ -134,8 +134,8 @@ def cross_entropy(
         scale=scale,
         softcap=cap,
         names=("nll",)
-        + ("lse",) * (z_loss > 0.0 or "lse" in stats)
-        + ("smooth",) * (label_smoothing > 0.0)
+        + ("lse",) * (options.z_loss > 0.0 or "lse" in stats)
+        + ("smooth",) * (options.label_smoothing > 0.0)
         + ("entropy",) * ("entropy" in stats),
     )
     loss = reduce(per_row, t, w, tw, options, classes)

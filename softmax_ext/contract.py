@@ -65,10 +65,13 @@ class LossOptions:
         return -100 if self.ignore_index is None else int(self.ignore_index)
 
     def fitted(self, tiny: float, largest: float) -> tuple[float, float | None]:
-        """(logit_scale, softcap) as a type with this range holds them: not 0, not infinite; a cap beyond it is none."""
+        """(logit_scale, softcap) as a type with this range holds them: not 0, not infinite.
+
+        A cap near or beyond the range is none: z / cap would be subnormal, and flushed to 0.
+        """
         scale = min(max(float(self.logit_scale), tiny), largest)
-        cap = None if self.softcap is None or self.softcap > largest else max(float(self.softcap), tiny)
-        return scale, cap
+        far = self.softcap is None or self.softcap > largest * 2.0**-24
+        return scale, None if far else max(float(self.softcap or 0.0), tiny)
 
     def check(self, op: str) -> None:
         """Raise for the first option outside its rule."""
@@ -95,6 +98,9 @@ class LossOptions:
                 _type(op, "stats", rule, name)
             if name not in STATS:
                 _value(op, "stats", rule, name)
+        # NumPy scalars and fractions count as the Python numbers they stand for.
+        object.__setattr__(self, "label_smoothing", s)
+        object.__setattr__(self, "z_loss", z)
 
 
 def loss(

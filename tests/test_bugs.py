@@ -382,3 +382,65 @@ def test_no_row_is_touched_by_another(fw):
         for got, clean in ((y["value"], y0["value"]), (dx["input"], dx0["input"])):
             np.testing.assert_array_equal(got[::2], clean[::2])
             assert np.isnan(got[1::2]).all()
+
+
+# Found by reviewers of this library.
+
+
+@both
+@pytest.mark.parametrize("cap", [1e30, 1e37, 3e38])
+def test_large_soft_caps_are_no_caps(fw, cap):
+    loss, dx, _ = ce(fw, [[1.0, 2.0, 3.0]], [0], softcap=cap)
+    plain, dx0, _ = ce(fw, [[1.0, 2.0, 3.0]], [0])
+    np.testing.assert_allclose(loss, plain, rtol=1e-6)
+    np.testing.assert_allclose(dx, dx0, rtol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_numpy_scalars_count_as_python_numbers(fw, kind):
+    options = {"label_smoothing": 0.25, "z_loss": 0.5}
+    loss, dx, _ = ce(fw, [[1.0, 2.0, 3.0]], [0], **{k: kind(v) for k, v in options.items()})
+    plain, dx0, _ = ce(fw, [[1.0, 2.0, 3.0]], [0], **options)
+    np.testing.assert_array_equal(loss, plain)
+    np.testing.assert_array_equal(dx, dx0)
+
+
+@both
+@pytest.mark.parametrize("classes", [10, 200, 9000])
+def test_finite_masks_are_masks(fw, classes):
+    lowest = float(np.finfo(np.float32).min)
+    x = np.random.default_rng(0).standard_normal((2, classes))
+    x[:, 3:8] = lowest
+    loss, dx, _ = ce(fw, x, [0, 1], label_smoothing=0.1, up=1.0)
+    assert loss == INF
+    assert np.isfinite(dx).all()
+    x[:, 3:8] = -3e38
+    x[:, 0] = 3e38
+    one_hot = np.zeros_like(x)
+    one_hot[:, 0] = 1.0
+    loss, dx, _ = ce(fw, x, one_hot)
+    assert loss == 0
+    np.testing.assert_array_equal(dx, 0)
+
+
+@both
+def test_float64_rows_whose_maximum_rises_by_more_than_the_type_holds(fw):
+    x = np.full((1, 8192), -1e308)
+    x[0, 5000] = 1e308
+    loss, dx, _ = ce(fw, x, [5000], dtype="float64")
+    assert loss == 0
+    np.testing.assert_array_equal(dx, 0)
+
+
+@both
+def test_logits_that_the_scale_overflows_are_capped_not_masked(fw):
+    loss, _, _ = ce(fw, [[1e30, -1e30, 0.0]], [1], logit_scale=1e30, softcap=2.0)
+    np.testing.assert_allclose(loss, np.log(1 + np.exp(-2) + np.exp(-4)) + 4, rtol=1e-6)
+
+
+@both
+def test_ignored_rows_keep_gradient_zero_beside_a_nan_class_weight(fw):
+    loss, dx, _ = ce(fw, [[1.0, 2.0, 3.0]], [-100], weight=[NAN, 1.0, 1.0], label_smoothing=0.1, reduction="sum")
+    assert loss == 0
+    np.testing.assert_array_equal(dx, 0)

@@ -158,3 +158,9 @@ def test_threads_and_strides_change_nothing() -> None:
         torch.set_num_threads(threads)
     for answer in answers[1:]:
         assert torch.equal(answers[0], answer)
+
+
+def test_raw_ops_refuse_rows_without_classes() -> None:
+    with pytest.raises(RuntimeError, match="at least one class"):
+        native.ops.cross_entropy_fwd(X[:, :0], T, None, 1, 1.0, None, False, False)
+    assert torch_ops.softmax(X[:, :0]).shape == (5, 0)

@@ -166,10 +166,10 @@ def slope(logits: Tensor, scale: float, softcap: float | None) -> Tensor | float
     """dz/dlogits = scale (1 - tanh^2), written 4q / (1 + q)^2 with q = exp(-2|.|): no cancellation."""
     if softcap is None:
         return scale
-    u = compute(logits) * (scale / softcap)
+    u = compute(logits) * scale / softcap
     # Not abs: its derivative at 0 is 0, which is right once but not twice.
     q = torch.exp(2.0 * torch.where(u > 0, -u, u))
-    return scale * 4.0 * q / (1.0 + q).square()
+    return scale * (4.0 * q / (1.0 + q).square())
 
 
 def class_row(weight: Tensor | None, like: Tensor, dim: int) -> Tensor | None:

@@ -154,7 +154,7 @@ def cross_entropy(
 
     kind = torch.promote_types(input.dtype, torch.float32)
     scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)
-    classes, smooth, entropy = input.shape[dim], bool(label_smoothing > 0.0), "entropy" in stats
+    classes, smooth, entropy = input.shape[dim], options.label_smoothing > 0.0, "entropy" in stats
     if not soft:
         target = canonical("cross_entropy", target, classes, options.ignored)
     values = _row(

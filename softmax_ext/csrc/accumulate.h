@@ -17,11 +17,13 @@ template <class F> struct Sum {
   // eight at a time share one carried step: the three roundings of the tree average out over a row, and a row of equal
   // terms has none
   SX_INLINE void add(const V (&x)[8]) { add(((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))); }
-  SX_INLINE double total() const { return lane_sum<F>(hi) + lane_sum<F>(lo); }
+  // once hi has overflowed lo is inf - inf and means nothing: hi alone carries the infinity
+  SX_INLINE V rest() const { return lo - lo == 0 ? lo : V{}; }
+  SX_INLINE double total() const { return lane_sum<F>(hi) + lane_sum<F>(rest()); }
   SX_INLINE void lanes(double* out) const {
     F h[W<F>], l[W<F>];
     store(h, hi);
-    store(l, lo);
+    store(l, rest());
     for (int i = 0; i < W<F>; ++i) out[i] = (double)h[i] + (double)l[i];
   }
 };

@@ -49,7 +49,7 @@ SX_INLINE void ce_lane_extras(const CrossEntropy& a, X x, Y y, const Transform<F
         Exped<F> q = exp_shifted<F>(z, s);
         ed.add(q.e * q.d);
       }
-      Ints<F> masked = z == all<F>(low);
+      Ints<F> masked = z - shift == all<F>(low);  // -inf, or so far below that the distance overflows
       Vec<F> d = masked ? zero : z - shift;
       F wv = w ? w[v] : 1;
       if (smooth) {

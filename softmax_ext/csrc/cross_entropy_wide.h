@@ -29,7 +29,7 @@ template <class T, class Y> struct WideExtras {
         Exped<F> q = exp_shifted<F>(z, s);
         ed.add(q.e * q.d);
       }
-      Ints<F> masked = z == all<F>(low);
+      Ints<F> masked = z - shift == all<F>(low);  // -inf, or so far below that the distance overflows
       Vec<F> d = masked ? zero : z - shift;
       Vec<F> wv = w ? load_n(w + i, n, F(0)) : load_n(ones, n, F(0));
       if (smooth) {

@@ -26,14 +26,17 @@ struct RowState {
   SX_INLINE void raise(double M) {
     double old = shift(), delta = old - M;
     if (m > -inf) {
-      // the rounding error of old - M, which in float64 rows would cost |delta| ulp
-      double b = delta - old, lost = (old - (delta - b)) - (M + b);
-      double f = __builtin_exp(delta) * (1 + lost);
-      ed = f * (ed + delta * (rest + 1));
-      rest = f * (rest + 1);
+      double f = 0;
+      if (delta > -800) {  // below, exp is 0, and delta may have overflowed
+        // the rounding error of old - M, which in float64 rows would cost |delta| ulp
+        double b = delta - old, lost = (old - (delta - b)) - (M + b);
+        f = __builtin_exp(delta) * (1 + lost);
+      }
+      ed = f > 0 ? f * (ed + delta * (rest + 1)) : 0;
+      rest = f > 0 ? f * (rest + 1) : 0;
     }
-    wd += w * delta;
-    ad += a * delta;
+    if (w != 0) wd += w * delta;
+    if (a != 0) ad += a * delta;
     m = M;
   }
   // A row whose maximum is not finite has no distribution: every result of it is NaN.

@@ -34,6 +34,7 @@ Layout layout_of(const Tensor& x, int64_t dim, const char* op) {
   STD_TORCH_CHECK(x.is_cpu(), op, ": the native kernels serve CPU tensors.");
   int64_t d = x.dim();
   STD_TORCH_CHECK(dim >= 0 && dim < d, op, ": dim must lie in [0, ", d, "); got ", dim, ".");
+  STD_TORCH_CHECK(x.size(dim) > 0, op, ": the native kernels need at least one class.");
   Layout y{1, x.size(dim), 1};
   for (int64_t i = 0; i < dim; ++i) y.outer *= x.size(i);
   for (int64_t i = dim + 1; i < d; ++i) y.inner *= x.size(i);
@@ -84,7 +85,7 @@ Tensor new_like(const Tensor& x) {  // contiguous, whatever the strides of x
 }
 
 template <class Args> void run_all(Fn fn, const Args& args) {
-  if (args.layout.rows() == 0 || args.layout.V == 0) return;
+  if (args.layout.rows() == 0) return;
   Plan p = plan(args.layout, args.type);
   std::atomic<bool> ok{true};
   auto part = [&](int64_t begin, int64_t end) {

@@ -48,7 +48,8 @@ struct Shared {
 };
 
 template <class Args> Error run_all(ffi::ThreadPool& pool, Fn fn, const Args& args) {
-  if (args.layout.rows() == 0 || args.layout.V == 0) return Error::Success();
+  if (args.layout.V == 0) return Error::InvalidArgument("softmax_ext: the native kernels need at least one class.");
+  if (args.layout.rows() == 0) return Error::Success();
   Plan p = plan(args.layout, args.type);
   bool ok = true;
   int64_t threads = p.units > p.grain ? pool.num_threads() : 1;
