@@ -399,8 +399,9 @@ def test_large_soft_caps_are_no_caps(fw, cap):
 @both
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 def test_numpy_scalars_count_as_python_numbers(fw, kind):
-    options = {"label_smoothing": 0.25, "z_loss": 0.5}
-    loss, dx, _ = ce(fw, [[1.0, 2.0, 3.0]], [0], **{k: kind(v) for k, v in options.items()})
+    options: dict[str, Any] = {"label_smoothing": 0.25, "z_loss": 0.5}
+    scalars: dict[str, Any] = {k: kind(v) for k, v in options.items()}
+    loss, dx, _ = ce(fw, [[1.0, 2.0, 3.0]], [0], **scalars)
     plain, dx0, _ = ce(fw, [[1.0, 2.0, 3.0]], [0], **options)
     np.testing.assert_array_equal(loss, plain)
     np.testing.assert_array_equal(dx, dx0)
