@@ -207,3 +207,9 @@ def test_numpy_scalars_are_python_values_to_the_contract() -> None:
     options = contract.LossOptions(ignore_index=np.int64(-100), label_smoothing=np.float32(0.5), z_loss=1)  # pyright: ignore
     options.check("cross_entropy")
     assert contract.dimension("softmax", "dim", np.int64(-1), 2) == 1
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int8", "uint8", "uint16", "uint32"])
+def test_jax_takes_class_indices_of_any_integer_type(dtype: str) -> None:
+    target = jnp.asarray(T).astype(dtype)
+    assert jax_ops.cross_entropy(jnp.asarray(X), target) == jax_ops.cross_entropy(jnp.asarray(X), jnp.asarray(T))

@@ -17,7 +17,10 @@ UC = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-24
 TINY = 2.0**-125
 
 
-@pytest.fixture(params=[2, 1, 0], ids=["avx512", "avx2", "base"], autouse=True)
+LEVELS = [pytest.param(2), pytest.param(1, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=LEVELS, ids=["avx512", "avx2", "base"], autouse=True)
 def level(request):
     assert not native.missing, native.missing  # a machine with a compiler has the kernels
     if native.limit_instruction_set(request.param) != request.param:
