@@ -213,3 +213,16 @@ def test_numpy_scalars_are_python_values_to_the_contract() -> None:
 def test_jax_takes_class_indices_of_any_integer_type(dtype: str) -> None:
     target = jnp.asarray(T).astype(dtype)
     assert jax_ops.cross_entropy(jnp.asarray(X), target) == jax_ops.cross_entropy(jnp.asarray(X), jnp.asarray(T))
+
+
+def test_soft_target_on_a_masked_class_has_gradient_zero_in_both_frameworks() -> None:
+    """-log p is infinite there; counting it 0 keeps forward mode from forming 0 * inf."""
+    x, y = X.copy(), Y.copy()
+    x[:, 1], y[:, 1] = -np.inf, 0.0
+    leaf = torch.from_numpy(y).requires_grad_()
+    (ours,) = torch.autograd.grad(torch_ops.cross_entropy(torch.from_numpy(x), leaf), leaf)
+    theirs = np.asarray(jax.grad(lambda y: jax_ops.cross_entropy(jnp.asarray(x), y))(jnp.asarray(y)))
+    for gradient in (ours.numpy(), theirs):
+        assert (gradient[:, 1] == 0).all()
+        assert (gradient[:, [0, 2, 3]] > 0).all()
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-6)
