@@ -50,9 +50,7 @@ template <class F, bool Keeps, class X, class Y> void softmax_fwd_lanes(X x, Y y
 template <class T> void softmax_bwd_row(const T* dy, const T* y, T* dx, int64_t V) {
   using F = Compute<T>;
   Sum<F> sum;
-  each_vector<F>(V, [&](int64_t i, int64_t n) SX_LAMBDA {
-    sum.add(load_n(y + i, n, F(0)) * load_n(dy + i, n, F(0)));
-  });
+  add_all(sum, V, [&](int64_t i, int64_t n) SX_LAMBDA { return load_n(y + i, n, F(0)) * load_n(dy + i, n, F(0)); });
   double total = sum.total();
   F hi = (F)total, lo = (F)(total - (double)hi);
   each_vector<F>(V, [&](int64_t i, int64_t n) SX_LAMBDA {
@@ -100,7 +98,7 @@ template <class T>
 void log_softmax_bwd_row(const T* dy, const T* x, double m, double rest, T* dx, int64_t V) {
   using F = Compute<T>;
   Sum<F> sum;
-  each_vector<F>(V, [&](int64_t i, int64_t n) SX_LAMBDA { sum.add(load_n(dy + i, n, F(0))); });
+  add_all(sum, V, [&](int64_t i, int64_t n) SX_LAMBDA { return load_n(dy + i, n, F(0)); });
   Shift<F> s(all<F>(m - m == 0 ? (F)m : F(0)));
   Split<F> r(-sum.total() / (1 + rest));
   each_vector<F>(V, [&](int64_t i, int64_t n) SX_LAMBDA {

@@ -112,16 +112,26 @@ SX_INLINE VD max(VD a, VD b) {
 
 template <class V> SX_INLINE V abs(V x) { return x < 0 ? -x : x; }
 
-// Over the lanes, in a tree: a chain of additions would cost a short row more than its exponentials.
-template <class F> SX_INLINE double lane_sum(Vec<F> v) {
-  F a[W<F>];
-  double s[W<F>];
-  std::memcpy(a, &v, sizeof a);
-  for (int i = 0; i < W<F>; ++i) s[i] = (double)a[i];
-  for (int k = W<F> / 2; k > 0; k /= 2)
-    for (int i = 0; i < k; ++i) s[i] += s[i + k];
-  return s[0];
+// Over the lanes, in a tree of doubles: a chain of additions would cost a short row more than its exponentials, and
+// arrays that the compiler keeps in memory cost as much again.
+template <int N> struct Doubles { typedef double V __attribute__((vector_size(N * sizeof(double)))); };
+template <int N> SX_INLINE double tree(typename Doubles<N>::V v) {
+  if constexpr (N == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Doubles<N / 2>::V part[2];
+    std::memcpy(part, &v, sizeof v);
+    return tree<N / 2>(part[0] + part[1]);
+  }
 }
+SX_INLINE VD doubled(VF v) {  // the upper half of the lanes added to the lower
+  typedef float Half __attribute__((vector_size(SX_BYTES / 2)));
+  Half part[2];
+  std::memcpy(part, &v, sizeof v);
+  return __builtin_convertvector(part[0], VD) + __builtin_convertvector(part[1], VD);
+}
+SX_INLINE VD doubled(VD v) { return v; }
+template <class F> SX_INLINE double lane_sum(Vec<F> v) { return tree<W<double>>(doubled(v)); }
 template <class F> SX_INLINE F lane_max(Vec<F> v) {
 #if SX_AVX512
   if constexpr (sizeof(F) == 4) return _mm512_reduce_max_ps((__m512)v);

@@ -44,16 +44,11 @@ int64_t sum_exp(const T* x, int64_t n, Compute<T> top, const Shift<Compute<T>>& 
     }
     return r;
   };
-  int64_t i = 0;
-  for (; i + 8 * W<F> <= n; i += 8 * W<F>) {
-    if (ahead)
-      for (int64_t k = 0; k < 8 * W<F> * (int64_t)sizeof(T); k += 64) __builtin_prefetch((const char*)(ahead + i) + k);
-    Vec<F> part[8];
-    for (int k = 0; k < 8; ++k) part[k] = e(load(x + i + k * W<F>), i + k * W<F>, W<F>);
-    sum.add(part);
-  }
-  for (; i + W<F> <= n; i += W<F>) sum.add(e(load(x + i), i, W<F>));
-  if (i < n) sum.add(e(load_part(x + i, n - i, F(-__builtin_inff())), i, n - i));
+  add_all(sum, n, [&](int64_t i, int64_t count) SX_LAMBDA {
+    // a line a vector of float: the compiler drops the test where there is nothing ahead
+    if (ahead) __builtin_prefetch(ahead + i);
+    return e(load_n(x + i, count, F(-__builtin_inff())), i, count);
+  });
   if (!Top) return 0;
   typename Of<F>::Int count[W<F>], total = 0;
   std::memcpy(count, &ties, sizeof count);
