@@ -46,11 +46,12 @@ const char* instruction_set_name() {
 #endif
 }
 
-Plan plan(const Layout& y, Type) {
+Plan plan(const Layout& y) {
   constexpr int64_t worth = 32768;  // elements that take a few microseconds, about what waking a thread costs
   int64_t units, elements;
   switch (way_of(y)) {
     case Way::wide: units = y.rows(), elements = y.V; break;
+    case Way::planes: units = y.outer, elements = y.V * y.inner; break;
     case Way::strips: units = y.outer * strip_units(y), elements = y.V * unit_lanes; break;
     default: units = (y.rows() + unit_lanes - 1) / unit_lanes, elements = y.V * unit_lanes;
   }

@@ -4,15 +4,16 @@
 
 namespace softmax_ext {
 
-enum class Way { wide, short_rows, strips };
+enum class Way { wide, short_rows, strips, planes };
 
 constexpr int64_t wide_from = 128;  // shorter rows go side by side: the horizontal sums cost more than a transpose
 constexpr int64_t unit_lanes = 64;  // rows per unit where rows go side by side: a multiple of every vector width
 static constexpr int64_t min_strip = 16;
 
 static inline Way way_of(const Layout& y) {
-  if (y.inner >= min_strip) return Way::strips;
-  return y.inner == 1 && y.V >= wide_from ? Way::wide : Way::short_rows;
+  if (y.inner >= min_strip && y.V <= INT32_MAX) return Way::strips;  // lanes count classes in their own width
+  if (y.V < wide_from) return Way::short_rows;
+  return y.inner == 1 ? Way::wide : Way::planes;
 }
 static inline int64_t strip_units(const Layout& y) { return (y.inner + unit_lanes - 1) / unit_lanes; }
 

@@ -1,9 +1,9 @@
 // The kernels for one instruction set: built once per set, with SX_ISA naming the namespace.
-#include <cstdlib>
-
 #include "cross_entropy_lanes.h"
 #include "cross_entropy_wide.h"
 #include "dispatch.h"
+#include "planes.h"
+#include "scratch.h"
 #include "softmax.h"
 
 #if defined(__SSE2__)
@@ -29,12 +29,6 @@ struct FlushSubnormals {
 #endif
 };
 
-struct Scratch {
-  void* p;
-  explicit Scratch(int64_t bytes) : p(std::aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64 + 64)) {}
-  ~Scratch() { std::free(p); }
-};
-
 template <class T> using In = Strip<const T>;
 
 // Walks units [begin, end): wide rows call row(r), strips direct(offset, r0, W), everything else gathered(r0, n).
@@ -58,7 +52,9 @@ void walk(const Layout& y, int64_t begin, int64_t end, Row row, Direct direct, G
         for (; i + w <= stop; i += w) direct(o * y.V * y.inner + i, o * y.inner + i);
         if (i < stop) gathered(o * y.inner + i, stop - i);
       }
+      return;
     }
+    case Way::planes: return;  // never: run_as() has made contiguous rows of them
   }
 }
 
@@ -196,15 +192,25 @@ template <class T, Do what> bool cross_entropy(const CrossEntropy& a, int64_t be
   return cross_entropy_as<T, T, what>(a, begin, end);
 }
 
+// A plane at a time, or the rows as they lie.
+template <class T, class Args, class Rows> bool run_rows(const void* p, int64_t b, int64_t e, Rows rows) {
+  const Args& args = *(const Args*)p;
+  return way_of(args.layout) == Way::planes ? each_plane<T>(args, b, e) : rows(args, b, e);
+}
+template <class T, Do what> bool run_loss(Fn fn, const void* p, int64_t b, int64_t e) {
+  const CrossEntropy& args = *(const CrossEntropy*)p;
+  return way_of(args.layout) == Way::planes ? each_plane<T>(args, b, e, fn) : cross_entropy<T, what>(args, b, e);
+}
+
 template <class T> bool run_as(Fn fn, const void* p, int64_t b, int64_t e) {
   switch (fn) {
-    case Fn::softmax_fwd: return softmax_fwd<T>(*(const SoftmaxFwd*)p, b, e);
-    case Fn::softmax_bwd: return softmax_bwd<T>(*(const SoftmaxBwd*)p, b, e);
-    case Fn::log_softmax_fwd: return log_softmax_fwd<T>(*(const LogSoftmaxFwd*)p, b, e);
-    case Fn::log_softmax_bwd: return log_softmax_bwd<T>(*(const LogSoftmaxBwd*)p, b, e);
-    case Fn::cross_entropy_fwd: return cross_entropy<T, Do::fwd>(*(const CrossEntropy*)p, b, e);
-    case Fn::cross_entropy_bwd: return cross_entropy<T, Do::bwd>(*(const CrossEntropy*)p, b, e);
-    case Fn::cross_entropy_fwd_bwd: return cross_entropy<T, Do::both>(*(const CrossEntropy*)p, b, e);
+    case Fn::softmax_fwd: return run_rows<T, SoftmaxFwd>(p, b, e, softmax_fwd<T>);
+    case Fn::softmax_bwd: return run_rows<T, SoftmaxBwd>(p, b, e, softmax_bwd<T>);
+    case Fn::log_softmax_fwd: return run_rows<T, LogSoftmaxFwd>(p, b, e, log_softmax_fwd<T>);
+    case Fn::log_softmax_bwd: return run_rows<T, LogSoftmaxBwd>(p, b, e, log_softmax_bwd<T>);
+    case Fn::cross_entropy_fwd: return run_loss<T, Do::fwd>(fn, p, b, e);
+    case Fn::cross_entropy_bwd: return run_loss<T, Do::bwd>(fn, p, b, e);
+    case Fn::cross_entropy_fwd_bwd: return run_loss<T, Do::both>(fn, p, b, e);
   }
   return false;
 }

@@ -79,10 +79,10 @@ struct Plan {
   int64_t grain;  // fewest units worth a thread
 };
 
-Plan plan(const Layout& layout, Type type);
+Plan plan(const Layout& layout);
 void prepare(CrossEntropy& args);
 
-// Runs units [begin, end). False: out of memory for scratch space (a few V * 16 values).
+// Runs units [begin, end). False: out of memory for scratch space (a few V * 16 values a thread).
 bool run(Fn fn, const void* args, int64_t begin, int64_t end);
 
 // Asks for huge pages under a fresh buffer of at least 4 MiB, before anything writes to it.

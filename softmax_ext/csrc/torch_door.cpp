@@ -86,7 +86,7 @@ Tensor new_like(const Tensor& x) {  // contiguous, whatever the strides of x
 
 template <class Args> void run_all(Fn fn, const Args& args) {
   if (args.layout.rows() == 0) return;
-  Plan p = plan(args.layout, args.type);
+  Plan p = plan(args.layout);
   std::atomic<bool> ok{true};
   auto part = [&](int64_t begin, int64_t end) {
     if (!run(fn, &args, begin, end)) ok = false;

@@ -50,7 +50,7 @@ struct Shared {
 template <class Args> Error run_all(ffi::ThreadPool& pool, Fn fn, const Args& args) {
   if (args.layout.V == 0) return Error::InvalidArgument("softmax_ext: the native kernels need at least one class.");
   if (args.layout.rows() == 0) return Error::Success();
-  Plan p = plan(args.layout, args.type);
+  Plan p = plan(args.layout);
   bool ok = true;
   int64_t threads = p.units > p.grain ? pool.num_threads() : 1;
   if (threads <= 1) {

@@ -41,7 +41,7 @@ void one(Layout y, Type type, int64_t shift) {
   int64_t n = y.outer * y.V * y.inner, rows = y.rows(), s = size_of(type);
   Type F = type == Type::f64 ? Type::f64 : Type::f32;
   int64_t f = size_of(F);
-  Plan p = plan(y, type);
+  Plan p = plan(y);
   if (n == 0) return;
   Buffer x(n, s, shift), z(n, s, shift), out(n, s, shift), w(y.V, f, shift), soft(n, f, shift), target(rows, 8, shift);
   Buffer r1(rows, f, shift), r2(rows, f, shift), r3(rows, f, shift), r4(rows, f, shift), m(rows, f, shift), rest(rows, f, shift), d(rows, f, shift);
