@@ -13,6 +13,7 @@ import argparse
 import gc
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,8 @@ def cpu() -> str:
     """The CPU's model name."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else f"{sys.platform} CPU"
+    name = names[0].partition(":")[2] if names else f"{sys.platform} CPU"
+    return " ".join(re.sub(r"\((R|TM)\)|@.*", " ", name).split())
 
 
 def measure(
@@ -102,9 +104,9 @@ def measure(
             raise WrongAnswer(f"{name}: {error}") from None
     # Resident memory is counted by the page, in batches for each thread.
     peaks = {name: peak_bytes(call) for name, call in calls.items() if case.logits_bytes > 2**23}
-    seconds, repeats = take_turns({**calls, table.COPY: copy}, budget=options.seconds, least=options.rounds)
+    turns = take_turns({**calls, table.COPY: copy}, budget=options.seconds, least=options.rounds)
     least = case.least_bytes(op, door.INDEX_BYTES)
-    return table.lines(about, seconds, repeats, peaks, least_bytes=least, copied_bytes=2 * case.logits_bytes)
+    return table.lines(about, turns, peaks, least_bytes=least, copied_bytes=2 * case.logits_bytes)
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -112,11 +112,13 @@ class Case:
         size = (self.period, self.classes)
         x = rng.standard_normal(size, np.float32) * 3
         target, dy = rng.integers(0, self.classes, self.period), rng.standard_normal(size, np.float32)
-        each = np.arange(self.period)
-        # A peak of p about 1/2 in each row, the target of every other row: an answer of zeros is far off somewhere.
-        peak = rng.integers(0, self.classes, self.period)
-        x[each, peak] = np.log(np.sum(np.exp(x), -1))
-        target[::2] = peak[::2]
+        # One peak of p = 1/2 in each row, the target of every other row: wrong answers are far off somewhere, and no
+        # row is so confident that a rival's log p has no digits left.
+        peak = np.arange(self.period), rng.integers(0, self.classes, self.period)
+        if self.classes > 1:
+            x[peak] = -np.inf
+            x[peak] = np.log(np.sum(np.exp(x), -1))
+        target[::2] = peak[1][::2]
         return rounded(x, self.dtype), target, rounded(dy, self.dtype)
 
     def _whole(self, distinct: Array) -> Array:

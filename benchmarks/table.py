@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from benchmarks.timing import Turns
 
 COPY, OURS = "copy", "ours"
 
@@ -36,6 +38,7 @@ class Line:
     peak_bytes: int | None
     rounds: int
     repeats: int  # calls within a round
+    others: float | None  # cores that other programs kept busy meanwhile
 
     @property
     def cell(self) -> tuple[str, ...]:
@@ -45,19 +48,18 @@ class Line:
 
 def lines(
     about: Mapping[str, Any],
-    seconds: Mapping[str, list[float]],
-    repeats: Mapping[str, int],
+    turns: Turns,
     peaks: Mapping[str, int | None],
     *,
     least_bytes: int,
     copied_bytes: int,
 ) -> list[Line]:
-    """A cell's lines from the seconds of each call in each round."""
+    """A cell's lines from its rounds."""
     found = []
-    for name, times in seconds.items():
-        ratios = _quotients(times, seconds[OURS])
+    for name, times in turns.seconds.items():
+        ratios = _quotients(times, turns.seconds[OURS])
         low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        copies = statistics.median(_quotients(times, seconds[COPY]))
+        copies = statistics.median(_quotients(times, turns.seconds[COPY]))
         moved = copied_bytes if name == COPY else least_bytes
         found.append(
             Line(
@@ -72,7 +74,8 @@ def lines(
                 share=_short(moved / copied_bytes / copies),
                 peak_bytes=peaks.get(name),
                 rounds=len(times),
-                repeats=repeats[name],
+                repeats=turns.repeats[name],
+                others=None if turns.others is None else round(turns.others, 2),
             )
         )
     return found
@@ -105,14 +108,21 @@ def keep(new: Iterable[Line], file: Path) -> None:
 
 def read(file: Path) -> list[Line]:
     """The lines of a CSV."""
-    types = {"str": str, "int": int, "float": float, "int | None": lambda text: int(text) if text else None}
+    types = {"str": str, "int": int, "float": float, "int | None": _or_none(int), "float | None": _or_none(float)}
     convert = {field.name: types[str(field.type)] for field in fields(Line)}
     with file.open(newline="") as source:
         return [Line(**{name: convert[name](text) for name, text in row.items()}) for row in csv.DictReader(source)]
 
 
-def show(title: str, cells: Iterable[list[Line]], logits_bytes: int) -> Table:
-    """One shape and type, an op a section, a rival a row."""
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: kind(text) if text else None
+
+
+def show(title: str, cells: Sequence[list[Line]], logits_bytes: int) -> Table:
+    """One shape and type: an op a row, and one more for each further rival."""
+    others = statistics.median([cell[0].others or 0.0 for cell in cells] or [0.0])
+    if others > 0.1:
+        title += f"; other programs kept {others:.1f} cores busy: not to be trusted"
     table = Table(title=title, title_justify="left", header_style="")
     for name in ("", "op"):
         table.add_column(name, no_wrap=True)

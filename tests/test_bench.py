@@ -146,7 +146,7 @@ def test_rows_repeat_after_a_prime_number_of_rows() -> None:
     assert Case((1, 50)).period == 1
     np.testing.assert_array_equal(case.logits()[7:14], case.logits()[:7])
     p = case.truth("softmax")[0]
-    assert np.all(p.max(-1) > 0.4)
+    np.testing.assert_allclose(p.max(-1), 0.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -167,19 +167,19 @@ def test_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SLICE", 0)
     seen: list[str] = []
     calls = {name: Call(lambda name=name: seen.append(name)) for name in "abc"}
-    seconds, repeats = take_turns(calls, budget=0, least=3)
-    assert [len(times) for times in seconds.values()] == [3, 3, 3]
-    assert set(repeats.values()) == {1}
-    assert "".join(seen[6:]) == "abc" + "cba" + "abc"
-    seconds, _ = take_turns(calls, budget=60, least=3, most=4)
-    assert len(seconds["a"]) == 4
+    turns = take_turns(calls, budget=0, least=3)
+    assert [len(times) for times in turns.seconds.values()] == [3, 3, 3]
+    assert set(turns.repeats.values()) == {1}
+    assert turns.others is None or turns.others >= 0
+    assert "".join(seen[3:]) == "abc" + "cba" + "abc"
+    assert len(take_turns(calls, budget=60, least=3, most=4).seconds["a"]) == 4
 
 
 def test_a_destroyed_argument_is_never_used_twice() -> None:
     made, used = iter(range(10**6)), []
-    _, repeats = take_turns({"once": Call(used.append, fresh=lambda: next(made))}, budget=0, least=3)
-    assert repeats["once"] > 1
-    assert used == list(range(2 + 3 * repeats["once"]))
+    turns = take_turns({"once": Call(used.append, fresh=lambda: next(made))}, budget=0, least=3)
+    assert turns.repeats["once"] > 1
+    assert used == list(range(2 + 3 * turns.repeats["once"]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone says so")
