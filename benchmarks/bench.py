@@ -115,9 +115,11 @@ def main(given: Sequence[str] | None = None) -> int:
     threads = limit(options.threads)
     torch_calls, *_ = doors = [importlib.import_module(f"benchmarks.{door}_calls") for door in DOORS]
     doors = [door for name, door in zip(DOORS, doors, strict=True) if name in options.door]
+    gc.freeze()  # the frameworks need not be looked at by each collection
     device = options.device or cpu()
     console = Console(width=None if sys.stdout.isatty() else 150)
-    file, wrong = table.file_of(device, options.results), []
+    file = table.file_of(device, options.results)
+    wrong: list[str] = []
     console.print(f"{device}, {threads} threads, {', '.join(door.VERSION for door in doors)}")
     todo = [
         (shape, case, [(d, op) for d in doors if case.dtype in d.DTYPES for op in options.op if op in d.CALLS])
@@ -129,8 +131,8 @@ def main(given: Sequence[str] | None = None) -> int:
         bar = progress.add_task("", total=sum(len(cells) for *_, cells in todo))
         for shape, case, cells in todo:
             title = f"{shape} {case.shape} {case.dtype}"
-            copy, found = torch_calls.copy(torch_calls.Inputs(case)), []
-            inputs: dict[Any, Any] = {}
+            copy = torch_calls.copy(torch_calls.Inputs(case))
+            inputs, found, refused = {}, [], []
             for door, op in cells:
                 progress.update(bar, description=f"{title}: {op}")
                 if door not in inputs:
@@ -140,16 +142,17 @@ def main(given: Sequence[str] | None = None) -> int:
                 try:
                     found.append(measure(about, case, door, inputs[door], copy, options))
                 except WrongAnswer as error:
+                    refused.append(table.cell_of(about))
                     wrong.append(f"{title}, {door.VERSION}, {op}: {error}")
                 progress.advance(bar)
-            table.keep([line for cell in found for line in cell], file)
+            table.keep([line for cell in found for line in cell], file, refused=refused)
             console.print(table.show(title, found, case.logits_bytes))
     console.print(f"kept in {file}")
-    for refused in wrong:
-        console.print(f"[bold red]not timed, the answer is wrong:[/] {refused}", soft_wrap=True)
+    for what in wrong:
+        console.print(f"[bold red]not timed, the answer is wrong:[/] {what}", soft_wrap=True)
+    gc.unfreeze()
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is loaded so far need not be looked at by each collection
     sys.exit(main())

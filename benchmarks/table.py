@@ -41,9 +41,15 @@ class Line:
     others: float | None  # cores that other programs kept busy meanwhile
 
     @property
-    def cell(self) -> tuple[str, ...]:
+    def cell(self) -> tuple[Any, ...]:
         """What is measured together."""
-        return (self.device, str(self.threads), self.framework.split()[0], self.op, self.dtype, self.shape)
+        return cell_of(asdict(self))
+
+
+def cell_of(about: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The key of what is measured together; another version of a framework measures the same cell."""
+    framework = about["framework"].split()[0]
+    return (framework, *(about[name] for name in ("device", "threads", "op", "dtype", "shape")))
 
 
 def lines(
@@ -94,10 +100,9 @@ def file_of(device: str, folder: Path) -> Path:
     return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
 
 
-def keep(new: Iterable[Line], file: Path) -> None:
-    """Put the lines in the file; a cell measured again replaces what it was."""
-    new = list(new)
-    replaced = {line.cell for line in new}
+def keep(new: Sequence[Line], file: Path, *, refused: Iterable[tuple[Any, ...]] = ()) -> None:
+    """Put the lines in the file; a cell measured again, or refused, loses what it was."""
+    replaced = {line.cell for line in new} | set(refused)
     known = [] if not file.exists() else [line for line in read(file) if line.cell not in replaced]
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as out:

@@ -132,8 +132,12 @@ def test_a_wrong_kernel_is_not_timed(
         calls = right(on)
         return {**calls, name: Call(lambda: (calls[name]()[0] * (1 + 2e-3),))}
 
+    given = ("--door", "torch", "--op", "softmax", "log_softmax", "--shape", "4x6")
+    status, lines = _run(tmp_path, *given)
+    assert status == 0
+    assert {line.op for line in lines} == {"softmax", "log_softmax"}
     monkeypatch.setitem(torch_calls.CALLS, "softmax", wrong)
-    status, lines = _run(tmp_path, "--door", "torch", "--op", "softmax", "log_softmax", "--shape", "4x6")
+    status, lines = _run(tmp_path, *given)
     assert status == 1
     assert {line.op for line in lines} == {"log_softmax"}
     assert f"softmax: {name}: softmax[0, 0] is" in capsys.readouterr().out
