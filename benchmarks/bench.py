@@ -131,8 +131,9 @@ def main(given: Sequence[str] | None = None) -> int:
         bar = progress.add_task("", total=sum(len(cells) for *_, cells in todo))
         for shape, case, cells in todo:
             title = f"{shape} {case.shape} {case.dtype}"
-            copy = torch_calls.copy(torch_calls.Inputs(case))
-            inputs, found, refused = {}, [], []
+            inputs: dict[Any, Any] = {torch_calls: torch_calls.Inputs(case)}
+            copy = torch_calls.copy(inputs[torch_calls])
+            found, refused = [], []
             for door, op in cells:
                 progress.update(bar, description=f"{title}: {op}")
                 if door not in inputs:
