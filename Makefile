@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard softmax_ext/csrc/*)
 accuracy: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy
 
-# Our ops beside the built-ins; arguments: BENCH="--rounds 21 --shapes 1024x32000".
+# Our ops beside the built-ins; options: BENCH="--op softmax --shape 1024x32000", or BENCH=--help.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench $(BENCH)
 

@@ -1,0 +1,161 @@
+"""What was measured: one line a call, kept as CSV per device, shown as a table per shape and type."""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.timing import Turns
+
+COPY, OURS = "copy", "ours"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One call's figures: medians over the rounds, each quotient taken within its round."""
+
+    device: str
+    threads: int
+    framework: str
+    op: str
+    dtype: str
+    shape: str
+    call: str  # ours, copy, or the rival's name
+    microseconds: float
+    ratio: float  # its time / ours
+    ratio_low: float  # the quartiles of that
+    ratio_high: float
+    copies: float  # its time / the time of copying the logits
+    bytes: int  # what must be read and written
+    share: float  # those bytes by its time, of the bytes the copy moved by the copy's time
+    peak_bytes: int | None
+    rounds: int
+    repeats: int  # calls within a round
+    others: float | None  # cores that other programs kept busy meanwhile
+
+    @property
+    def cell(self) -> tuple[Any, ...]:
+        """What is measured together."""
+        return cell_of(asdict(self))
+
+
+def cell_of(about: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The key of what is measured together; another version of a framework measures the same cell."""
+    framework = about["framework"].split()[0]
+    return (framework, *(about[name] for name in ("device", "threads", "op", "dtype", "shape")))
+
+
+def lines(
+    about: Mapping[str, Any],
+    turns: Turns,
+    peaks: Mapping[str, int | None],
+    *,
+    least_bytes: int,
+    copied_bytes: int,
+) -> list[Line]:
+    """A cell's lines from its rounds."""
+    found = []
+    for name, times in turns.seconds.items():
+        ratios = _quotients(times, turns.seconds[OURS])
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        copies = statistics.median(_quotients(times, turns.seconds[COPY]))
+        moved = copied_bytes if name == COPY else least_bytes
+        found.append(
+            Line(
+                **about,
+                call=name,
+                microseconds=_short(statistics.median(times) * 1e6),
+                ratio=_short(statistics.median(ratios)),
+                ratio_low=_short(low),
+                ratio_high=_short(high),
+                copies=_short(copies),
+                bytes=moved,
+                share=_short(moved / copied_bytes / copies),
+                peak_bytes=peaks.get(name),
+                rounds=len(times),
+                repeats=turns.repeats[name],
+                others=None if turns.others is None else round(turns.others, 2),
+            )
+        )
+    return found
+
+
+def _quotients(times: Iterable[float], others: Iterable[float]) -> list[float]:
+    return [a / b for a, b in zip(times, others, strict=True)]
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def file_of(device: str, folder: Path) -> Path:
+    """The device's CSV."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
+
+
+def keep(new: Sequence[Line], file: Path, *, refused: Iterable[tuple[Any, ...]] = ()) -> None:
+    """Put the lines in the file; a cell measured again, or refused, loses what it was."""
+    replaced = {line.cell for line in new} | set(refused)
+    known = [] if not file.exists() else [line for line in read(file) if line.cell not in replaced]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as out:
+        table = csv.DictWriter(out, [field.name for field in fields(Line)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(asdict(line) for line in [*known, *new])
+
+
+def read(file: Path) -> list[Line]:
+    """The lines of a CSV."""
+    types = {"str": str, "int": int, "float": float, "int | None": _or_none(int), "float | None": _or_none(float)}
+    convert = {field.name: types[str(field.type)] for field in fields(Line)}
+    with file.open(newline="") as source:
+        return [Line(**{name: convert[name](text) for name, text in row.items()}) for row in csv.DictReader(source)]
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: kind(text) if text else None
+
+
+def show(title: str, cells: Sequence[list[Line]], logits_bytes: int) -> Table:
+    """One shape and type: an op a row, and one more for each further rival."""
+    others = statistics.median([cell[0].others or 0.0 for cell in cells] or [0.0])
+    if others > 0.1:
+        title += f"; other programs kept {others:.1f} cores busy: not to be trusted"
+    table = Table(title=title, title_justify="left", header_style="")
+    for name in ("", "op"):
+        table.add_column(name, no_wrap=True)
+    for name in ("rival / ours (quartiles)", "ours", "in copies", "least bytes", "of copy speed", "peak, ours : rival"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cell in cells:
+        ours = next(line for line in cell if line.call == OURS)
+        rivals: list[Line | None] = [line for line in cell if line.call not in (OURS, COPY)] or [None]
+        for i, rival in enumerate(rivals):
+            ratio = (
+                ""
+                if rival is None
+                else f"{rival.call} {rival.ratio:.2f} ({rival.ratio_low:.2f}-{rival.ratio_high:.2f})"
+            )
+            figures = (_time(ours.microseconds), f"{ours.copies:.2f}", _size(ours.bytes), f"{ours.share:.0%}")
+            both = [line for line in (ours, rival) if line is not None and line.peak_bytes is not None]
+            peak = " : ".join(f"{(line.peak_bytes or 0) / logits_bytes:.1f}" for line in both)
+            first = (ours.framework.split()[0], ours.op) if i == 0 else ("", "")
+            table.add_row(*first, ratio, *(figures if i == 0 else [""] * 4), peak)
+    return table
+
+
+def _time(microseconds: float) -> str:
+    return f"{microseconds / 1e3:.3g} ms" if microseconds >= 1e3 else f"{microseconds:.3g} us"
+
+
+def _size(count: float) -> str:
+    steps = 0
+    while count >= 1e3 and steps < 3:
+        count, steps = count / 1e3, steps + 1
+    return f"{count:.3g} {('B', 'kB', 'MB', 'GB')[steps]}"
