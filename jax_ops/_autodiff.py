@@ -17,7 +17,9 @@ def analytic(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., 
     the analytic pullback; transposed again, for reverse mode, it is that pullback. Hence `bwd` must be
     literally linear in the cotangents (no comparison of them), and arrays must be arguments, never closed
     over: scan and checkpoint would leak their tracers. Both halves are checkpointed, otherwise linearising
-    them would keep their intermediate arrays.
+    them would keep their intermediate arrays. The whole is jitted, otherwise each eager gradient would trace both
+    rules anew (10 ms instead of 2 for a small softmax on a 2-core x86-64); inlined, so that inside another jit
+    nothing of it is seen. So call `analytic` once for each set of options: the traces are kept by its result.
     """
 
     @jax.custom_vjp
@@ -47,7 +49,7 @@ def analytic(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., 
         (dout,) = jax.linear_transpose(pullback, out)(_only(real, tangents))
         return out, dout
 
-    return function
+    return jax.jit(function, inline=True)
 
 
 def _checkpoint(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from jax import Array, export, lax  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
 import jax_ops  # noqa: E402
+from jax_ops._autodiff import analytic  # noqa: E402
 from softmax_ext import reference  # noqa: E402
 
 N, V = 3, 5
@@ -593,3 +594,22 @@ def test_batch_sharding_gathers_nothing() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "all sharded checks ran"
+
+
+def test_eager_gradients_trace_the_rules_once() -> None:
+    traced: list[str] = []
+
+    def fwd(x: Any) -> Any:
+        traced.append("fwd")
+        return x * x, x
+
+    def bwd(x: Any, dy: Any) -> Any:
+        traced.append("bwd")
+        return (2.0 * x * dy,)
+
+    square = analytic(fwd, bwd)
+    assert jax.grad(square)(jnp.float32(2.0)) == 4.0
+    assert set(traced) == {"fwd", "bwd"}
+    traced.clear()
+    assert jax.grad(square)(jnp.float32(3.0)) == 6.0
+    assert traced == []

@@ -19,16 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from torch_ops import _rows as rows
-from torch_ops._arrays import batch_first, forward_rule
+from torch_ops._arrays import Rule, batch_first, forward_rule
 from torch_ops.softmax import _log_softmax, _softmax
 
 _Up = Sequence[Tensor | None]
 
 
-class RowBwd(Function):
+class RowBwd(Rule):
     """dL/dlogits as a function of logits, targets, weights and upstream gradients: linear in the last."""
 
     @staticmethod

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 import softmax_ext
 
@@ -29,6 +31,9 @@ def _find() -> tuple[Any, str]:
 
 _library, missing = _find()
 ops = torch.ops.softmax_ext
+_c: Any = torch._C
+_transform, _autocasts = _c._functorch.peek_interpreter_stack, _c._is_any_autocast_enabled
+_modes = _c._len_torch_dispatch_stack
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -47,11 +52,33 @@ def serves(x: Tensor, dim: int) -> bool:
     """Whether the native kernels take x; exported programs hold no op of ours, so that they run anywhere."""
     return (
         _library is not None
-        and x.shape[dim] > 0
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in _FLOATS
+        and x.shape[dim] > 0
         and _is_plain(x)
         and not torch.compiler.is_exporting()
+    )
+
+
+def serves_directly(x: Any) -> bool:
+    """Whether x may go to a native op as it is: eager, and nothing converts, maps, intercepts or traces the call.
+
+    Asked before any rule of the contract, so true only of tensors that no rule refuses. The order of the questions
+    is their price: this is what a call on a small array costs beside the op.
+    """
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in _FLOATS
+        and x.numel() > 0
+        and not is_compiling()
+        and _transform() is None
+        and forward_ad._current_level < 0
+        and not _autocasts()
+        and _modes() == 0
+        and x.layout is torch.strided
+        and not x.is_nested
+        and _library is not None
     )
 
 
@@ -62,6 +89,10 @@ def _is_plain(x: Tensor) -> bool:
 
 
 if _library is not None:
+    # Bound once: finding an op by name costs more than a softmax of ten numbers.
+    softmax_fwd = ops.softmax_fwd.default
+    log_softmax_alone = ops.log_softmax_alone.default
+    cross_entropy_mean = ops.cross_entropy_mean.default
 
     @torch.library.register_fake("softmax_ext::softmax_fwd")
     def _(x: Tensor, dim: int) -> Tensor:

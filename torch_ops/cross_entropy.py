@@ -7,18 +7,18 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
+from torch_ops import _native as native
 from torch_ops import _rows as rows
 from torch_ops._arrays import (
+    Rule,
     batch_first,
     describe,
     enter_graph,
     forward_rule,
     in_graph,
-    is_constant,
     is_transformed,
     is_untracked,
 )
@@ -121,7 +121,7 @@ def cross_entropy(
         >>> round(torch_ops.cross_entropy(logits, torch.tensor([1])).item(), 4)
         0.3977
     """
-    options = contract.LossOptions(
+    given: tuple[Any, ...] = (
         ignore_index,
         reduction,
         label_smoothing,
@@ -141,8 +141,13 @@ def cross_entropy(
             weight,
             token_weight=token_weight,
             inplace_backward=inplace_backward,
-            **vars(options),
+            **dict(zip(_NAMES, given, strict=True)),
         )
+    if weight is None and token_weight is None and inplace_backward is False and _is_default(given):
+        loss = _mean(input, target)
+        if loss is not None:
+            return loss
+    options = contract.LossOptions(*given)
     enter_graph()
     if isinstance(input, Tensor) and isinstance(target, Tensor) and input.dim() == 1 and target.shape == (1,):
         target = target if target.is_floating_point() or input.shape == (1,) else target[0]  # as F.cross_entropy
@@ -176,6 +181,48 @@ def cross_entropy(
     return loss, statistics(per_row, lambda: rows.capped(input.detach(), scale, cap), target, options, dim)
 
 
+_NAMES, _DEFAULTS = zip(*vars(contract.LossOptions()).items(), strict=True)
+_TYPES = [*map(type, _DEFAULTS)]
+
+
+def _is_default(given: tuple[Any, ...]) -> bool:
+    # Types first: True == 1 == 1.0, and a tensor's == is no answer.
+    return [*map(type, given)] == _TYPES and given == _DEFAULTS
+
+
+def _mean(input: Any, target: Any) -> Tensor | None:
+    """The loss without options, in one native call; None where that call is not for these arguments."""
+    if type(target) is not Tensor or target.is_nested or not native.serves_directly(input):
+        return None
+    if input.requires_grad:
+        return _Mean.apply(input, target)[0]
+    found = native.cross_entropy_mean(input, target, False)
+    return found[0] if found else None
+
+
+class _Mean(Rule):
+    """(loss, m, rest), or three times None: `_Row` and the reduction in one. Saves logits, target, m and rest."""
+
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor) -> tuple[Tensor | None, ...]:
+        return (*native.cross_entropy_mean(logits, target, True),) or (None, None, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        if output[0] is not None:
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> Any:
+        if d_loss is None:
+            return None, None
+        logits, target, m, rest = ctx.saved_tensors
+        d_nll = (d_loss / len(target)).expand(len(target))
+        return RowBwd.apply(logits, target, None, m, rest, d_nll, None, None, None, 1, 1.0, None), None
+
+
 @in_graph
 def _row(
     logits: Tensor,
@@ -188,13 +235,10 @@ def _row(
     entropy: bool,
     inplace: bool,
 ) -> tuple[Tensor, ...]:
-    if is_constant(logits, target, weight):
-        layout = {"dim": dim, "scale": scale, "softcap": softcap}
-        return rows.cross_entropy_fwd(logits, target, weight, **layout, smooth=smooth, entropy=entropy)
     return _Row.apply(logits, target, weight, dim, scale, softcap, smooth, entropy, inplace)  # pyright: ignore
 
 
-class _Row(Function):
+class _Row(Rule):
     """(nll, lse, [smooth], [entropy], m, rest) of each row. Saves logits, target, weight, m and rest."""
 
     @staticmethod

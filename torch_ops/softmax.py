@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from softmax_ext import contract
+from torch_ops import _native as native
 from torch_ops import _rows as rows
 from torch_ops._arrays import (
+    Rule,
     autocast_dtype,
     batch_first,
     describe,
     enter_graph,
     forward_rule,
     in_graph,
-    is_constant,
 )
 
 
@@ -55,6 +55,9 @@ def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -
     """
     if has_torch_function_unary(input):
         return handle_torch_function(softmax, (input,), input, dim, dtype=dtype)
+    if dtype is None and type(dim) is int and native.serves_directly(input) and -input.ndim <= dim < input.ndim:
+        at = dim % input.ndim
+        return _Softmax.apply(input, at) if input.requires_grad else native.softmax_fwd(input, at)
     return _along(_softmax, "softmax", input, dim, dtype)
 
 
@@ -91,6 +94,9 @@ def log_softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = Non
     """
     if has_torch_function_unary(input):
         return handle_torch_function(log_softmax, (input,), input, dim, dtype=dtype)
+    if dtype is None and type(dim) is int and native.serves_directly(input) and -input.ndim <= dim < input.ndim:
+        at = dim % input.ndim
+        return _LogSoftmax.apply(input, at)[0] if input.requires_grad else native.log_softmax_alone(input, at)
     return _along(_log_softmax, "log_softmax", input, dim, dtype)
 
 
@@ -108,19 +114,15 @@ def _along(op: Any, name: str, input: Tensor, dim: int, dtype: torch.dtype | Non
 
 @in_graph
 def _softmax(x: Tensor, dim: int) -> Tensor:
-    if is_constant(x):
-        return rows.softmax_fwd(x, dim=dim)
     return _Softmax.apply(x, dim)  # pyright: ignore[reportReturnType]
 
 
 @in_graph
 def _log_softmax(x: Tensor, dim: int) -> Tensor:
-    if is_constant(x):
-        return rows.log_softmax_fwd(x, dim=dim)[0]
     return _LogSoftmax.apply(x, dim)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
-class _Softmax(Function):
+class _Softmax(Rule):
     """y = softmax(x). Saves y."""
 
     @staticmethod
@@ -151,7 +153,7 @@ class _Softmax(Function):
         return _Softmax.apply(x, dim + 1), 0
 
 
-class _SoftmaxBwd(Function):
+class _SoftmaxBwd(Rule):
     """dx = y (dy - s), s = sum(y dy): linear in dy, quadratic in y."""
 
     @staticmethod
@@ -192,7 +194,7 @@ class _SoftmaxBwd(Function):
         return _SoftmaxBwd.apply(dy, y, dim + 1), 0
 
 
-class _LogSoftmax(Function):
+class _LogSoftmax(Rule):
     """(log p, m, rest). Saves x and the row statistics m, rest."""
 
     @staticmethod
@@ -229,7 +231,7 @@ class _LogSoftmax(Function):
         return _LogSoftmax.apply(x, dim + 1), (0, 0, 0)
 
 
-class _LogSoftmaxBwd(Function):
+class _LogSoftmaxBwd(Rule):
     """dx = dy - p sum(dy): linear in dy; its derivative by x is that of the softmax p."""
 
     @staticmethod
