@@ -58,8 +58,11 @@ class RowMap(NamedTuple):
         def call(*values: Any) -> Sequence[Tensor]:
             args, tangents = values[:count], values[count:]
             moved = self._moved(args, wrt)
-            start = tuple(args[i] for i in wrt)
-            return torch.func.jvp(lambda *m: tuple(moved(m)[k] for k in along), start, tuple(tangents))[1]
+            # The pullback is linear in the cotangents, and its own pullback is the pushforward: forward mode
+            # itself would not work here, inside a forward mode that is under way.
+            out, pull = torch.func.vjp(lambda *m: tuple(moved(m)[k] for k in along), *(args[i] for i in wrt))
+            _, push = torch.func.vjp(lambda *c: pull(c), *(torch.zeros_like(v) for v in out))
+            return push(tuple(tangents))
 
         return RowMap(call, (*self.rows, *(self.rows[i] for i in wrt)), tuple(self.out_rows[k] for k in along))
 
@@ -118,7 +121,7 @@ class Chunked(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, fn: RowMap, size: int, *args: Any) -> Any:
-        return each_example(info, in_dims[2:], args, lambda *one: Chunked.apply(fn, size, *one))
+        return batched(info, in_dims[2:], fn, size, args)
 
 
 def pulled_back(
@@ -145,11 +148,16 @@ def pushed_forward(
     return Chunked.apply(fn.pushforward(wrt, along), size, *args, *given)  # pyright: ignore
 
 
-def each_example(info: Any, in_dims: Sequence[Any], args: Sequence[Any], apply: Callable[..., Any]) -> Any:
-    """A vmap rule that takes one example at a time: what they share is not repeated in memory."""
-    outs = []
-    for e in range(info.batch_size):
-        one = (a if at is None or a is None else a.select(at, e) for a, at in zip(args, in_dims, strict=True))
-        outs.append(apply(*one))
-    joined = tuple(torch.stack(values) for values in zip(*outs, strict=True))
-    return joined, (0,) * len(joined)
+def batched(info: Any, in_dims: Sequence[Any], fn: RowMap, size: int, args: Sequence[Any]) -> Any:
+    """The vmap rule of a row map: a row is then that row of every example; what examples share is not repeated."""
+    # The examples stand second in what comes by the row, first in the rest: rows are still cut along the first.
+    dims = tuple(
+        None if at is None or a is None else int(by_row) for a, at, by_row in zip(args, in_dims, fn.rows, strict=True)
+    )
+    given = (a if d is None else a.movedim(at, d) for a, at, d in zip(args, in_dims, dims, strict=True))
+    out_dims = tuple(int(by_row) for by_row in fn.out_rows)
+
+    def call(*values: Any) -> Sequence[Tensor]:
+        return torch.func.vmap(lambda *one: tuple(fn.call(*one)), in_dims=dims, out_dims=out_dims)(*values)
+
+    return Chunked.apply(fn._replace(call=call), max(1, size // info.batch_size), *given), out_dims

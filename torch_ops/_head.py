@@ -18,7 +18,7 @@ from torch_ops import _head_classes as classes
 from torch_ops import _head_tokens as tokens
 from torch_ops import _rows as rows
 from torch_ops._arrays import forward_rule, in_graph, is_constant
-from torch_ops._chunks import DERIVED, RowMap, each_example, pulled_back, pushed_forward, run, that_fit
+from torch_ops._chunks import DERIVED, RowMap, batched, pulled_back, pushed_forward, run, that_fit
 from torch_ops._head_parts import by_hand, scaled
 from torch_ops.cross_entropy import _row
 
@@ -153,7 +153,7 @@ class HeadRows(Function):
             out = tuple(v.unflatten(0, x.shape[:2]) for v in out)  # pyright: ignore[reportGeneralTypeIssues]
             return out, (0,) * len(out)
         args = (x, lw, lb, target, w)
-        return each_example(info, in_dims[:5], args, lambda *one: HeadRows.apply(*one, plan))
+        return batched(info, in_dims[:5], plan.row_map(), _size_of_one(plan, args, in_dims), args)
 
 
 class HeadBwd(Function):
@@ -188,7 +188,9 @@ class HeadBwd(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         *arrays, plan, needs = args
-        return each_example(info, in_dims[:12], arrays, lambda *one: HeadBwd.apply(*one, plan, needs))
+        fn, _, given, places = _as_map(arrays, plan, needs)
+        size = _size_of_one(plan, arrays, in_dims)
+        return batched(info, [in_dims[i] for i in places], fn, size, given)
 
 
 def _as_map(arrays: Any, plan: Plan, needs: tuple[bool, ...]) -> tuple[RowMap, int, list[Any], list[int]]:
@@ -200,6 +202,12 @@ def _as_map(arrays: Any, plan: Plan, needs: tuple[bool, ...]) -> tuple[RowMap, i
     fn = plan.row_map().pullback(wrt, [names.index(i) for i in ups])
     places = [*range(5), *(8 + i for i in ups)]
     return fn, plan.derived_size(*arrays[:2]), [arrays[i] for i in places], places
+
+
+def _size_of_one(plan: Plan, arrays: Any, in_dims: Any) -> int:
+    """The chunk of one example."""
+    x, lw = (a if at is None else a.select(at, 0) for a, at in zip(arrays[:2], in_dims[:2], strict=True))
+    return plan.derived_size(x, lw)
 
 
 class HeadSum(Function):
