@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops._arrays import describe, enter_graph
-from torch_ops._head_layout import each_row, lay_out, total
+from torch_ops._linear_layout import each_row, lay_out, total
 from torch_ops._reduction import coefficients, over, reduce, statistics
 from torch_ops._targets import canonical
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_ops import _rows as rows
 from torch_ops._chunks import spans, that_fit
-from torch_ops._head_parts import (
+from torch_ops._linear_parts import (
     ClassGradient,
     MassGradient,
     first_maximum,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_ops import _rows as rows
 from torch_ops._chunks import spans
 from torch_ops._native import _is_plain
+from torch_ops._targets import _TRACING
 
 # Entries of a temporary that stands beside the logits: 2 MiB of bfloat16.
 _PIECE = 1 << 20
@@ -24,6 +25,11 @@ def by_hand(*arrays: Tensor | None) -> bool:
         )
         for v in arrays
     )
+
+
+def is_traced() -> bool:
+    """Whether what is done now is written into a graph."""
+    return any(torch._C._get_dispatch_mode(mode) for mode in _TRACING)
 
 
 def logits(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, out: Tensor) -> Tensor:
@@ -107,7 +113,7 @@ def scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
         return x if factor is None else x * factor
     if factor is None and x.dtype == dtype:
         return x
-    if factor is not None and not by_hand(factor):
+    if factor is not None and (is_traced() or not by_hand(factor)):
         return (x.to(kind) * factor).to(dtype)
     out = torch.empty_like(x, dtype=dtype)
     for i, j in spans(x.shape[0], max(1, _PIECE * x.shape[0] // max(1, x.numel()))):

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_ops._head import head_rows, head_sum
+from torch_ops._linear import head_rows
+from torch_ops._linear_sum import head_sum
 from torch_ops._reduction import Coefficients
 from torch_ops._rows import IGNORED
 from torch_ops._targets import _can_look

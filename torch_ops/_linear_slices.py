@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torch_ops import _rows as rows
 from torch_ops._chunks import spans, that_fit
-from torch_ops._head_parts import MassGradient, first_maximum, ignored_rows, logits, scaled, without
+from torch_ops._linear_parts import MassGradient, first_maximum, ignored_rows, logits, scaled, without
 
 
 def head_fwd(
