@@ -14,6 +14,7 @@ import softmax_ext
 
 LIBRARY = "libsoftmax_ext_xla.so"
 _ROWS = [f"{op}_{way}" for op in ("softmax", "log_softmax", "cross_entropy") for way in ("fwd", "bwd")]
+_ROWS.append("cross_entropy_fwd_bwd")
 
 
 def _find() -> tuple[Any, str]:

@@ -37,8 +37,11 @@ class Row:
         linear: Sequence[int] = (),
         weight: int | None = None,
         kernel: tuple[str, Attributes] | None = None,
+        inplace: bool = False,
     ) -> None:
         self.name, self.plain, self.linear, self.weight, self.kernel = name, plain, linear, weight, kernel
+        # The kernel writes the first result over the first argument; XLA copies one that lives on.
+        self.aliases = {0: 0} if inplace else None
         self.primitive = p = Primitive(f"softmax_ext_{name}")
         p.multiple_results = True
         p.def_impl(jax.jit(p.bind, static_argnames=("present", "axis", "options")))
@@ -67,7 +70,7 @@ class Row:
             return self._lower_plain(ctx, *values, present=present, axis=axis, options=options)
         name, attributes = self.kernel
         native.register()
-        lower = jax.ffi.ffi_lowering(native.target(name))
+        lower = jax.ffi.ffi_lowering(native.target(name), operand_output_aliases=self.aliases)
         return lower(ctx, *values, axis=np.int64(axis), **attributes(present, dict(options)))
 
     def _jvp(self, primals: Any, tangents: Any, *, present: Sequence[bool], axis: int, options: Any) -> Any:

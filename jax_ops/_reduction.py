@@ -5,7 +5,7 @@ Plain differentiable framework code: what autodiff does here is exact and costs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,63 +15,80 @@ from jax_ops._rows import IGNORED, INVALID, is_soft
 from softmax_ext.contract import LossOptions
 
 
-def reduce(
-    rows: dict[str, Array],
+class Coefficients(NamedTuple):
+    """A row's loss is nll * its nll + smooth * its smooth + square * its lse^2; None where a term is not asked for."""
+
+    nll: Array | float | None
+    smooth: Array | float | None
+    square: Array | float | None
+    share: Array  # the row's part of the mean's denominator
+    kept: Array  # whether the row counts at all
+
+
+def coefficients(
+    ones: Array,
     target: Array,
     weight: Array | None,
     token_weight: Array | None,
     options: LossOptions,
     classes: int,
-) -> Array:
-    """The loss from per-row nll, lse and (with smoothing) smooth; targets canonical or soft."""
-    nll, s = rows["nll"], options.label_smoothing
-    soft = is_soft(target)
-    kept = jnp.ones_like(nll, dtype=bool) if soft else target != IGNORED
-    share = kept.astype(nll.dtype)  # the row's part of the mean's denominator
+) -> Coefficients:
+    """What each row's numbers are multiplied by; `ones` has the rows' shape and type, targets are canonical or soft.
+
+    Ignored rows have numbers of 0, so a coefficient is one number where no weights are given.
+    """
+    s, soft = options.label_smoothing, is_soft(target)
+    kept = jnp.ones_like(ones, dtype=bool) if soft else target != IGNORED
+    share: Array = kept.astype(ones.dtype)
+    tokens = nll = 1.0
+    if token_weight is not None:
+        tokens = jnp.where(kept, token_weight.astype(ones.dtype), 0.0)
     if not soft and weight is not None and classes:
         # Ignored rows read no weight, not even through 0 * inf.
-        at = weight.astype(nll.dtype).at[target.clip(0, classes - 1)]
-        share = jnp.where(kept, at.get(mode="clip", out_sharding=jax.typeof(target).sharding), 0.0)
-        nll = nll * share
-    loss = nll
-    if s > 0.0:
-        smooth = rows["smooth"] * (s / max(classes, 1))
-        loss = smooth if s == 1.0 else (1.0 - s) * nll + smooth
-        if not soft:
-            loss = jnp.where(target == INVALID, jnp.nan, loss)
-    if options.z_loss > 0.0:
-        loss = loss + options.z_loss * jnp.square(rows["lse"])
-    if token_weight is not None:
-        t = jnp.where(kept, token_weight.astype(nll.dtype), 0.0)
-        share = t if soft else share * t
-        loss = loss * t
-    if options.reduction == "none":
-        return loss
-    total = loss.sum()
+        at = weight.astype(ones.dtype).at[target.clip(0, classes - 1)]
+        nll = share = jnp.where(kept, at.get(mode="clip", out_sharding=jax.typeof(target).sharding), 0.0)
+    return Coefficients(
+        nll=(1.0 - s) * nll * tokens if s < 1.0 else None,
+        smooth=s / max(classes, 1) * tokens if s > 0.0 else None,
+        square=options.z_loss * tokens if options.z_loss > 0.0 else None,
+        share=share * tokens,
+        kept=kept,
+    )
+
+
+def combine(rows: dict[str, Array], target: Array, by: Coefficients) -> Array:
+    """The rows' losses from their nll, smooth and lse."""
+    terms = []
+    if by.nll is not None:
+        terms.append(by.nll * rows["nll"])
+    if by.smooth is not None:
+        terms.append(by.smooth * rows["smooth"])
+        if not is_soft(target):
+            terms[-1] = jnp.where(target == INVALID, jnp.nan, terms[-1])
+    if by.square is not None:
+        terms.append(by.square * jnp.square(rows["lse"]))
+    return sum(terms[1:], terms[0])
+
+
+def reduce(total: Array, by: Coefficients, options: LossOptions) -> Array:
+    """The sum or mean from the summed loss."""
     if options.reduction == "sum":
         return total
     # The denominator is exchanged before dividing, not the quotient after: a gradient through an unused 0/0
     # would be NaN.
-    count, zero = share.sum(), options.on_all_ignored == "zero"
-    some = count != 0 if zero else kept.any()
+    count, zero = by.share.sum(), options.on_all_ignored == "zero"
+    some = count != 0 if zero else by.kept.any()
     return jnp.where(some, total / jnp.where(some, count, 1.0), 0.0 if zero else jnp.nan)
 
 
-def statistics(
-    rows: dict[str, Array], z: Callable[[], Array], target: Array, options: LossOptions, axis: int
-) -> dict[str, Array]:
+def statistics(rows: dict[str, Array], target: Array, options: LossOptions) -> dict[str, Array]:
     """The statistics asked for, of the target's row shape; ignored rows hold 0 (argmax -1)."""
     out: dict[str, Array] = {}
     for name in options.stats:
         if name == "logprob":
             out[name] = 0.0 - rows["nll"]
         elif name == "argmax":
-            if (logits := z()).shape[axis]:
-                out[name] = logits.argmax(axis)
-            else:
-                out[name] = jnp.full(rows["nll"].shape, -1)
-            if not is_soft(target):
-                out[name] = jnp.where(target == IGNORED, -1, out[name])
+            out[name] = rows[name] if is_soft(target) else jnp.where(target == IGNORED, -1, rows[name])
         else:
             out[name] = rows[name]
     return out

@@ -81,6 +81,62 @@ def cross_entropy_bwd(
     return dlogits
 
 
+def cross_entropy_bwd_over(
+    logits: Array,
+    target: Array,
+    weight: Array | None,
+    m: Array,
+    rest: Array,
+    d_nll: Array | None,
+    d_lse: Array | None,
+    d_smooth: Array | None,
+    d_entropy: Array | None,
+    *,
+    axis: int,
+    scale: float,
+    softcap: float | None,
+) -> Array:
+    """`cross_entropy_bwd`, the kernel writing over logits that nothing else needs."""
+    arrays = (logits, _taken(target, logits), weight, m, rest, d_nll, d_lse, d_smooth, d_entropy)
+    (dlogits,) = _cross_entropy_bwd_over(*arrays, axis=axis, scale=scale, softcap=softcap)
+    return dlogits
+
+
+def cross_entropy_fwd_bwd(
+    logits: Array,
+    target: Array,
+    weight: Array | None,
+    d_nll: Array | None,
+    d_lse: Array | None,
+    d_smooth: Array | None,
+    d_entropy: Array | None,
+    *,
+    axis: int,
+    scale: float,
+    softcap: float | None,
+    smooth: bool,
+    entropy: bool,
+) -> tuple[Array, ...]:
+    """(dL/dlogits, nll, lse, [smooth], [entropy], m, rest) in one visit, the kernel writing over the logits."""
+    arrays = (logits, _taken(target, logits), weight, d_nll, d_lse, d_smooth, d_entropy)
+    layout = {"axis": axis, "scale": scale, "softcap": softcap}
+    return tuple(_cross_entropy_fwd_bwd(*arrays, **layout, smooth=smooth, entropy=entropy))
+
+
+def _in_two_visits(
+    logits: Array,
+    target: Array,
+    weight: Array | None,
+    *upstream: Array | None,
+    smooth: bool,
+    entropy: bool,
+    **layout: Any,
+) -> list[Array]:
+    """What `cross_entropy_fwd_bwd` is: its derivatives are those of the two."""
+    values = _cross_entropy_fwd(logits, target, weight, **layout, smooth=smooth, entropy=entropy)
+    return [*_cross_entropy_bwd(logits, target, weight, *values[-2:], *upstream, **layout), *values]
+
+
 def _taken(target: Array, logits: Array) -> Array:
     """Soft targets of a type the kernels read: the logits' own or the compute type."""
     if is_soft(target) and target.dtype != logits.dtype:
@@ -103,8 +159,12 @@ def _loss_fwd(present: Sequence[bool], options: dict[str, Any]) -> dict[str, Any
 
 
 def _loss_bwd(present: Sequence[bool], options: dict[str, Any]) -> dict[str, Any]:
-    upstream = dict(zip(("d_nll", "d_lse", "d_smooth", "d_entropy"), present[5:], strict=True))
+    upstream = dict(zip(("d_nll", "d_lse", "d_smooth", "d_entropy"), present[-4:], strict=True))
     return {**_loss(present, options), **upstream}
+
+
+def _loss_fwd_bwd(present: Sequence[bool], options: dict[str, Any]) -> dict[str, Any]:
+    return {**_loss_fwd(present, options), **_loss_bwd(present, options)}
 
 
 # name, the plain function, and the kernel: its name and what it is told beside the axis
@@ -121,13 +181,24 @@ _log_softmax_bwd = transposable(
 _cross_entropy_fwd = Row(
     "cross_entropy_fwd", plain.cross_entropy_fwd, weight=2, kernel=("cross_entropy_fwd", _loss_fwd)
 )
-_cross_entropy_bwd = transposable(
-    Row(
-        "cross_entropy_bwd",
-        plain.cross_entropy_bwd,
-        linear=[5, 6, 7, 8],
-        weight=2,
-        kernel=("cross_entropy_bwd", _loss_bwd),
-    ),
-    like=3,
+_cross_entropy_bwd, _cross_entropy_bwd_over = (
+    transposable(
+        Row(
+            name,
+            plain.cross_entropy_bwd,
+            linear=[5, 6, 7, 8],
+            weight=2,
+            kernel=("cross_entropy_bwd", _loss_bwd),
+            inplace=inplace,
+        ),
+        like=3,
+    )
+    for name, inplace in (("cross_entropy_bwd", False), ("cross_entropy_bwd_over", True))
+)
+_cross_entropy_fwd_bwd = Row(
+    "cross_entropy_fwd_bwd",
+    _in_two_visits,
+    weight=2,
+    kernel=("cross_entropy_fwd_bwd", _loss_fwd_bwd),
+    inplace=True,
 )

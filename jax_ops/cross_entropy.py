@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jax_ops import _rows as rows
 from jax_ops._arrays import describe, same_axes, unwrap
 from jax_ops._autodiff import analytic
-from jax_ops._reduction import reduce, statistics
+from jax_ops._reduction import coefficients, combine, reduce, statistics
 from jax_ops._targets import canonical
 from softmax_ext import contract
 
@@ -138,10 +138,16 @@ def cross_entropy(
         + ("smooth",) * (options.label_smoothing > 0.0)
         + ("entropy",) * ("entropy" in stats),
     )
-    loss = reduce(per_row, t, w, tw, options, classes)
+    by = coefficients(jnp.ones_like(per_row["nll"]), t, w, tw, options, classes)
+    loss = combine(per_row, t, by)
+    if options.reduction != "none":
+        loss = reduce(loss.sum(), by, options)
     if not stats:
         return loss
-    return loss, statistics(per_row, lambda: rows.capped(jax.lax.stop_gradient(logits), scale, cap), t, options, axis)
+    if "argmax" in stats:
+        z = rows.capped(jax.lax.stop_gradient(logits), scale, cap)
+        per_row["argmax"] = z.argmax(axis) if classes else jnp.full(per_row["nll"].shape, -1)
+    return loss, statistics(per_row, t, options)
 
 
 def row(

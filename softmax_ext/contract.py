@@ -16,6 +16,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 REDUCTIONS = ("mean", "sum", "none")
 ON_ALL_IGNORED = ("nan", "zero")
 STATS = ("lse", "logprob", "entropy", "argmax")
+MEMORY = ("fast", "lean")
 
 
 # Each class also derives from what the frameworks' own ops raise for the same mistake, so that
@@ -117,15 +118,90 @@ def loss(
     options.check(op)
     floating(op, "input", input)
     rows = input.shape[:axis] + input.shape[axis + 1 :]
+    return _targets_and_weights(op, input, input.shape, rows, axis, target, weight, token_weight, options, "input's")
+
+
+def linear_loss(
+    op: str,
+    input: Array | None,
+    linear_weight: Array | None,
+    target: Array | None,
+    linear_bias: Array | None,
+    weight: Array | None,
+    token_weight: Array | None,
+    *,
+    options: LossOptions,
+    shift: Any,
+    memory: Any,
+    chunk_size: Any,
+) -> bool:
+    """Check the loss of a linear layer's logits; True when targets are soft.
+
+    Shapes: input (..., D), linear_weight (V, D), target (...) or (..., V); or input (N, D),
+    linear_weight (V, d1, .., dK, D), target (N, d1, .., dK) or (N, V, d1, .., dK).
+    """
+    options.check(op)
+    if not is_integer(shift):
+        _type(op, "shift", "be a Python integer >= 0", shift)
+    if shift < 0:
+        _value(op, "shift", "be a Python integer >= 0", shift)
+    _one_of(op, "memory", memory, MEMORY, ArgumentTypeError)
+    if chunk_size is not None and not is_integer(chunk_size):
+        _type(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
+    if chunk_size is not None and chunk_size < 1:
+        _value(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
+
+    input = at_least_1d(op, "input", input)
+    floating(op, "input", input)
+    linear_weight = _array(op, "linear_weight", linear_weight)
+    _same_type(op, "linear_weight", linear_weight, input)
+    features, lead = input.shape[-1], input.shape[:-1]
+    if len(linear_weight.shape) < 2 or linear_weight.shape[-1] != features:
+        rule = f"have 2 dimensions or more, the last {features} (the input's)"
+        _value(op, "linear_weight", rule, _shape(linear_weight.shape), raw=True)
+    classes, inner = linear_weight.shape[0], linear_weight.shape[1:-1]
+    if inner and len(lead) != 1:
+        rule = f"have 2 dimensions (N, D) with a linear_weight of {len(linear_weight.shape)}"
+        _value(op, "input", rule, _shape(input.shape), raw=True)
+    if linear_bias is not None:
+        _same_type(op, "linear_bias", linear_bias, input)
+        if linear_bias.shape != linear_weight.shape[:-1]:
+            rule = f"have shape {_shape(linear_weight.shape[:-1])}"
+            _value(op, "linear_bias", rule, _shape(linear_bias.shape), raw=True)
+    if shift and (inner or not lead):
+        form = "a linear_weight of more than 2 dimensions" if inner else "an input of 1 dimension"
+        _value(op, "shift", f"be 0 with {form}", shift)
+    for name, array in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if array is not None:
+            _same_device(op, name, array, input)
+    # K-dimensional logits have their classes at dimension 1, as torch's losses; others at the last.
+    axis = 1 if inner else len(lead)
+    full = (*lead, classes, *inner)
+    return _targets_and_weights(op, input, full, lead + inner, axis, target, weight, token_weight, options, "logits'")
+
+
+def _targets_and_weights(
+    op: str,
+    input: Array,
+    full: tuple[int, ...],
+    rows: tuple[int, ...],
+    axis: int,
+    target: Array | None,
+    weight: Array | None,
+    token_weight: Array | None,
+    options: LossOptions,
+    of: str,
+) -> bool:
+    """The rules every loss shares, for logits of shape `full`: whether targets are soft."""
     target = _array(op, "target", target)
-    soft = _is_soft(op, input.shape, rows, target)
+    soft = _is_soft(op, full, rows, target, of)
     if soft and options.ignored >= 0:
         rule = "be negative with class probabilities as targets"
         _value(op, "ignore_index", rule, options.ignore_index)
     if soft and "logprob" in options.stats:
         _value(op, "stats", "not name 'logprob' with class probabilities as targets", "logprob")
     for name, array, shape in (
-        ("weight", weight, (input.shape[axis],)),
+        ("weight", weight, (full[axis],)),
         ("token_weight", token_weight, rows),
     ):
         if array is not None:
@@ -137,19 +213,19 @@ def loss(
     return soft
 
 
-def _is_soft(op: str, full: tuple[int, ...], rows: tuple[int, ...], target: Array) -> bool:
+def _is_soft(op: str, full: tuple[int, ...], rows: tuple[int, ...], target: Array, of: str) -> bool:
     if target.kind == "float":
         if target.shape == full:
             return True
         if target.shape == rows:
             _type(op, "target", "have an integer type for class indices", target.dtype, raw=True)
-        rule = f"have the input's shape {_shape(full)} for class probabilities"
+        rule = f"have the {of} shape {_shape(full)} for class probabilities"
         _value(op, "target", rule, _shape(target.shape), raw=True)
     if target.kind != "int":
         rule = "have an integer type (class indices) or a floating type (class probabilities)"
         _type(op, "target", rule, target.dtype, raw=True)
     if target.shape == full:
-        rule = "have a floating type for class probabilities (the input's shape)"
+        rule = f"have a floating type for class probabilities (the {of} shape)"
         _type(op, "target", rule, target.dtype, raw=True)
     if target.shape != rows:
         rule = f"have shape {_shape(rows)} for class indices"
@@ -237,6 +313,12 @@ def _array(op: str, name: str, array: Array | None) -> Array:
     if array.kind == "other":
         _type(op, name, "be an array", array.dtype, raw=True)
     return array
+
+
+def _same_type(op: str, name: str, array: Array, input: Array) -> None:
+    floating(op, name, array)
+    if array.dtype != input.dtype:
+        _type(op, name, f"have the input's type {input.dtype}", array.dtype, raw=True)
 
 
 def _same_device(op: str, name: str, array: Array, input: Array) -> None:

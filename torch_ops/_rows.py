@@ -96,6 +96,33 @@ def cross_entropy_bwd(
     )
 
 
+def cross_entropy_fwd_bwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    d_smooth: Tensor | None,
+    d_entropy: Tensor | None,
+    *,
+    dim: int,
+    scale: float,
+    softcap: float | None,
+    smooth: bool,
+    entropy: bool,
+) -> tuple[Tensor, ...]:
+    """cross_entropy_fwd's values, and cross_entropy_bwd's gradient over the logits, in one visit of each row."""
+    upstream = (d_nll, d_lse, d_smooth, d_entropy)
+    if native.serves(logits, dim) and logits.is_contiguous():
+        layout = (dim, scale, softcap, smooth, entropy)
+        values = native.ops.cross_entropy_fwd_bwd_(logits, _taken(target, logits), weight, *upstream, *layout)
+        torch.autograd.graph.increment_version(logits)  # as in cross_entropy_bwd
+        return tuple(values)
+    return plain.cross_entropy_fwd_bwd(
+        logits, target, weight, *upstream, dim=dim, scale=scale, softcap=softcap, smooth=smooth, entropy=entropy
+    )
+
+
 def _taken(target: Tensor, logits: Tensor) -> Tensor:
     """Soft targets of a type the kernels read: the logits' own or the compute type."""
     if target.is_floating_point() and target.dtype != logits.dtype:

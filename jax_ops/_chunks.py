@@ -1,0 +1,87 @@
+"""Cutting rows or classes into chunks, of which one at a time exists: a scan that keeps nothing of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Part = Array | int  # which chunk; the static index `count` is the shorter one at the end
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`size` positions as `count` chunks of `each` and, unless those are all, one shorter chunk more."""
+
+    size: int
+    each: int
+    count: int
+    strided: bool = False
+
+    @property
+    def start(self) -> int:
+        """Where the shorter chunk begins."""
+        return self.each * self.count
+
+    def length(self, part: Part) -> int:
+        """How many positions the chunk has."""
+        return self.size - self.start if self._last(part) else self.each
+
+    def take(self, x: Array | None, part: Part, axis: int = 0) -> Any:
+        """The chunk of x, cut along `axis`."""
+        if x is None or (self.count == 1 and self.start == self.size):
+            return x
+        if self._last(part):
+            return lax.slice_in_dim(x, self.start, self.size, axis=axis)
+        if self.strided:
+            return lax.dynamic_index_in_dim(self._split(x), part, 1, keepdims=False)
+        return lax.dynamic_slice_in_dim(x, part * self.each, self.each, axis)
+
+    def put(self, whole: Array, chunk: Array, part: Part, axis: int = 0) -> Array:
+        """`whole` with the chunk replaced."""
+        chunk = chunk.astype(whole.dtype)
+        if self.count == 1 and self.start == self.size:
+            return chunk
+        if self.strided and not self._last(part):
+            return lax.dynamic_update_index_in_dim(self._split(whole), chunk, part, 1).reshape(whole.shape)
+        return lax.dynamic_update_slice_in_dim(whole, chunk, part * self.each, axis)
+
+    def loop(self, step: Callable[[Any, Part], Any], carry: Any) -> Any:
+        """carry after step(carry, part) for every chunk.
+
+        Checkpointed: differentiated, a step is run again, else the loop would keep every chunk's logits.
+        """
+        again = jax.checkpoint(step, prevent_cse=False)
+        if self.count == 1:
+            carry = jax.checkpoint(lambda c: step(c, 0), prevent_cse=False)(carry)
+        elif self.count:
+            carry, _ = lax.scan(lambda c, i: (again(c, i), None), carry, jnp.arange(self.count))
+        if self.start != self.size:
+            carry = jax.checkpoint(lambda c: step(c, self.count), prevent_cse=False)(carry)
+        return carry
+
+    def _last(self, part: Part) -> bool:
+        return isinstance(part, int) and part == self.count
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(self.each, self.count, *x.shape[1:])
+
+
+def cut(size: int, largest: int, *, strided: bool = False) -> Cut:
+    """`size` in chunks of at most `largest`, equal ones where a few more of them come out even.
+
+    Strided, chunk i of n is positions i::n: then each device that holds a block of the rows of a batch has its part
+    of every chunk. In contiguous chunks a scan would gather the batch.
+    """
+    if not isinstance(size, int):  # exported for any number of rows: all of them at once
+        return Cut(size, size, 1)
+    fewest = max(-(-size // max(largest, 1)), 1)
+    for count in range(fewest, 2 * fewest):
+        if size % count == 0:
+            return Cut(size, size // count, count, strided)
+    each = -(-size // fewest)
+    return Cut(size, each, size // each)

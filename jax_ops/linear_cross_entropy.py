@@ -1,0 +1,226 @@
+"""Fused linear layer and softmax cross-entropy for JAX: of the logits, a chunk at a time exists."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_ops import _linear_rows, _linear_slices, _linear_sum
+from jax_ops._arrays import describe, unwrap
+from jax_ops._chunks import cut
+from jax_ops._linear import wide
+from jax_ops._reduction import coefficients, combine, reduce, statistics
+from jax_ops._rows import IGNORED
+from jax_ops._targets import canonical
+from softmax_ext import contract
+
+WORKSPACE = 2**28  # bytes of logits that exist at a time, where chunk_size is None
+
+
+@overload
+def linear_cross_entropy(
+    input: ArrayLike,
+    linear_weight: ArrayLike,
+    target: ArrayLike,
+    *,
+    linear_bias: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: ArrayLike | None = None,
+    on_all_ignored: str = "nan",
+    stats: tuple[()] = (),
+    shift: int = 0,
+    memory: str = "fast",
+    chunk_size: int | None = None,
+) -> jax.Array: ...
+@overload
+def linear_cross_entropy(
+    input: ArrayLike,
+    linear_weight: ArrayLike,
+    target: ArrayLike,
+    *,
+    linear_bias: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: ArrayLike | None = None,
+    on_all_ignored: str = "nan",
+    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax"]],
+    shift: int = 0,
+    memory: str = "fast",
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+def linear_cross_entropy(
+    input: ArrayLike,
+    linear_weight: ArrayLike,
+    target: ArrayLike,
+    *,
+    linear_bias: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: ArrayLike | None = None,
+    on_all_ignored: str = "nan",
+    stats: Sequence[str] = (),
+    shift: int = 0,
+    memory: str = "fast",
+    chunk_size: int | None = None,
+) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy between softmax(input linear_weightT + linear_bias) and targets, in nats.
+
+    Formula: `sum(y) * log(sum(exp(x @ w.T))) - sum(y * (x @ w.T))` for probabilities y, one-hot for a class index.
+    Gradient: `(exp(x @ w.T) / sum(exp(x @ w.T)) * sum(y) - y) @ w`
+
+    Args:
+        input: (..., D); float16, bfloat16, float32 or float64.
+        linear_weight: (V, D), of the input's type (for a Flax kernel (D, V) pass `kernel.T`); or
+            (V, d1, .., dK, D) with an input (N, D), for logits (N, V, d1, .., dK).
+        target: class indices (...), any integer type, or probabilities (..., V), any floating type; with
+            a K-dimensional linear_weight (N, d1, .., dK) or (N, V, d1, .., dK).
+        linear_bias: the shape of linear_weight without D, the input's type.
+        weight: one weight per class (V,), any floating type.
+        ignore_index: class index of rows that reach no result; None means -100.
+        reduction: "mean" (weighted by class and token weights), "sum" or "none".
+        label_smoothing: s in [0, 1]; targets become (1 - s) * target + s / V.
+        logit_scale: finite number > 0 the logits are multiplied by first (1 / temperature).
+        softcap: finite number > 0 or None; then logits become softcap * tanh(logits / softcap).
+        z_loss: number >= 0; adds z_loss * lse^2 to each kept row, not multiplied by class weights.
+        token_weight: one weight per row, the shape of the class indices.
+        on_all_ignored: what a mean over nothing gives: "nan", or "zero" (with zero gradients).
+        stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
+        shift: k >= 0; the loss of input[..., :-k, :] and target[..., k:], token_weight likewise.
+        memory: "fast" works by chunks of the rows, "lean" by slices of the classes, and keeps less.
+        chunk_size: rows (fast) or classes (lean) at a time, at most; None picks what 256 MiB hold of logits.
+
+    Returns:
+        The loss, float32 for half-precision input: a scalar, or row-shaped with reduction "none". With `stats`
+        a pair (loss, {name: array}), the statistics of the scaled and capped logits in nats (argmax: integers).
+        A row whose class index is outside [0, V) and not ignore_index has a NaN loss and gradient, and makes
+        those of linear_weight and linear_bias NaN.
+
+    Raises:
+        TypeError: an argument of the wrong type; options are Python values, never arrays.
+        ValueError: a shape or value outside its rule.
+
+    Memory:
+        A chunk of the logits, which half-precision input has in float32 and, for their gradient, in its own type as
+        well. "fast" with reduction "mean" or "sum" and no stats forms the gradients in the forward pass (three
+        matmuls) and keeps those of what is differentiated, in float32. Otherwise the arguments and two to four
+        numbers per row are kept, and the backward pass forms the logits again (four matmuls). Second derivatives
+        form each chunk again. "argmax" is one matmul more.
+
+    Source:
+        Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv:2411.09009), for the idea.
+
+    Example:
+        >>> import jax.numpy as jnp, jax_ops
+        >>> hidden, weight = jnp.array([[1.0, 2.0]]), jnp.array([[0.5, 0.3], [0.4, 0.9], [0.2, 0.0], [-1.7, 0.0]])
+        >>> round(jax_ops.linear_cross_entropy(hidden, weight, jnp.array([1])).item(), 4)
+        0.3977
+    """
+    options = contract.LossOptions(
+        ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss, on_all_ignored, stats
+    )
+    given = (input, linear_weight, target, linear_bias, weight, token_weight)
+    arrays = [None if a is None else unwrap(a) for a in given]
+    facts = [None if a is None else describe(a) for a in arrays]
+    more = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
+    soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **more)
+
+    x, w, t, b, class_weight, tokens = arrays
+    if not soft:
+        t = canonical(t, w.shape[0], options.ignored)
+    x, w, t, b, class_weight, tokens = (
+        None if a is None else jnp.asarray(a) for a in (x, w, t, b, class_weight, tokens)
+    )
+    x, t, tokens, outside = _shifted(x, t, tokens, shift)
+    lead, classes, inner = x.shape[:-1], w.shape[0], w.shape[1:-1]
+    shape, positions = (*lead, *inner), math.prod(inner)
+    x = x.reshape(math.prod(lead), x.shape[-1])
+    if inner:  # as one dimension, over which the head is mapped
+        w = w.reshape(classes, positions, w.shape[-1])
+        b = None if b is None else b.reshape(classes, positions)
+    flat = (x.shape[0], positions) if inner else x.shape[:1]
+    t = t.reshape((flat[0], classes, *flat[1:]) if soft else flat)
+    tokens = None if tokens is None else tokens.reshape(flat)
+
+    kind = wide(x.dtype)
+    limits = jnp.finfo(kind)
+    scale, cap = options.fitted(float(limits.tiny), float(limits.max))
+    size, others = (x.shape[0], classes) if memory == "fast" else (classes, x.shape[0])
+    # Half precision: the logits' gradient exists in its own type beside the float32 one.
+    bytes_each = kind.itemsize + (x.dtype.itemsize if x.dtype != kind else 0)
+    fits = WORKSPACE // max(bytes_each * others * positions, 1) if isinstance(others, int) else 4096
+    chunks = cut(size, int(chunk_size or fits), strided=memory == "fast")
+    given = {"cut": chunks, "scale": scale, "softcap": cap}
+
+    by = coefficients(jnp.ones_like(x, shape=flat, dtype=kind), t, class_weight, tokens, options, classes)
+    # Nothing in the rows depends on the class weights of integer targets.
+    mixed = class_weight.astype(kind) if class_weight is not None and (soft or by.smooth is not None) else None
+    over = partial(_over_positions, bool(inner), 1 if not soft else 2)
+    if options.reduction != "none" and not stats and memory == "fast":
+        vectors = [None if c is None else jnp.broadcast_to(c, flat).astype(kind) for c in by[:3]]
+        total = over(partial(_linear_sum.total, **given), x, w, b, t, mixed, *vectors)
+        return reduce(total.sum(), by, options)
+
+    module: Any = _linear_rows if memory == "fast" else _linear_slices
+    wanted = {
+        "nll": by.nll is not None or "logprob" in stats,
+        "lse": options.z_loss > 0.0 or "lse" in stats,
+        "smooth": options.label_smoothing > 0.0,
+        "entropy": "entropy" in stats,
+    }
+    names = tuple(name for name, on in wanted.items() if on)
+    rows = dict(zip(names, over(partial(module.per_row, names=names, **given), x, w, b, t, mixed), strict=True))
+    loss = combine(rows, t, by)
+    if "argmax" in stats:
+        rows["argmax"] = over(partial(module.argmax, **given), x, w, b) if classes else jnp.full(flat, -1)
+    out = {name: value.reshape(shape)[outside] for name, value in statistics(rows, t, options).items()}
+    loss = loss.reshape(shape)[outside] if options.reduction == "none" else reduce(loss.sum(), by, options)
+    return (loss, out) if stats else loss
+
+
+def _shifted(x: jax.Array, t: jax.Array, tokens: jax.Array | None, shift: int) -> tuple[Any, ...]:
+    """Each row beside the target `shift` further on, and which rows of the results are asked for."""
+    if not shift:
+        return x, t, tokens, ...
+    length = x.shape[-2]
+    shift = min(shift, length)
+    if t.ndim == x.ndim:
+        tokens = None if tokens is None else tokens[..., shift:]
+        return x[..., : length - shift, :], t[..., shift:, :], tokens, ...
+    # The last rows stay, ignored: without them the input would be copied, and a batch spread over devices cut
+    # at other places than its blocks.
+    lead = [(0, 0)] * (t.ndim - 1)
+    t = jnp.pad(t[..., shift:], [*lead, (0, shift)], constant_values=IGNORED)
+    tokens = None if tokens is None else jnp.pad(tokens[..., shift:], [*lead, (0, shift)])
+    return x, t, tokens, (..., slice(length - shift))
+
+
+def _over_positions(mapped: bool, target_axis: int, fn: Callable[..., Any], x: Any, w: Any, b: Any, *rest: Any) -> Any:
+    """fn, mapped over the positions of a K-dimensional linear weight: as a batch, the input is not repeated."""
+    if not mapped:
+        return fn(x, w, b, *rest)
+    axes = [None, 1, 1, target_axis, None, 1, 1, 1][: 3 + len(rest)]
+    args = (x, w, b, *rest)
+    axes = [None if a is None else axis for a, axis in zip(args, axes, strict=True)]
+    return jax.vmap(fn, in_axes=axes, out_axes=-1)(*args)

@@ -1,0 +1,179 @@
+"""The linear head as autograd.Functions: first derivatives by hand-written loops, all others by chunks of rows.
+
+legend:  z = X WT + b (N, V), never whole; G = dL/dz, from the row functions
+formula: dX = G W,  dW = GT X,  db = sum_i G_i
+source:  document 3's chain rule dE/dw = dE/da da/dz dz/dw, document 4's G; docs/derivation.md
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from torch_ops import _rows as rows
+from torch_ops._arrays import forward_rule, in_graph, is_constant
+from torch_ops._chunks import DERIVED, RowMap, batched, pulled_back, pushed_forward, run, that_fit
+from torch_ops._linear_ops import Plan, head_bwd, head_fwd
+from torch_ops._linear_parts import by_hand
+from torch_ops.cross_entropy import _row
+
+
+def _derived_size(plan: Plan, x: Tensor, linear_weight: Tensor) -> int:
+    """Rows in a chunk where a derivative is derived in plain ops."""
+    n, v = x.shape[0], linear_weight.shape[0]
+    if plan.chunk_size is None:
+        return that_fit(None, v * DERIVED, x.itemsize)
+    return max(1, n * plan.chunk_size // max(1, v)) if plan.lean else plan.chunk_size
+
+
+def _row_map(plan: Plan) -> RowMap:
+    """(x, linear_weight, linear_bias, target, weight) -> (nll, lse, [smooth], [entropy], m, rest, [argmax])."""
+    scale, softcap, smooth, entropy, argmax, *_ = plan
+
+    def call(x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, w: Tensor | None) -> tuple[Tensor, ...]:
+        if not target.is_floating_point():  # an ignored row reaches no result, not even through 0 * NaN
+            x = x.masked_fill((target == rows.IGNORED).unsqueeze(1), 0.0)
+        z = F.linear(x, lw, lb)
+        out = _row(z, target, w, 1, scale, softcap, smooth, entropy, False)
+        return (*out, rows.capped(z.detach(), scale, softcap).argmax(1)) if argmax else out
+
+    return RowMap(call, (True, False, False, True, False), (True,) * (plan.values + 2 + argmax))
+
+
+@in_graph
+def head_rows(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    *plan: Any,
+) -> tuple[Tensor, ...]:
+    """(nll, lse, [smooth], [entropy], m, rest, [argmax]) of each row."""
+    arrays = (x, linear_weight, linear_bias, target, weight)
+    if is_constant(*arrays):
+        return _rows_fwd(*arrays, Plan(*plan))
+    return LinearRows.apply(*arrays, Plan(*plan))  # pyright: ignore[reportReturnType]
+
+
+class LinearRows(Function):
+    """(nll, lse, [smooth], [entropy], m, rest, [argmax]) of each row. Saves its inputs and some row numbers."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _rows_fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *arrays, ctx.plan = inputs
+        m, rest = output[ctx.plan.values : ctx.plan.values + 2]
+        h = output[ctx.plan.values - 1] if ctx.plan.entropy else None
+        ctx.mark_non_differentiable(*output[ctx.plan.values :])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arrays, m, rest, None if h is None else h.detach())
+        ctx.save_for_forward(*arrays)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        given = iter(grads)
+        ups = [next(given), next(given), *(next(given) if on else None for on in (ctx.plan.smooth, ctx.plan.entropy))]
+        needs = tuple(ctx.needs_input_grad[:5])
+        out: list[Tensor | None] = [None] * 6
+        if any(u is not None for u in ups):
+            found: Any = LinearBwd.apply(*ctx.saved_tensors, *ups, ctx.plan, needs)
+            for i, g in zip((i for i in range(5) if needs[i]), found, strict=True):
+                out[i] = g
+        return tuple(out)
+
+    @staticmethod
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        plan, along = ctx.plan, range(ctx.plan.values)
+        size = _derived_size(plan, *saved[:2])
+        out = pushed_forward(_row_map(plan), size, saved, tangents[:5], along)
+        return *out, None, None, *[None] * plan.argmax
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Any, lw: Any, lb: Any, target: Any, w: Any, plan: Plan) -> Any:
+        if all(at is None for at in (in_dims[1], in_dims[2], in_dims[4])):  # one head: examples are rows
+            x, target = (
+                a.expand(info.batch_size, *a.shape) if at is None else a.movedim(at, 0)
+                for a, at in ((x, in_dims[0]), (target, in_dims[3]))
+            )
+            out = LinearRows.apply(x.flatten(0, 1), lw, lb, target.flatten(0, 1), w, plan)
+            out = tuple(v.unflatten(0, x.shape[:2]) for v in out)  # pyright: ignore[reportGeneralTypeIssues]
+            return out, (0,) * len(out)
+        args = (x, lw, lb, target, w)
+        return batched(info, in_dims[:5], _row_map(plan), _size_of_one(plan, args, in_dims), args)
+
+
+class LinearBwd(Function):
+    """Those needed of (dX, dW, db, d_target, d_weight) as a function of everything: linear in the upstreams."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _rows_bwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *arrays, ctx.plan, ctx.needs = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arrays)
+        ctx.save_for_forward(*arrays)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        fn, size, args, places = _as_map(ctx.saved_tensors, ctx.plan, ctx.needs)
+        out: list[Tensor | None] = [None] * 14
+        found = pulled_back(fn, size, args, cotangents, [ctx.needs_input_grad[i] for i in places])
+        for i, g in zip(places, found, strict=True):
+            out[i] = g
+        return tuple(out)
+
+    @staticmethod
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        fn, size, args, places = _as_map(saved, ctx.plan, ctx.needs)
+        return pushed_forward(fn, size, args, [tangents[i] for i in places], range(len(fn.out_rows)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        *arrays, plan, needs = args
+        fn, _, given, places = _as_map(arrays, plan, needs)
+        size = _size_of_one(plan, arrays, in_dims)
+        return batched(info, [in_dims[i] for i in places], fn, size, given)
+
+
+def _as_map(arrays: Any, plan: Plan, needs: tuple[bool, ...]) -> tuple[RowMap, int, list[Any], list[int]]:
+    """(the gradient as a row map, its chunk, its arguments, their places among LinearBwd's)."""
+    ups = [i for i, u in enumerate(arrays[8:12]) if u is not None]
+    # Results exist without gaps: smooth and entropy stand where the plan has them.
+    names = [0, 1, *[2] * plan.smooth, *[3] * plan.entropy]
+    wrt = [i for i, need in enumerate(needs) if need]
+    fn = _row_map(plan).pullback(wrt, [names.index(i) for i in ups])
+    places = [*range(5), *(8 + i for i in ups)]
+    return fn, _derived_size(plan, *arrays[:2]), [arrays[i] for i in places], places
+
+
+def _size_of_one(plan: Plan, arrays: Any, in_dims: Any) -> int:
+    """The chunk of one example."""
+    x, lw = (a if at is None else a.select(at, 0) for a, at in zip(arrays[:2], in_dims[:2], strict=True))
+    return _derived_size(plan, x, lw)
+
+
+def _rows_fwd(*args: Any) -> Any:
+    *arrays, plan = args
+    if by_hand(*arrays):
+        return tuple(head_fwd(arrays, plan))
+    return run(_row_map(plan), that_fit(None, arrays[1].shape[0], arrays[0].itemsize), *arrays)
+
+
+def _rows_bwd(*args: Any) -> Any:
+    *arrays, plan, needs = args
+    if by_hand(*arrays):
+        return tuple(head_bwd(arrays, needs, plan))
+    fn, size, given, _ = _as_map(arrays, plan, needs)
+    return run(fn, size, *given)

@@ -1,0 +1,115 @@
+"""A linear loss laid out as rows: shift, leading dimensions, K-dimensional weights and ignored rows are seen to here.
+
+n judged rows of x (those that `index` names, in their order), P positions of a K-dimensional weight (1 without).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_ops._linear import head_rows
+from torch_ops._linear_sum import head_sum
+from torch_ops._reduction import Coefficients
+from torch_ops._rows import IGNORED
+from torch_ops._targets import _can_look
+
+
+class Layout(NamedTuple):
+    """What a linear loss is the loss of."""
+
+    x: Tensor  # (rows, D)
+    index: Tensor | None  # (n,): the rows judged; None: all
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor  # (n, P) class indices, canonical, or (n, V, P) probabilities
+    token_weight: Tensor | None  # (n, P)
+    shape: tuple[int, ...]  # of the losses
+
+    @property
+    def n(self) -> int:
+        """How many rows are judged."""
+        return self.target.shape[0]
+
+
+def lay_out(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    token_weight: Tensor | None,
+    *,
+    soft: bool,
+    shift: int,
+) -> Layout:
+    """The layout of checked arguments with canonical targets."""
+    *lead, features = x.shape
+    inner, index = linear_weight.shape[1:-1], None
+    if shift:
+        kept = max(lead[-1] - shift, 0)
+        target = target[..., shift:, :] if soft else target[..., shift:]
+        token_weight = None if token_weight is None else token_weight[..., shift:]
+        if math.prod(lead[:-1]) == 1:
+            x = x[..., :kept, :]
+        else:  # the rows judged are no slice: each chunk gathers its own, x is not copied
+            index = torch.arange(math.prod(lead), device=x.device).reshape(lead)[..., :kept].reshape(-1)
+        x, lead = x.reshape(-1, features) if features else x.reshape(math.prod(x.shape[:-1]), 0), [*lead[:-1], kept]
+    else:
+        x = x.reshape(math.prod(lead), features)
+    n, classes, positions = math.prod(lead), linear_weight.shape[0], math.prod(inner)
+    target = target.reshape(n, classes, positions) if soft else target.reshape(n, positions)
+    token_weight = None if token_weight is None else token_weight.reshape(n, positions)
+    return Layout(x, index, linear_weight, linear_bias, target, token_weight, (*lead, *inner))
+
+
+def total(of: Layout, weight: Tensor | None, k: Coefficients, plan: tuple[object, ...]) -> Tensor:
+    """sum over rows and positions of a nll + s smooth + c lse^2."""
+    parts = []
+    for p, (lw, lb, target) in enumerate(_heads(of)):
+        of_row = [v if v is None else v[:, p] for v in k[:3]]
+        kept = _kept(target)
+        if kept is not None:
+            target, *of_row = (v if v is None else v.index_select(0, kept) for v in (target, *of_row))
+        parts.append(head_sum(of.x, lw, lb, target, weight, *of_row, _both(of.index, kept), *plan))
+    return sum(parts[1:], parts[0]) if parts else k.share.sum()
+
+
+def each_row(of: Layout, weight: Tensor | None, names: list[str], plan: tuple[object, ...]) -> dict[str, Tensor]:
+    """The rows' numbers by name, (n, P)."""
+    columns = []
+    for lw, lb, target in _heads(of):
+        kept = _kept(target)
+        index = _both(of.index, kept)
+        x = of.x if index is None else of.x.index_select(0, index)
+        target = target if kept is None else target.index_select(0, kept)
+        values = head_rows(x, lw, lb, target, weight, *plan)
+        values = [v for i, v in enumerate(values) if i < len(names) or i == len(names) + 2]  # all but m and rest
+        if kept is not None:
+            values = [v.new_zeros(of.n).index_copy(0, kept, v) for v in values]
+        columns.append(values)
+    joined = (v[0].unsqueeze(1) if len(v) == 1 else torch.stack(v, 1) for v in zip(*columns, strict=True))
+    return dict(zip([*names, "argmax"], joined, strict=False))
+
+
+def _heads(of: Layout) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """(linear_weight (V, D), linear_bias (V,), target (n,) or (n, V)) of each position."""
+    if of.linear_weight.dim() == 2:  # unbound, the weight's gradient would be copied
+        return iter([(of.linear_weight, of.linear_bias, of.target.squeeze(-1))])
+    weights = of.linear_weight.flatten(1, -2).unbind(1)
+    biases = [None] * len(weights) if of.linear_bias is None else of.linear_bias.flatten(1).unbind(1)
+    return zip(weights, biases, of.target.unbind(-1), strict=True)
+
+
+def _kept(target: Tensor) -> Tensor | None:
+    """The rows that are not ignored, where eager CPU code finds any that are: they never reach a matmul."""
+    if target.is_floating_point() or not _can_look(target) or not (ignored := target == IGNORED).any():
+        return None
+    return (~ignored).nonzero().squeeze(1)
+
+
+def _both(index: Tensor | None, kept: Tensor | None) -> Tensor | None:
+    return kept if index is None else index if kept is None else index.index_select(0, kept)

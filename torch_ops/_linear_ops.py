@@ -1,0 +1,143 @@
+"""The linear head's loops behind three functions: run here and now, or as one opaque node where a graph is traced.
+
+A compiler would unroll a loop over chunks for one number of rows, and move the pieces so that several chunks of
+logits are alive at once. Exported programs hold no op of ours: there, and for tensors that dispatch on what is done
+to them, the same rows are computed in plain functional ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_ops import _linear_rows as tokens
+from torch_ops import _linear_slices as classes
+from torch_ops._linear_parts import is_traced, scaled
+
+
+class Plan(NamedTuple):
+    """The static part of a head's rows."""
+
+    scale: float
+    softcap: float | None
+    smooth: bool
+    entropy: bool
+    argmax: bool
+    lean: bool
+    chunk_size: int | None
+
+    @property
+    def values(self) -> int:
+        """How many differentiable results a row has."""
+        return 2 + self.smooth + self.entropy
+
+
+_HEAD = "Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
+_UPSTREAM = "Tensor? d_nll, Tensor? d_lse, Tensor? d_smooth, Tensor? d_entropy"
+_PLAN = "float scale, float? softcap, bool smooth, bool entropy, bool argmax, bool lean, int? chunk_size"
+_library = torch.library.Library("softmax_ext", "FRAGMENT")
+_library.define(f"head_fwd({_HEAD}, {_PLAN}) -> Tensor[]")
+_library.define(f"head_bwd({_HEAD}, Tensor m, Tensor rest, Tensor? h, {_UPSTREAM}, bool[] needs, {_PLAN}) -> Tensor[]")
+_library.define(
+    f"head_fwd_bwd({_HEAD}, Tensor? a, Tensor? s, Tensor? c, Tensor? index, bool[] needs, {_PLAN}) -> Tensor[]"
+)
+
+
+def head_fwd(arrays: Sequence[Any], plan: Plan) -> list[Tensor]:
+    """[nll, lse, [smooth], [entropy], m, rest, [argmax]] of each row."""
+    return _fwd(*arrays, *plan) if not is_traced() else torch.ops.softmax_ext.head_fwd(*arrays, *plan)
+
+
+def head_bwd(arrays: Sequence[Any], needs: Sequence[bool], plan: Plan) -> list[Tensor]:
+    """Those needed of dX, dW, db, d_target, d_weight."""
+    return _bwd(*arrays, needs, *plan) if not is_traced() else torch.ops.softmax_ext.head_bwd(*arrays, needs, *plan)
+
+
+def head_fwd_bwd(
+    arrays: Sequence[Any], needs: Sequence[bool], plan: Plan
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """([nll, lse, smooth], [dX, dW, db]) of the weighted sum, the latter unrounded."""
+    if not is_traced():
+        out = _fwd_bwd(*arrays, needs, *plan)
+    else:
+        out = torch.ops.softmax_ext.head_fwd_bwd(*arrays, needs, *plan)
+    smooth = arrays[6] is not None
+    found = iter(out[2 + smooth :])
+    return [*out[:2], out[2] if smooth else None], [next(found) if need else None for need in needs]
+
+
+def _fwd(*args: Any) -> list[Tensor]:
+    arrays, plan = args[:5], Plan(*args[5:])
+    door = classes if plan.lean else tokens
+    options = plan._asdict()
+    options.pop("lean")
+    return door.head_fwd(*arrays, **options)
+
+
+def _bwd(*args: Any) -> list[Tensor]:
+    arrays, needs, plan = list(args[:12]), args[12], Plan(*args[13:])
+    peak, arrays[8:] = _levelled(arrays[0].dtype, arrays[8:])
+    door = classes if plan.lean else tokens
+    layout = {"scale": plan.scale, "softcap": plan.softcap, "chunk_size": plan.chunk_size}
+    found = door.head_bwd(*arrays[:8], arrays[8:], needs=needs, **layout)
+    return [d if peak is None else scaled(d, peak, d.dtype) for d in found if d is not None]
+
+
+def _fwd_bwd(*args: Any) -> list[Tensor]:
+    arrays, needs, plan = args[:9], args[9], Plan(*args[10:])
+    layout = {"scale": plan.scale, "softcap": plan.softcap, "chunk_size": plan.chunk_size}
+    values, grads = tokens.head_fwd_bwd(*arrays, needs=needs, **layout)
+    return [*values, *(g for g in grads if g is not None)]
+
+
+def _fwd_bwd_one_type(*args: Any) -> list[Tensor]:
+    # Whether a half-precision dW was summed or is one product depends on the number of rows: a graph has one type.
+    out, kind = _fwd_bwd(*args), torch.promote_types(args[0].dtype, torch.float32)
+    return [v.to(kind) if v.shape == args[1].shape and v.dtype != kind else v for v in out]
+
+
+def _levelled(dtype: torch.dtype, upstream: list[Any]) -> tuple[Tensor | None, list[Any]]:
+    """(a power of 2 above the upstream gradients, the upstreams by it), in float16: G by 1/N would flush to 0."""
+    given = [u for u in upstream if u is not None]
+    if dtype != torch.float16 or not given[0].numel():
+        return None, upstream
+    top = torch.stack([u.abs().max() for u in given]).max()
+    _, exponent = torch.frexp(top)
+    peak = torch.where((top > 0) & top.isfinite(), torch.ldexp(torch.ones_like(top), exponent), 1.0)
+    return peak, [u if u is None else u / peak for u in upstream]
+
+
+for _name, _loop in (("head_fwd", _fwd), ("head_bwd", _bwd), ("head_fwd_bwd", _fwd_bwd_one_type)):
+    _library.impl(_name, _loop, "CompositeExplicitAutograd")
+
+
+def _row_like(x: Tensor, n: Any, count: int) -> list[Tensor]:
+    return [x.new_empty(n, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(count)]
+
+
+def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("softmax_ext::head_fwd")
+def _(*args: Any) -> list[Tensor]:
+    x, plan = args[0], Plan(*args[5:])
+    argmax = [x.new_empty(x.shape[0], dtype=torch.int64)] * plan.argmax
+    return _row_like(x, x.shape[0], plan.values + 2) + argmax
+
+
+@torch.library.register_fake("softmax_ext::head_bwd")
+def _(*args: Any) -> list[Tensor]:
+    return [_dense_like(v, v.dtype) for v, need in zip(args[:5], args[12], strict=True) if need]
+
+
+@torch.library.register_fake("softmax_ext::head_fwd_bwd")
+def _(*args: Any) -> list[Tensor]:
+    x, weight, bias, target, s, needs = *args[:4], args[6], args[9]
+    kind = torch.promote_types(x.dtype, torch.float32)
+    types = (x.dtype, kind, kind)
+    grads = [_dense_like(v, t) for v, t, need in zip((x, weight, bias), types, needs, strict=True) if need]
+    return _row_like(x, target.shape[0], 2 + (s is not None)) + grads

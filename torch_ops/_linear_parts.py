@@ -1,0 +1,168 @@
+"""Pieces of the linear head's loops: logits of a chunk, sums over chunks, what ignored rows may not reach."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torch_ops import _rows as rows
+from torch_ops._chunks import spans
+from torch_ops._native import _is_plain
+from torch_ops._targets import _TRACING
+
+# Entries of a temporary that stands beside the logits: 2 MiB of bfloat16.
+_PIECE = 1 << 20
+
+
+def by_hand(*arrays: Tensor | None) -> bool:
+    """Whether loops may write into buffers: not where someone dispatches on what is done to the arrays."""
+    return not torch.compiler.is_exporting() and not any(
+        v is not None
+        and (
+            not _is_plain(v) or torch._C._functorch.is_legacy_batchedtensor(v)  # pyright: ignore[reportAttributeAccessIssue]
+        )
+        for v in arrays
+    )
+
+
+def is_traced() -> bool:
+    """Whether what is done now is written into a graph."""
+    return any(torch._C._get_dispatch_mode(mode) for mode in _TRACING)
+
+
+def logits(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, out: Tensor) -> Tensor:
+    """X WT + b, written to `out`."""
+    if linear_bias is None:
+        return torch.mm(x, linear_weight.t(), out=out)
+    return torch.addmm(linear_bias, x, linear_weight.t(), out=out)
+
+
+def ignored_rows(target: Tensor) -> Tensor | None:
+    """A mask of the ignored rows; None where a look that costs nothing finds none."""
+    if target.is_floating_point():
+        return None
+    mask = target == rows.IGNORED
+    return None if mask.device.type == "cpu" and not mask.any() else mask
+
+
+def without(x: Tensor, ignored: Tensor | None, i: int, j: int) -> Tensor:
+    """x with zeros in its ignored rows: their gradients are 0, but 0 * NaN would reach dW."""
+    return x if ignored is None else x.masked_fill(ignored[i:j].unsqueeze(1), 0.0)
+
+
+def first_maximum(z: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """(value, position) of the first maximum of the scaled and capped logits, which may tie where z do not."""
+    top, at = [], []
+    for i, j in spans(z.shape[0], max(1, _PIECE // max(1, z.shape[1]))):
+        part = rows.capped(z[i:j], scale, softcap)
+        if part.shape[1]:
+            value, index = part.max(1)[0], part.argmax(1)
+        else:
+            value = part.new_full((j - i,), -math.inf)
+            index = torch.full_like(value, -1, dtype=torch.int64)
+        top.append(value)
+        at.append(index)
+    return torch.cat(top), torch.cat(at)
+
+
+class ClassGradient:
+    """dW = sum over chunks of dzT x and db = sum of dz, in the compute type.
+
+    A half-precision product is rounded before it is added where the matmul cannot return float32; with one chunk
+    nothing is added, and the product is the sum.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool, chunks: int) -> None:
+        self.kind = torch.promote_types(weight.dtype, torch.float32)
+        self.dtype, self.first = weight.dtype, True
+        dtype = self.kind if chunks > 1 else weight.dtype
+        self.dw = weight.new_empty(weight.shape, dtype=dtype) if need_weight else None
+        self.db = torch.zeros_like(bias, dtype=self.kind) if need_bias and bias is not None else None
+
+    def add(self, dz: Tensor, x: Tensor) -> None:
+        """One chunk more."""
+        if self.db is not None:
+            self.db += dz.sum(0, dtype=self.kind)
+        if self.dw is None:
+            return
+        if self.first and self.dw.dtype == dz.dtype:
+            torch.mm(dz.t(), x, out=self.dw)
+        elif self.dw.dtype == dz.dtype:
+            self.dw.addmm_(dz.t(), x)
+        else:
+            for i, j in spans(dz.shape[1], max(1, _PIECE // max(1, x.shape[1]))):
+                product, total = torch.mm(dz[:, i:j].t(), x), self.dw[i:j]
+                total.copy_(product) if self.first else total.add_(product)
+        self.first = False
+
+    def unrounded(self) -> list[Tensor | None]:
+        """[dW, db] as they were summed."""
+        return [self.dw, self.db]
+
+    def rounded(self) -> list[Tensor | None]:
+        """[dW, db] in the parameters' type."""
+        return [g if g is None else scaled(g, None, self.dtype) for g in (self.dw, self.db)]
+
+
+def scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(x * factor) in the type given: formed in the compute type, rounded once, with no temporary of x's size."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype == dtype == kind:
+        return x if factor is None else x * factor
+    if factor is None and x.dtype == dtype:
+        return x
+    if factor is not None and (is_traced() or not by_hand(factor)):
+        return (x.to(kind) * factor).to(dtype)
+    out = torch.empty_like(x, dtype=dtype)
+    for i, j in spans(x.shape[0], max(1, _PIECE * x.shape[0] // max(1, x.numel()))):
+        out[i:j] = x[i:j] if factor is None else x[i:j].to(kind) * factor
+    return out
+
+
+class MassGradient:
+    """dL/dy and dL/dw: -log p times what multiplies y_j and w_j in the loss."""
+
+    def __init__(self, target: Tensor, weight: Tensor | None, by_target: bool, by_weight: bool) -> None:
+        self.target, self.weight = target, weight
+        self.soft = target.is_floating_point()
+        self.d_target = torch.zeros_like(target, memory_format=torch.contiguous_format) if by_target else None
+        self.d_weight = torch.zeros_like(weight) if by_weight and weight is not None else None
+
+    def add(
+        self,
+        z: Tensor,
+        m: Tensor,
+        rest: Tensor,
+        upstream: list[Tensor | None],
+        scale: float,
+        softcap: float | None,
+        these: slice,
+        classes: slice,
+    ) -> None:
+        """The logits of some rows and classes more."""
+        if self.d_target is None and self.d_weight is None:
+            return
+        d_nll, _, d_smooth, _ = (u if u is None else u.unsqueeze(1) for u in upstream)
+        target = self.target[these, classes] if self.soft else self.target[these]
+        w = None if self.weight is None else self.weight[classes]
+        log_total, m = torch.log1p(rest).unsqueeze(1), m.unsqueeze(1)
+        for i, j in spans(z.shape[0], max(1, _PIECE // max(1, z.shape[1]))):
+            minus_log_p = log_total[i:j] - (rows.capped(z[i:j], scale, softcap) - m[i:j])
+            minus_log_p.masked_fill_(minus_log_p == math.inf, 0.0)  # as in the derivative in plain ops
+            if self.d_target is not None and d_nll is not None:
+                part = d_nll[i:j] * minus_log_p
+                self.d_target[these, classes][i:j] = part if w is None else part * w
+            if self.d_weight is not None:
+                factor = 0.0 if d_smooth is None else d_smooth[i:j]
+                if self.soft and d_nll is not None:
+                    factor = factor + d_nll[i:j] * target[i:j]
+                terms = factor * minus_log_p
+                if not self.soft:
+                    terms = terms.masked_fill((target[i:j] == rows.IGNORED).unsqueeze(1), 0.0)
+                self.d_weight[classes] += terms.sum(0)
+
+    def done(self) -> list[Tensor | None]:
+        """[d_target, d_weight]."""
+        return [self.d_target, self.d_weight]

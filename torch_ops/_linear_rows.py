@@ -1,0 +1,158 @@
+"""The linear head's rows by chunks of tokens: one reused buffer of logits, matmuls around the row functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ops import _rows as rows
+from torch_ops._chunks import spans, that_fit
+from torch_ops._linear_parts import (
+    ClassGradient,
+    MassGradient,
+    first_maximum,
+    ignored_rows,
+    logits,
+    without,
+)
+
+
+def head_fwd(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    smooth: bool,
+    entropy: bool,
+    argmax: bool,
+    chunk_size: int | None,
+) -> list[Tensor]:
+    """[nll, lse, [smooth], [entropy], m, rest, [argmax]] of each row."""
+    buffer = _Buffer(x, linear_weight, chunk_size)
+    parts = []
+    for i, j in buffer.spans:
+        z = logits(x[i:j], linear_weight, linear_bias, buffer.rows(j - i))
+        t, layout = target[i:j], {"dim": 1, "scale": scale, "softcap": softcap}
+        values = [*rows.cross_entropy_fwd(z, t, weight, **layout, smooth=smooth, entropy=entropy)]
+        if argmax:
+            values.append(first_maximum(z, scale, softcap)[1])
+        parts.append(values)
+    return [torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)]
+
+
+def head_bwd(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    m: Tensor,
+    rest: Tensor,
+    _h: Tensor | None,
+    upstream: list[Tensor | None],
+    *,
+    scale: float,
+    softcap: float | None,
+    needs: tuple[bool, ...],
+    chunk_size: int | None,
+) -> list[Tensor | None]:
+    """[dX, dW, db, d_target, d_weight], those needed, from the rows' upstream gradients."""
+    buffer = _Buffer(x, linear_weight, chunk_size)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    shared = ClassGradient(linear_weight, linear_bias, needs[1], needs[2], len(buffer.spans))
+    mass = MassGradient(target, weight, *needs[3:5])
+    ignored = ignored_rows(target)
+    for i, j in buffer.spans:
+        xi = without(x[i:j], ignored, i, j)
+        z = logits(xi, linear_weight, linear_bias, buffer.rows(j - i))
+        ups: list[Any] = [u if u is None else u[i:j] for u in upstream]
+        mass.add(z, m[i:j], rest[i:j], ups, scale, softcap, slice(i, j), slice(None))
+        if any(needs[:3]):
+            args = (z, target[i:j], weight, m[i:j], rest[i:j], *ups)
+            rows.cross_entropy_bwd(*args, dim=1, scale=scale, softcap=softcap, out=z)
+            _products(z, xi, linear_weight, dx, shared, ignored, i, j)
+    return [dx, *shared.rounded(), *mass.done()]
+
+
+def head_fwd_bwd(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    a: Tensor | None,
+    s: Tensor | None,
+    c: Tensor | None,
+    index: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    needs: tuple[bool, ...],
+    chunk_size: int | None,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """([nll, lse, [smooth]], [dX, dW, db]) of sum_i a_i nll_i + s_i smooth_i + c_i lse_i^2; dW, db unrounded.
+
+    `index` names the rows of x that are judged; each chunk gathers its own.
+    """
+    n = x.shape[0] if index is None else index.shape[0]
+    buffer = _Buffer(x, linear_weight, chunk_size, n)
+    make = torch.empty_like if index is None else torch.zeros_like
+    dx = make(x, memory_format=torch.contiguous_format) if needs[0] else None
+    shared = ClassGradient(linear_weight, linear_bias, needs[1], needs[2], len(buffer.spans))
+    ignored = ignored_rows(target)
+    parts = []
+    for i, j in buffer.spans:
+        at = None if index is None else index[i:j]
+        xi = without(x[i:j] if at is None else x.index_select(0, at), ignored, i, j)
+        z = logits(xi, linear_weight, linear_bias, buffer.rows(j - i))
+        ai, si, ci = (v if v is None else v[i:j] for v in (a, s, c))
+        t, layout, kinds = target[i:j], {"dim": 1, "scale": scale, "softcap": softcap}, {"smooth": s is not None}
+        if ci is None:
+            values = rows.cross_entropy_fwd_bwd(z, t, weight, ai, None, si, None, **layout, **kinds, entropy=False)
+        else:
+            # d(c lse^2) = 2 c lse dlse: lse comes first, so the chunk is visited twice.
+            values = rows.cross_entropy_fwd(z, t, weight, **layout, **kinds, entropy=False)
+            m, rest = values[-2:]
+            rows.cross_entropy_bwd(z, t, weight, m, rest, ai, 2.0 * ci * values[1], si, None, **layout, out=z)
+        parts.append(values[:-2])
+        _products(z, xi, linear_weight, dx, shared, ignored, i, j, at)
+    return [torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)], [dx, *shared.unrounded()]
+
+
+class _Buffer:
+    """The chunk's logits, in memory that every chunk writes over."""
+
+    def __init__(self, x: Tensor, linear_weight: Tensor, chunk_size: int | None, n: int | None = None) -> None:
+        n, classes = x.shape[0] if n is None else n, linear_weight.shape[0]
+        self.spans = list(spans(n, that_fit(chunk_size, classes, x.itemsize)))
+        self.data = x.new_empty(max(j - i for i, j in self.spans), classes)
+
+    def rows(self, count: int) -> Tensor:
+        return self.data[:count]
+
+
+def _products(
+    dz: Tensor,
+    x: Tensor,
+    linear_weight: Tensor,
+    dx: Tensor | None,
+    shared: ClassGradient,
+    ignored: Tensor | None,
+    i: int,
+    j: int,
+    at: Tensor | None = None,
+) -> None:
+    """dX_i = dz W, dW += dzT x, db += sum_i dz."""
+    if dx is not None:
+        out = torch.mm(dz, linear_weight) if at is not None else torch.mm(dz, linear_weight, out=dx[i:j])
+        if ignored is not None:
+            out.masked_fill_(ignored[i:j].unsqueeze(1), 0.0)
+        if at is not None:
+            dx.index_copy_(0, at, out)
+    shared.add(dz, x)

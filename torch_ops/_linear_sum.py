@@ -1,0 +1,105 @@
+"""The linear head's weighted sum over rows, its gradients formed in the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from torch_ops._arrays import in_graph
+from torch_ops._linear import head_rows
+from torch_ops._linear_ops import Plan, head_fwd_bwd
+from torch_ops._linear_parts import by_hand, scaled
+
+
+@in_graph
+def head_sum(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    a: Tensor | None,
+    s: Tensor | None,
+    c: Tensor | None,
+    index: Tensor | None,
+    *plan: Any,
+) -> Tensor:
+    """sum_i a_i nll_i + s_i smooth_i + c_i lse_i^2 over the rows of x that `index` names (None: all)."""
+    arrays = (x, linear_weight, linear_bias, target, weight)
+    if _one_pass(*arrays, a, s, c):
+        return LinearSum.apply(*arrays, a, s, c, index, Plan(*plan))  # pyright: ignore[reportReturnType]
+    x = x if index is None else x.index_select(0, index)
+    return weighted(head_rows(x, *arrays[1:], *plan), a, s, c)
+
+
+def weighted(values: Any, a: Tensor | None, s: Tensor | None, c: Tensor | None) -> Tensor:
+    """The sum of head_sum from the values of each row."""
+    terms = [] if a is None else [a * values[0]]
+    if s is not None:
+        terms.append(s * values[2])
+    if c is not None:
+        terms.append(c * values[1].square())
+    return sum(terms[1:], terms[0]).sum()
+
+
+class LinearSum(Function):
+    """head_sum with its gradients formed in the forward pass: three matmuls, and G in the logits' memory.
+
+    Saves dX, dW (unrounded) and db beside its inputs; the backward pass scales them: in half precision a factor
+    of 1/N on G itself would flush most of it to 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *arrays, plan = args
+        a, s, c = arrays[5:8]
+        needs = tuple(x is not None and x.requires_grad for x in arrays[:3])
+        values, grads = head_fwd_bwd(arrays, needs, plan)
+        ctx.plan = plan
+        ctx.save_for_backward(*arrays, *grads, *values)
+        return weighted(values, a, s, c)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        (g,) = upstream
+        x, lw, lb, target, w, a, s, c, index, dx, dw, db, nll, lse, smooth = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated: once more, as a function of everything
+            arrays = [v for v in (x, lw, lb, a, s, c) if v is not None and v.requires_grad]
+            with_index = x if index is None else x.index_select(0, index)
+            total = weighted(head_rows(with_index, lw, lb, target, w, *ctx.plan), a, s, c)
+            found = iter(torch.autograd.grad(total, arrays, g, create_graph=True))
+            grads = [next(found) if v is not None and v.requires_grad else None for v in (x, lw, lb, a, s, c)]
+            return *grads[:3], None, None, *grads[3:], None, None
+        d_x, d_w, d_b = (
+            d if d is None else scaled(d, g, like.dtype) for d, like in zip((dx, dw, db), (x, lw, lb), strict=True)
+        )
+        d_a, d_s, d_c = (
+            g * value if need else None
+            for value, need in zip(
+                (nll, smooth, lse if c is None else lse.square()), ctx.needs_input_grad[5:8], strict=True
+            )
+        )
+        return d_x, d_w, d_b, None, None, d_a, d_s, d_c, None, None
+
+
+def _one_pass(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    *coefficients: Tensor | None,
+) -> bool:
+    """Whether a first derivative is wanted that the forward pass can form."""
+    head = (x, linear_weight, linear_bias)
+    return (
+        torch.is_grad_enabled()
+        and any(v is not None and v.requires_grad for v in head)
+        and not any(v is not None and v.requires_grad for v in (target, weight))
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+        and forward_ad._current_level < 0
+        and by_hand(*head, target, weight, *coefficients)
+    )

@@ -1,0 +1,205 @@
+"""Cross-entropy of a linear layer's logits for PyTorch: the classifier head and its loss without the logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from softmax_ext import contract
+from torch_ops._arrays import describe, enter_graph
+from torch_ops._linear_layout import each_row, lay_out, total
+from torch_ops._reduction import coefficients, over, reduce, statistics
+from torch_ops._targets import canonical
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    on_all_ignored: str = "nan",
+    stats: tuple[()] = (),
+    shift: int = 0,
+    memory: Literal["fast", "lean"] = "fast",
+    chunk_size: int | None = None,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    on_all_ignored: str = "nan",
+    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax"]],
+    shift: int = 0,
+    memory: Literal["fast", "lean"] = "fast",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    on_all_ignored: str = "nan",
+    stats: Sequence[str] = (),
+    shift: int = 0,
+    memory: Literal["fast", "lean"] = "fast",
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy between softmax(input @ linear_weight.T + linear_bias) and targets, in nats.
+
+    Formula: `sum(y) * log(sum(exp(w @ x + b))) - sum(y * (w @ x + b))` for probabilities y, one-hot for a class index.
+    Gradient: `(exp(w @ x + b) / sum(exp(w @ x + b)) * sum(y) - y) @ w`
+
+    Args:
+        input: (..., D), any leading dimensions or none; float16, bfloat16, float32 or float64.
+        linear_weight: (V, D), of the input's type; or (V, d1, .., dK, D) with input (N, D).
+        target: class indices (...), any integer type, or probabilities (..., V), any floating type;
+            (N, d1, .., dK) or (N, V, d1, .., dK) for the K-dimensional form.
+        linear_bias: linear_weight's shape without D, of the input's type.
+        weight: one weight per class (V,), any floating type.
+        ignore_index: class index of rows that reach no result; None means -100.
+        reduction: "mean" (weighted by class and token weights), "sum" or "none".
+        label_smoothing: share of the target spread over all classes, in [0, 1].
+        logit_scale: the logits are multiplied by this first.
+        softcap: then bounded to softcap * tanh(logits / softcap).
+        z_loss: adds z_loss * lse^2 to each row.
+        token_weight: one weight per row, the shape of the integer target.
+        on_all_ignored: what a mean over nothing gives: "nan" or "zero" (with zero gradients).
+        stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
+        shift: k judges input[..., :-k, :] by target[..., k:], and by token_weight likewise: 1 for the next token.
+        memory: "fast" works by chunks of rows, "lean" by slices of the vocabulary; see Memory.
+        chunk_size: rows (fast) or classes (lean) at a time; None takes the most that fit the workspace.
+
+    Returns:
+        The loss, float32 for half-precision inputs: a scalar, or row-shaped with reduction "none". With `stats`
+        a pair (loss, {name: tensor}), the statistics of the scaled and capped logits in nats (argmax: int64).
+
+    Raises:
+        TypeError: an argument of the wrong type; options are Python values, never tensors.
+        ValueError: a shape or value outside its rule.
+        IndexError: eager code on the CPU finds a class index outside [0, V) that is not ignore_index
+            (elsewhere that row's loss and gradient are NaN, and so are those of linear_weight and linear_bias).
+
+    Memory:
+        At most 256 MiB of logits exist at a time. fast with "mean" or "sum" forms the gradients in the forward
+        pass (three matmuls) and keeps them, the weight's in float32. With reduction "none", with `stats`, with
+        gradients for soft targets or class weights, under torch.func and forward mode, and in every case where
+        memory is "lean", two numbers per row are kept and the backward pass recomputes the logits (four matmuls).
+        Derivatives of derivatives recompute too.
+
+    Source:
+        Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Kurbiel 2021 for the rows.
+
+    Example:
+        >>> import torch, torch_ops
+        >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> round(torch_ops.linear_cross_entropy(x, weight, torch.tensor([2])).item(), 4)
+        0.4076
+    """
+    options = contract.LossOptions(
+        ignore_index,
+        reduction,
+        label_smoothing,
+        logit_scale,
+        softcap,
+        z_loss,
+        on_all_ignored,
+        stats,
+    )
+    arrays = (input, linear_weight, target, linear_bias, weight, token_weight)
+    if has_torch_function(arrays):
+        return handle_torch_function(
+            linear_cross_entropy,
+            arrays,
+            *arrays[:3],
+            linear_bias=linear_bias,
+            weight=weight,
+            token_weight=token_weight,
+            shift=shift,
+            memory=memory,
+            chunk_size=chunk_size,
+            **vars(options),
+        )
+    enter_graph()
+    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    target = _one_row(input, linear_weight, target)
+    arrays = (input, linear_weight, target, linear_bias, weight, token_weight)
+    facts = [None if a is None else describe(a) for a in arrays]
+    static = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
+    soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **static)
+
+    classes, kind = linear_weight.shape[0], torch.promote_types(input.dtype, torch.float32)
+    scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)
+    smooth, entropy = options.label_smoothing > 0.0, "entropy" in stats
+    if not soft:
+        target = canonical("linear_cross_entropy", target, classes, options.ignored)
+    of = lay_out(input, linear_weight, linear_bias, target, token_weight, soft=soft, shift=int(shift))
+    w = weight.to(kind) if weight is not None and (soft or smooth) else None  # nothing else of a row needs it
+    plan = (scale, cap, smooth, entropy, "argmax" in stats, memory == "lean", chunk_size)
+    of_rows = (of.target, weight, of.token_weight, options, classes)
+    if reduction != "none" and not stats and memory == "fast":
+        like = torch.zeros((), dtype=kind, device=input.device).expand(of.n, math.prod(linear_weight.shape[1:-1]))
+        k = coefficients(of.target, like, *of_rows[1:])
+        return over(total(of, w, k, plan), k, options)
+    names = ["nll", "lse", *["smooth"] * smooth, *["entropy"] * entropy]
+    per_row = each_row(of, w, names, plan)
+    loss = reduce(per_row, *of_rows)
+    loss = loss.reshape(of.shape) if reduction == "none" else loss
+    if not stats:
+        return loss
+    found = statistics(per_row, lambda: per_row["argmax"], of.target, options, 1)
+    return loss, {name: value.reshape(of.shape) for name, value in found.items()}
+
+
+def _autocast(x: Any, *more: Any) -> tuple[Any, ...]:
+    """The arrays in the type F.linear would compute in under the autocast that is on."""
+    arrays = (x, *more)
+    device = x.device.type if isinstance(x, Tensor) else "cpu"
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return arrays
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
+        for a in arrays
+    )
+
+
+def _one_row(x: Any, linear_weight: Any, target: Any) -> Any:
+    """The target of a 1-d input, which may be (1,) as in F.cross_entropy."""
+    if not all(isinstance(a, Tensor) for a in (x, linear_weight, target)) or x.dim() != 1 or target.shape != (1,):
+        return target
+    return target if target.is_floating_point() or linear_weight.shape[:1] == (1,) else target[0]
