@@ -29,6 +29,17 @@ sanitize: $(STAMP)
 	  $(BIN)/ctest --test-dir build/$$kind --parallel 2 --output-on-failure || exit 1; \
 	done
 
+# One wheel for every Python: it has the doors whose frameworks .venv has, built with their headers.
+wheel: $(STAMP)
+	rm -f dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+# The wheel in fresh environments with one framework or both: everything but the tests marked slow.
+wheel-test: wheel
+	$(BIN)/python -m tests.fresh dist/*.whl torch
+	$(BIN)/python -m tests.fresh dist/*.whl jax
+	$(BIN)/python -m tests.fresh dist/*.whl torch jax
+
 # The quick loop while editing: everything but the tests marked slow.
 inner: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -q -m "not slow"
