@@ -13,6 +13,7 @@ demo: $(STAMP)
 test: $(STAMP) check sanitize
 	$(BIN)/python -m softmax_ext
 	$(BIN)/python -m pytest -n 2 --doors torch,jax --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(MAKE) --no-print-directory wheel-test
 
 # The static half of `make test`: style and types.
 check: $(STAMP)

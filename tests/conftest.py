@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in filter(None, config.getoption("--doors").split(",")):
+    for name in filter(None, str(config.getoption("--doors")).split(",")):
         why = _closed(name)
         if why:
             raise pytest.UsageError(f"the {name} door does not open: {why}")

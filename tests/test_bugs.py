@@ -336,7 +336,9 @@ def test_18_loss_of_half_precision_is_float32(fw, dtype, reduction):
 
 def _free_gib() -> float:
     """Memory that can be had without swapping; where no system tells, none."""
-    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text()) if sys.platform == "linux" else None
+    found = (
+        re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text()) if sys.platform == "linux" else None
+    )
     return int(found[1]) / 2**20 if found else 0.0
 
 

@@ -64,7 +64,9 @@ def problems(draw: Any, name: str) -> Named:
         "x": laid_out(loud(draw, shape, dtype, special), draw(st.sampled_from(LAYOUTS))),
         "dy": laid_out(loud(draw, shape, dtype, [0.0, -0.0, 100.0, 1e-6]), draw(st.sampled_from(LAYOUTS))),
         "target": np.where(r.random(rows) < 0.2, -7, r.integers(shape[1], size=rows)),
-        "dloss": laid_out(cases.rounded(r.standard_normal(rows), "float32"), draw(st.sampled_from(["dense", "expanded"]))),
+        "dloss": laid_out(
+            cases.rounded(r.standard_normal(rows), "float32"), draw(st.sampled_from(["dense", "expanded"]))
+        ),
         "options": {**OPTIONS[option], "reduction": "none", "ignore_index": -7},
     }
 
