@@ -22,7 +22,6 @@ check: $(STAMP)
 	$(BIN)/pyright
 
 # The rows under the address, undefined-behaviour and thread sanitisers, on every instruction set of this CPU.
-
 sanitize: $(STAMP)
 	for kind in address,undefined thread; do \
 	  $(BIN)/cmake -G "Unix Makefiles" -S . -B build/$$kind -DSOFTMAX_EXT_SANITIZE=$$kind --log-level=WARNING && \
