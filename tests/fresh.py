@@ -70,8 +70,9 @@ def main(wheel: Path, frameworks: list[str]) -> int:
         for name in ("tests", "examples", "benchmarks"):
             shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", home)
-        # With both there is nothing new but the two libraries in one process: the tests that meet them.
-        chosen = ["-k", "native or threads or rows"] if len(frameworks) == len(FRAMEWORKS) else []
+        # With both there is nothing new but the two libraries in one process: the tests of the doors.
+        both = len(frameworks) == len(FRAMEWORKS)
+        chosen = [f"tests/test_native_{name}.py" for name in ("torch", "jax", "threads")] if both else []
         ignored = [f"--ignore=tests/{name}" for name in OF_THE_CHECKOUT]
         tests = [str(python), "-m", "pytest", "-n", "2", "-m", "not slow", f"--doors={','.join(frameworks)}"]
         tests += [*chosen, *ignored]
