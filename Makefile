@@ -4,21 +4,41 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test check inner accuracy bench clean
+.PHONY: demo test check inner sanitize wheel wheel-test accuracy bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m softmax_ext
 	$(BIN)/python -m examples.demo
 
-test: $(STAMP) check
+test: $(STAMP) check sanitize
 	$(BIN)/python -m softmax_ext
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 --doors torch,jax --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(MAKE) --no-print-directory wheel-test
 
 # The static half of `make test`: style and types.
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# The rows under the address, undefined-behaviour and thread sanitisers, on every instruction set of this CPU.
+sanitize: $(STAMP)
+	for kind in address,undefined thread; do \
+	  $(BIN)/cmake -G "Unix Makefiles" -S . -B build/$$kind -DSOFTMAX_EXT_SANITIZE=$$kind --log-level=WARNING && \
+	  $(BIN)/cmake --build build/$$kind --parallel 2 -- --no-print-directory && \
+	  $(BIN)/ctest --test-dir build/$$kind --parallel 2 --output-on-failure || exit 1; \
+	done
+
+# One wheel for every Python: it has the doors whose frameworks .venv has, built with their headers.
+wheel: $(STAMP)
+	rm -f dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+# The wheel in fresh environments with one framework or both: everything but the tests marked slow.
+wheel-test: wheel
+	$(BIN)/python -m tests.fresh dist/*.whl torch
+	$(BIN)/python -m tests.fresh dist/*.whl jax
+	$(BIN)/python -m tests.fresh dist/*.whl torch jax
 
 # The quick loop while editing: everything but the tests marked slow.
 inner: $(STAMP)

@@ -18,8 +18,9 @@ def version() -> str:
 
 
 def threads() -> str:
-    """The thread pool the kernels use."""
-    return f"{os.cpu_count()} cores"
+    """The thread pool the kernels use: XLA starts a thread for each core that the process may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} threads of XLA's pool"
 
 
 def kernels() -> list[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ BOUND = 4.0  # units of roundoff of the true value
 def main() -> int:
     """Print the report; 0 if the check holds."""
     print(f"softmax-ext {__version__}, Python {platform.python_version()}, {platform.machine()}")
+    print(f"transparent huge pages: {_huge_pages()}")
     doors = {name: _open(name) for name in DOORS}
     found = {name: door for name, door in doors.items() if door is not None}
     print("\nself-check on float32 against the float64 reference, worst error in ulp (bound 4)")
@@ -35,6 +37,18 @@ def main() -> int:
         print(f"  {quantity:22}" + "".join(f"{error:10.2f}" for error in errors.values()))
     print("check holds" if held else "CHECK FAILED" if found else "no framework found: nothing to check")
     return 0 if held else 1
+
+
+def _huge_pages(setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> str:
+    """The mode in force and what it means for fresh results of 4 MiB and more, which the kernels ask huge pages for."""
+    if sys.platform != "linux":
+        return "not Linux"
+    try:
+        mode = setting.read_text().partition("[")[2].partition("]")[0]
+    except OSError as error:
+        return f"unknown ({error.strerror})"
+    meaning = {"always": "large results use them", "madvise": "large results use them", "never": "page faults dominate"}
+    return f"{mode} ({meaning[mode]})" if mode in meaning else mode or "unknown"
 
 
 def _open(name: str) -> Any:

@@ -38,7 +38,8 @@ def excess(ours: Any, truth: Any, scale: Any, dtype: str) -> Array:
     ours, truth, scale = (np.asarray(a, np.float64) for a in (ours, truth, scale))
     assert ours.shape == truth.shape, f"shape {ours.shape}, not {truth.shape}"
     kind = loss_dtype(dtype)
-    free = _FLUSHED[kind] + (0.5 * ulp(truth, dtype) if dtype in HALF else 0.0)
+    # the larger half step: an answer within its bound may lie one binade above the truth and round there
+    free = _FLUSHED[kind] + (0.5 * np.maximum(ulp(truth, dtype), ulp(ours, dtype)) if dtype in HALF else 0.0)
     with np.errstate(all="ignore"):
         error = np.maximum(np.abs(ours - truth) - free, 0.0)
         units = np.where(error == 0, 0.0, error / (U[kind] * scale))

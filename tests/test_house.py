@@ -249,6 +249,29 @@ class TestReport:
         assert f"torch {torch.__version__}" in out
         assert f"jax {jax.__version__}" in out
         assert "check holds" in out
+        assert f"{torch.get_num_threads()} threads of PyTorch's pool" in out
+        assert re.search(r"\d+ threads of XLA's pool", out)
+        for door in (torch_ops, jax_ops):
+            native = importlib.import_module(f"{door.__name__}._native")
+            assert native.missing or f"{native.instruction_set()} kernels" in out
+
+    @pytest.mark.parametrize(
+        ("platform", "text", "said"),
+        [
+            ("linux", "always [madvise] never\n", "madvise (large results use them)"),
+            ("linux", "always madvise [never]\n", "never (page faults dominate)"),
+            ("linux", None, "unknown (No such file or directory)"),
+            ("darwin", None, "not Linux"),
+        ],
+    )
+    def test_huge_page_mode(
+        self, platform: str, text: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "platform", platform)
+        setting = tmp_path / "enabled"
+        if text is not None:
+            setting.write_text(text)
+        assert report._huge_pages(setting) == said
 
     @pytest.mark.parametrize("door", [torch_ops, jax_ops], ids=lambda d: d.__name__)
     @pytest.mark.parametrize("op", ["softmax", "log_softmax"])

@@ -16,7 +16,7 @@ def version() -> str:
 
 def threads() -> str:
     """The thread pool the kernels use."""
-    return f"{torch.get_num_threads()} threads"
+    return f"{torch.get_num_threads()} threads of PyTorch's pool"
 
 
 def kernels() -> list[tuple[str, str, str]]:

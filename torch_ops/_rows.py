@@ -82,7 +82,9 @@ def cross_entropy_bwd(
 ) -> Tensor:
     """dL/dlogits from the rows' upstream gradients d_*; `out` may be the logits themselves."""
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
-    if native.serves(logits, dim) and (out is None or (out.is_contiguous() and out.data_ptr() == logits.data_ptr())):
+    # a lazily negated tensor (the imaginary part of a conjugate) has no memory of its own values to write to
+    here = out is None or (out.is_contiguous() and not out.is_neg() and out.data_ptr() == logits.data_ptr())
+    if native.serves(logits, dim) and here:
         args = (_taken(target, logits), weight, m, rest, *upstream, dim, scale, softcap)
         if out is None:
             return native.ops.cross_entropy_bwd(logits, *args)

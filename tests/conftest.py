@@ -1,0 +1,54 @@
+"""No silent door: what is open here stands at the head, and `--doors torch,jax` fails where one of those is not."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+DOORS = {"torch": "torch_ops", "jax": "jax_ops"}
+ABSENT = [name for name in DOORS if find_spec(name) is None]
+
+
+def _needs(path: Path) -> set[str]:
+    """The frameworks that a test file imports at its head."""
+    found = re.findall(r"^(?:import|from) (torch|jax)\b|^(?:import|from) (torch|jax)_ops", path.read_text(), re.M)
+    return {name for pair in found for name in pair if name}
+
+
+# A file that needs an absent framework is not collected; files that take whichever is there skip test by test.
+LEFT_OUT = {path.name: _needs(path) & set(ABSENT) for path in sorted(Path(__file__).parent.glob("test_*.py"))}
+collect_ignore = [name for name, absent in LEFT_OUT.items() if absent]
+
+
+def _closed(name: str) -> str:
+    """Why a door's native kernels do not run here; empty if they do."""
+    if name in ABSENT or name not in DOORS:
+        return f"{name} is not installed"
+    return importlib.import_module(f"{DOORS[name]}._native").missing
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--doors", default="", help="doors whose native kernels must run here, such as torch,jax")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in filter(None, str(config.getoption("--doors")).split(",")):
+        why = _closed(name)
+        if why:
+            raise pytest.UsageError(f"the {name} door does not open: {why}")
+
+
+def pytest_report_header() -> list[str]:
+    lines = []
+    for name, package in DOORS.items():
+        why = _closed(name)
+        kernels = "" if why else importlib.import_module(f"{package}._native").instruction_set()
+        lines.append(f"{name} door: {why or kernels + ' kernels'}")
+    for name in ABSENT:
+        files = [file for file, absent in LEFT_OUT.items() if name in absent]
+        lines.append(f"not collected without {name}: {', '.join(files)}")
+    return lines

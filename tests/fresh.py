@@ -1,0 +1,83 @@
+"""The wheel in a fresh environment: `python -m tests.fresh WHEEL [torch] [jax]` installs it there and runs its tests.
+
+The environment holds what the named frameworks and pytest need and nothing else, linked from this one rather than
+downloaded again. The tests run from a copy, so that the only softmax_ext in reach is the wheel's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+TOOLS = ["numpy", "pytest", "pytest-xdist", "hypothesis", "mpmath", "packaging", "pygments"]
+FRAMEWORKS = {"torch": ["torch"], "jax": ["jax", "jaxlib", "optax"]}
+ROOT = Path(__file__).parents[1]
+OF_THE_CHECKOUT = ["test_house.py", "test_demo.py"]  # what they test is not in a wheel
+
+
+def check(wheel: Path) -> None:
+    """One wheel for every Python: the tag says so, both doors are in it, and neither is linked to Python."""
+    assert re.search(r"-py3-none-(?!any)", wheel.name), wheel.name
+    with zipfile.ZipFile(wheel) as files:
+        doors = {name: files.read(name) for name in files.namelist() if name.endswith(".so")}
+    assert {Path(name).name for name in doors} == {"libsoftmax_ext_torch.so", "libsoftmax_ext_xla.so"}, doors.keys()
+    for name, code in doors.items():
+        assert not re.search(rb"libpython|\0_?Py[A-Z]\w+\0", code), name
+
+
+def needed(names: list[str]) -> set[str]:
+    """The distributions of this environment that these need, themselves included."""
+    found: set[str] = set()
+    while names:
+        name = re.sub(r"[-_.]+", "-", names.pop()).lower()
+        if name not in found:
+            found.add(name)
+            wants = map(Requirement, metadata.requires(name) or [])
+            names += [r.name for r in wants if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def link(name: str, site: Path) -> None:
+    """Every top-level entry of an installed distribution."""
+    here = metadata.distribution(name)
+    for top in {file.parts[0] for file in here.files or [] if file.parts[0] not in ("..", "__pycache__", "bin")}:
+        target = Path(str(here.locate_file(top)))
+        if target.exists() and not (site / top).exists():
+            (site / top).symlink_to(target)
+
+
+def main(wheel: Path, frameworks: list[str]) -> int:
+    """The exit code of the tests."""
+    check(wheel)
+    with tempfile.TemporaryDirectory(prefix="softmax-ext-") as folder:
+        home = Path(folder)
+        venv.create(home / "env", symlinks=True)
+        python = home / "env" / "bin" / "python"
+        (site,) = (home / "env").glob("lib/python*/site-packages")
+        for name in needed(TOOLS + [p for f in frameworks for p in FRAMEWORKS[f]]):
+            link(name, site)
+        install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
+        subprocess.run(install, check=True)
+        for name in ("tests", "examples", "benchmarks"):
+            shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", home)
+        # With both there is nothing new but the two libraries in one process: the tests of the doors.
+        both = len(frameworks) == len(FRAMEWORKS)
+        chosen = [f"tests/test_native_{name}.py" for name in ("torch", "jax", "threads")] if both else []
+        ignored = [f"--ignore=tests/{name}" for name in OF_THE_CHECKOUT]
+        tests = [str(python), "-m", "pytest", "-n", "2", "-m", "not slow", f"--doors={','.join(frameworks)}"]
+        tests += [*chosen, *ignored]
+        return subprocess.run(tests, cwd=home, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:]))
