@@ -73,7 +73,8 @@ def total(of: Layout, weight: Tensor | None, k: Coefficients, plan: tuple[object
         of_row = [v if v is None else v[:, p] for v in k[:3]]
         kept = _kept(target)
         if kept is not None:
-            target, *of_row = (v if v is None else v.index_select(0, kept) for v in (target, *of_row))
+            target = target.index_select(0, kept)
+            of_row = [v if v is None else v.index_select(0, kept) for v in of_row]
         parts.append(head_sum(of.x, lw, lb, target, weight, *of_row, _both(of.index, kept), *plan))
     return sum(parts[1:], parts[0]) if parts else k.share.sum()
 

@@ -135,7 +135,7 @@ class _Slices:
 
     def __init__(self, x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, chunk_size: int | None) -> None:
         self.arrays = x, linear_weight, linear_bias
-        self.spans = list(spans(linear_weight.shape[0], that_fit(chunk_size, x.shape[0], x.itemsize)))
+        self.spans = spans(linear_weight.shape[0], that_fit(chunk_size, x.shape[0], x.itemsize))
         self.data = x.new_empty(x.shape[0] * max(j - i for i, j in self.spans))
 
     def __iter__(self) -> Any:

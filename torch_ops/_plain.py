@@ -165,8 +165,8 @@ def cross_entropy_fwd_bwd(
     """The values of cross_entropy_fwd; the gradient of cross_entropy_bwd is written over the logits."""
     layout: dict[str, Any] = {"dim": dim, "scale": scale, "softcap": softcap}
     values = cross_entropy_fwd(logits, target, weight, **layout, smooth=smooth, entropy=entropy)
-    upstream = (d_nll, d_lse, d_smooth, d_entropy)
-    cross_entropy_bwd(logits, target, weight, *values[-2:], *upstream, **layout, out=logits)
+    m, rest = values[-2:]
+    cross_entropy_bwd(logits, target, weight, m, rest, d_nll, d_lse, d_smooth, d_entropy, **layout, out=logits)
     return values
 
 
