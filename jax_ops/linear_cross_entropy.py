@@ -146,12 +146,9 @@ def linear_cross_entropy(
     more = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
     soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **more)
 
-    x, w, t, b, class_weight, tokens = arrays
-    if not soft:
-        t = canonical(t, w.shape[0], options.ignored)
-    x, w, t, b, class_weight, tokens = (
-        None if a is None else jnp.asarray(a) for a in (x, w, t, b, class_weight, tokens)
-    )
+    x, w = map(jnp.asarray, arrays[:2])
+    t = jnp.asarray(arrays[2] if soft else canonical(arrays[2], w.shape[0], options.ignored))
+    b, class_weight, tokens = (None if a is None else jnp.asarray(a) for a in arrays[3:])
     x, t, tokens, outside = _shifted(x, t, tokens, shift)
     lead, classes, inner = x.shape[:-1], w.shape[0], w.shape[1:-1]
     shape, positions = (*lead, *inner), math.prod(inner)
