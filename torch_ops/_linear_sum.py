@@ -42,8 +42,7 @@ def weighted(values: Any, a: Tensor | None, s: Tensor | None, c: Tensor | None) 
         terms.append(s * values[2])
     if c is not None:
         terms.append(c * values[1].square())
-    rows: Tensor = sum(terms[1:], terms[0])
-    return rows.sum()
+    return sum(terms[1:], terms[0]).sum()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class LinearSum(Function):
