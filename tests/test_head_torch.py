@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -330,8 +331,8 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {a.untyped_storage()._cdata for a in torch.utils._pytree.tree_leaves((args, kwargs)) if _is(a)}
-        for t in torch.utils._pytree.tree_leaves(out):
+        given = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if _is(a)}
+        for t in tree_leaves(out):
             if _is(t):
                 storage = t.untyped_storage()
                 key = storage._cdata
@@ -366,7 +367,7 @@ def _first(f: Any, x: Tensor, w: Tensor) -> Any:
 
 def _second(f: Any, x: Tensor, w: Tensor) -> Any:
     grads = torch.autograd.grad(f(x, w), (x, w), create_graph=True)
-    return torch.autograd.grad(sum(g.square().sum() for g in grads), (x, w))
+    return torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), (x, w))
 
 
 def _forward_mode(f: Any, x: Tensor, w: Tensor) -> Any:

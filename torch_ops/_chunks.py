@@ -28,9 +28,11 @@ def spans(n: int, size: int) -> list[tuple[int, int]]:
     return [(k * n // count, (k + 1) * n // count) for k in range(count)]
 
 
-def that_fit(chunk_size: int | None, other: int, itemsize: int) -> int:
-    """The chunk size asked for, or the most lines of `other` entries that fit the workspace."""
-    return max(1, WORKSPACE // max(1, other * itemsize)) if chunk_size is None else chunk_size
+def that_fit(chunk_size: int | None, other: int, itemsize: int, beside: int = 0) -> int:
+    """The chunk size asked for, or the most lines of `other` entries that fit the workspace with `beside` bytes."""
+    if chunk_size is not None:
+        return chunk_size
+    return max(1, max(WORKSPACE - beside, WORKSPACE // 4) // max(1, other * itemsize))
 
 
 class RowMap(NamedTuple):
