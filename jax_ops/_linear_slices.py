@@ -178,11 +178,10 @@ def _slice(
 ) -> State:
     """What a slice of the logits says of the rows."""
     smooth, entropy = "smooth" in names, "entropy" in names
-    # All -inf in the slice: no distribution there, and no part in the row's; zeros keep NaN out of derivatives.
+    # All -inf in the slice: no distribution there, and no part in the row's.
     dead = jax.lax.stop_gradient(z.max(1) == -jnp.inf)
-    alive = jnp.where(dead[:, None], jnp.zeros((), z.dtype), z)
-    values = rows.cross_entropy_fwd(alive, t, weight, **layout, smooth=smooth, entropy=entropy)
-    m, rest = jax.lax.stop_gradient(values[-2]), values[-1]
+    values = rows.cross_entropy_fwd(_alive(z, dead), t, weight, **layout, smooth=smooth, entropy=entropy)
+    m, rest = jax.lax.stop_gradient(values[-2]), jnp.where(dead, 0.0, values[-1])
     log_total = jnp.log1p(rest)
     state = {"m": jnp.where(dead, -jnp.inf, jnp.where(jnp.isnan(jax.lax.stop_gradient(rest)), jnp.nan, m))}
     state["rest"] = jnp.where(dead, -1.0, rest)
@@ -205,6 +204,18 @@ def _slice(
     if entropy:
         state["e"] = jnp.where(dead, 0.0, (log_total - values[-3]) * (1.0 + rest))
     return state
+
+
+@jax.custom_jvp
+def _alive(z: Array, dead: Array) -> Array:
+    """z, whose dead rows have no derivative: what is formed of them is NaN, and not used."""
+    return z
+
+
+@_alive.defjvp
+def _alive_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    z, dead = primals
+    return z, jnp.where(dead[:, None], jnp.zeros((), z.dtype), tangents[0])
 
 
 def _merge(a: State, b: State) -> State:

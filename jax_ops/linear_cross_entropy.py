@@ -122,11 +122,10 @@ def linear_cross_entropy(
         ValueError: a shape or value outside its rule.
 
     Memory:
-        A chunk of the logits, which half-precision input has in float32 and, for their gradient, in its own type as
-        well. "fast" with reduction "mean" or "sum" and no stats forms the gradients in the forward pass (three
-        matmuls) and keeps those of what is differentiated, in float32. Otherwise the arguments and two to four
-        numbers per row are kept, and the backward pass forms the logits again (four matmuls). Second derivatives
-        form each chunk again. "argmax" is one matmul more.
+        A chunk of the logits, in float32 for half precision. "fast" with reduction "mean" or "sum" and no stats
+        forms the gradients in the forward pass (three matmuls) and keeps those of what is differentiated, in float32.
+        Otherwise the arguments and two to four numbers per row are kept, and the backward pass forms the logits again
+        (four matmuls). Second derivatives form each chunk again. "argmax" is one matmul more.
 
     Source:
         Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv:2411.09009), for the idea.
@@ -164,9 +163,7 @@ def linear_cross_entropy(
     limits = jnp.finfo(kind)
     scale, cap = options.fitted(float(limits.tiny), float(limits.max))
     size, others = (x.shape[0], classes) if memory == "fast" else (classes, x.shape[0])
-    # Half precision: the logits' gradient exists in its own type beside the float32 one.
-    bytes_each = kind.itemsize + (x.dtype.itemsize if x.dtype != kind else 0)
-    fits = WORKSPACE // max(bytes_each * others * positions, 1) if isinstance(others, int) else 4096
+    fits = WORKSPACE // max(kind.itemsize * others * positions, 1) if isinstance(others, int) else 4096
     chunks = cut(size, int(chunk_size or fits), strided=memory == "fast")
     given = {"cut": chunks, "scale": scale, "softcap": cap}
 
