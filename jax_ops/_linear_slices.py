@@ -14,6 +14,7 @@ all sums of terms of one sign, so a confident row keeps its loss and gradient. A
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 from typing import Any
 
@@ -66,7 +67,7 @@ def argmax(x: Array, w: Array, b: Array | None, *, cut: Cut, scale: float, softc
 
 @cache
 def _per_row(cut: Cut, scale: float, softcap: float | None, names: tuple[str, ...]) -> Any:
-    """The named numbers of each row. Saves the arguments and M, rest, S of soft targets, and e where it is asked for."""
+    """The named numbers of each row. Saves the arguments, M and rest, and S of soft targets and e if they are used."""
     layout: dict[str, Any] = {"axis": 1, "scale": scale, "softcap": softcap}
     entropy = "entropy" in names
 
@@ -125,9 +126,10 @@ def _per_row(cut: Cut, scale: float, softcap: float | None, names: tuple[str, ..
                     all_w, some = (cut.size, z.shape[1]) if weight is None else (weight.sum(), weight_k.sum())
                     others.append(d_smooth * (all_w - some))
                 if d_entropy is not None:
-                    state = _slice(z, t, inside, weight_k, ("entropy",), layout)
-                    others.append(d_entropy * ((e - _moved(state, m)[1]) / (1.0 + rest)))
-                d_lse_k = sum(others[1:], others[0]) if others else None
+                    d = rows.capped(z, scale, softcap) - m[:, None]
+                    here = (jnp.exp(d) * jnp.maximum(d, _LOWEST)).sum(1)
+                    others.append(d_entropy * ((e - here) / (1.0 + rest)))
+                d_lse_k = functools.reduce(jnp.add, others) if others else None
                 sums = dict(sums)
                 if wanted[3] or wanted[4]:
                     found = rows.cross_entropy_mass_bwd(z, t, weight_k, m, rest, d_nll, d_smooth, **layout)
@@ -140,20 +142,22 @@ def _per_row(cut: Cut, scale: float, softcap: float | None, names: tuple[str, ..
                     if "x" in sums:
                         sums["x"] = sums["x"] + linear.input_bwd(dz, wk)
                     if "w" in sums:
-                        zero = jnp.zeros_like(wk, dtype=dz.dtype)
-                        sums["w"] = cut.put(sums["w"], linear.weight_bwd(zero, dz, masked), part)
+                        sums["w"] = linear.weight_bwd(sums["w"], dz, masked, part * cut.each)
                     if "b" in sums:
                         sums["b"] = cut.put(sums["b"], dz.sum(0), part)
                 return sums
 
             arrays = dict(zip(("x", "w", "b", "target", "weight"), saved[:5], strict=True))
-            sums = {name: jnp.zeros_like(a) for (name, a), on in zip(arrays.items(), wanted, strict=True) if on}
-            if "x" in sums:
-                sums["x"] = sums["x"].astype(linear.wide(x.dtype))
+            sums = {
+                name: jnp.zeros_like(arrays[name])
+                for name, on in zip(("target", "weight"), wanted[3:], strict=True)
+                if on
+            }
+            sums |= linear.zeros(wanted[:3], x, w, b)
             sums = cut.loop(step, sums)
             if "x" in sums:
-                sums["x"] = linear.kept_rows(sums["x"].astype(x.dtype), kept)
-            return tuple(map(sums.get, arrays))
+                sums["x"] = linear.kept_rows(sums["x"], kept)
+            return tuple(sums[name].astype(a.dtype) if name in sums else None for name, a in arrays.items())
 
         return fwd, bwd
 
@@ -174,11 +178,10 @@ def _slice(
 ) -> State:
     """What a slice of the logits says of the rows."""
     smooth, entropy = "smooth" in names, "entropy" in names
-    # All -inf in the slice: no distribution there, and no part in the row's; zeros keep NaN out of derivatives.
+    # All -inf in the slice: no distribution there, and no part in the row's.
     dead = jax.lax.stop_gradient(z.max(1) == -jnp.inf)
-    alive = jnp.where(dead[:, None], jnp.zeros((), z.dtype), z)
-    values = rows.cross_entropy_fwd(alive, t, weight, **layout, smooth=smooth, entropy=entropy)
-    m, rest = jax.lax.stop_gradient(values[-2]), values[-1]
+    values = rows.cross_entropy_fwd(_alive(z, dead), t, weight, **layout, smooth=smooth, entropy=entropy)
+    m, rest = jax.lax.stop_gradient(values[-2]), jnp.where(dead, 0.0, values[-1])
     log_total = jnp.log1p(rest)
     state = {"m": jnp.where(dead, -jnp.inf, jnp.where(jnp.isnan(jax.lax.stop_gradient(rest)), jnp.nan, m))}
     state["rest"] = jnp.where(dead, -1.0, rest)
@@ -201,6 +204,18 @@ def _slice(
     if entropy:
         state["e"] = jnp.where(dead, 0.0, (log_total - values[-3]) * (1.0 + rest))
     return state
+
+
+@jax.custom_jvp
+def _alive(z: Array, dead: Array) -> Array:
+    """z, whose dead rows have no derivative: what is formed of them is NaN, and not used."""
+    return z
+
+
+@_alive.defjvp
+def _alive_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    z, dead = primals
+    return z, jnp.where(dead[:, None], jnp.zeros((), z.dtype), tangents[0])
 
 
 def _merge(a: State, b: State) -> State:

@@ -122,11 +122,10 @@ def linear_cross_entropy(
         ValueError: a shape or value outside its rule.
 
     Memory:
-        A chunk of the logits, which half-precision input has in float32 and, for their gradient, in its own type as
-        well. "fast" with reduction "mean" or "sum" and no stats forms the gradients in the forward pass (three
-        matmuls) and keeps those of what is differentiated, in float32. Otherwise the arguments and two to four
-        numbers per row are kept, and the backward pass forms the logits again (four matmuls). Second derivatives
-        form each chunk again. "argmax" is one matmul more.
+        A chunk of the logits, in float32 for half precision. "fast" with reduction "mean" or "sum" and no stats
+        forms the gradients in the forward pass (three matmuls) and keeps those of what is differentiated, in float32.
+        Otherwise the arguments and two to four numbers per row are kept, and the backward pass forms the logits again
+        (four matmuls). Second derivatives form each chunk again. "argmax" is one matmul more.
 
     Source:
         Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv:2411.09009), for the idea.
@@ -146,12 +145,9 @@ def linear_cross_entropy(
     more = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
     soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **more)
 
-    x, w, t, b, class_weight, tokens = arrays
-    if not soft:
-        t = canonical(t, w.shape[0], options.ignored)
-    x, w, t, b, class_weight, tokens = (
-        None if a is None else jnp.asarray(a) for a in (x, w, t, b, class_weight, tokens)
-    )
+    x, w = map(jnp.asarray, arrays[:2])
+    t = jnp.asarray(arrays[2] if soft else canonical(arrays[2], w.shape[0], options.ignored))
+    b, class_weight, tokens = (None if a is None else jnp.asarray(a) for a in arrays[3:])
     x, t, tokens, outside = _shifted(x, t, tokens, shift)
     lead, classes, inner = x.shape[:-1], w.shape[0], w.shape[1:-1]
     shape, positions = (*lead, *inner), math.prod(inner)
@@ -167,9 +163,7 @@ def linear_cross_entropy(
     limits = jnp.finfo(kind)
     scale, cap = options.fitted(float(limits.tiny), float(limits.max))
     size, others = (x.shape[0], classes) if memory == "fast" else (classes, x.shape[0])
-    # Half precision: the logits' gradient exists in its own type beside the float32 one.
-    bytes_each = kind.itemsize + (x.dtype.itemsize if x.dtype != kind else 0)
-    fits = WORKSPACE // max(bytes_each * others * positions, 1) if isinstance(others, int) else 4096
+    fits = WORKSPACE // max(kind.itemsize * others * positions, 1) if isinstance(others, int) else 4096
     chunks = cut(size, int(chunk_size or fits), strided=memory == "fast")
     given = {"cut": chunks, "scale": scale, "softcap": cap}
 

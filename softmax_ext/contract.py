@@ -141,16 +141,7 @@ def linear_loss(
     linear_weight (V, d1, .., dK, D), target (N, d1, .., dK) or (N, V, d1, .., dK).
     """
     options.check(op)
-    if not is_integer(shift):
-        _type(op, "shift", "be a Python integer >= 0", shift)
-    if shift < 0:
-        _value(op, "shift", "be a Python integer >= 0", shift)
-    _one_of(op, "memory", memory, MEMORY, ArgumentTypeError)
-    if chunk_size is not None and not is_integer(chunk_size):
-        _type(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
-    if chunk_size is not None and chunk_size < 1:
-        _value(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
-
+    head_options(op, shift, memory, chunk_size)
     input = at_least_1d(op, "input", input)
     floating(op, "input", input)
     linear_weight = _array(op, "linear_weight", linear_weight)
@@ -178,6 +169,19 @@ def linear_loss(
     axis = 1 if inner else len(lead)
     full = (*lead, classes, *inner)
     return _targets_and_weights(op, input, full, lead + inner, axis, target, weight, token_weight, options, "logits'")
+
+
+def head_options(op: str, shift: Any, memory: Any, chunk_size: Any) -> None:
+    """Raise for the first option of a linear loss outside its rule."""
+    if not is_integer(shift):
+        _type(op, "shift", "be a Python integer >= 0", shift)
+    if shift < 0:
+        _value(op, "shift", "be a Python integer >= 0", shift)
+    _one_of(op, "memory", memory, MEMORY, ArgumentTypeError)
+    if chunk_size is not None and not is_integer(chunk_size):
+        _type(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
+    if chunk_size is not None and chunk_size < 1:
+        _value(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
 
 
 def _targets_and_weights(

@@ -123,6 +123,8 @@ LOSSES: list[Callable[..., Any]] = [
     torch_ops.cross_entropy,
     torch_ops.nn.CrossEntropyLoss,
     jax_ops.cross_entropy,
+    torch_ops.linear_cross_entropy,
+    torch_ops.nn.LinearCrossEntropyLoss,
 ]
 
 
@@ -163,7 +165,7 @@ def _examples(thing: Any) -> int:
     return count
 
 
-@pytest.mark.parametrize("module", ["Softmax", "LogSoftmax", "CrossEntropyLoss"])
+@pytest.mark.parametrize("module", ["Softmax", "LogSoftmax", "CrossEntropyLoss", "LinearCrossEntropyLoss"])
 def test_module_examples_run(module: str) -> None:
     assert _examples(getattr(torch_ops.nn, module)) > 0
 

@@ -6,7 +6,7 @@ the others summed. Its pullback and its pushforward are row maps again, so one a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +20,19 @@ WORKSPACE = 1 << 28  # bytes of logits that may exist at a time
 DERIVED = 16
 
 
-def spans(n: int, size: int) -> Iterator[tuple[int, int]]:
+def spans(n: int, size: int) -> list[tuple[int, int]]:
     """(begin, end) of the fewest nearly equal pieces of n with at most `size` each; one empty piece of nothing."""
-    count = max(1, -(-n // size))
-    return ((k * n // count, (k + 1) * n // count) for k in range(count))
+    if n <= size:  # asked first: an exported program's number of rows is a symbol, and this is all it need know
+        return [(0, n)]
+    count = int(-(-n // size))
+    return [(k * n // count, (k + 1) * n // count) for k in range(count)]
 
 
-def that_fit(chunk_size: int | None, other: int, itemsize: int) -> int:
-    """The chunk size asked for, or the most lines of `other` entries that fit the workspace."""
-    return max(1, WORKSPACE // max(1, other * itemsize)) if chunk_size is None else chunk_size
+def that_fit(chunk_size: int | None, other: int, itemsize: int, beside: int = 0) -> int:
+    """The chunk size asked for, or the most lines of `other` entries that fit the workspace with `beside` bytes."""
+    if chunk_size is not None:
+        return chunk_size
+    return max(1, max(WORKSPACE - beside, WORKSPACE // 4) // max(1, other * itemsize))
 
 
 class RowMap(NamedTuple):
@@ -45,7 +49,7 @@ class RowMap(NamedTuple):
         def call(*values: Any) -> Sequence[Tensor]:
             args, cotangents = values[:count], values[count:]
             moved = self._moved(args, wrt)
-            _, pull = torch.func.vjp(lambda *m: tuple(moved(m)[k] for k in along), *(args[i] for i in wrt))
+            pull: Any = torch.func.vjp(lambda *m: tuple(moved(m)[k] for k in along), *(args[i] for i in wrt))[1]
             return pull(tuple(cotangents))
 
         rows = (*self.rows, *(self.out_rows[k] for k in along))
@@ -60,8 +64,8 @@ class RowMap(NamedTuple):
             moved = self._moved(args, wrt)
             # The pullback is linear in the cotangents, and its own pullback is the pushforward: forward mode
             # itself would not work here, inside a forward mode that is under way.
-            out, pull = torch.func.vjp(lambda *m: tuple(moved(m)[k] for k in along), *(args[i] for i in wrt))
-            _, push = torch.func.vjp(lambda *c: pull(c), *(torch.zeros_like(v) for v in out))
+            out, pull, *_ = torch.func.vjp(lambda *m: tuple(moved(m)[k] for k in along), *(args[i] for i in wrt))
+            push: Any = torch.func.vjp(lambda *c: pull(c), *(torch.zeros_like(v) for v in out))[1]
             return push(tuple(tangents))
 
         return RowMap(call, (*self.rows, *(self.rows[i] for i in wrt)), tuple(self.out_rows[k] for k in along))
@@ -80,20 +84,24 @@ def run(fn: RowMap, size: int, *args: Any) -> tuple[Tensor, ...]:
     """The results of a row map, in plain functional ops: nothing is written over."""
     n = next(a.shape[0] for a, by_row in zip(args, fn.rows, strict=True) if by_row and a is not None)
     parts: list[Sequence[Tensor]] = []
-    sums: list[Tensor | None] = [None] * len(fn.out_rows)
-    for i, j in spans(n, size):
-        piece = fn.call(*(a[i:j] if by_row and a is not None else a for a, by_row in zip(args, fn.rows, strict=True)))
+    sums: list[Any] = [None] * len(fn.out_rows)
+    pieces = spans(n, size)
+    for i, j in pieces:
+        cut = (a[i:j] if by_row and a is not None else a for a, by_row in zip(args, fn.rows, strict=True))
+        piece = fn.call(*args) if len(pieces) == 1 else fn.call(*cut)
         parts.append([p for p, by_row in zip(piece, fn.out_rows, strict=True) if by_row])
         for k, by_row in enumerate(fn.out_rows):
             if not by_row:  # summed in the compute type, rounded once
                 wide = piece[k].to(torch.promote_types(piece[k].dtype, torch.float32))
                 sums[k] = wide if sums[k] is None else sums[k] + wide
         dtypes = [p.dtype for p in piece]
-    joined = iter(torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    return tuple(
-        next(joined) if by_row else sums[k].to(dtypes[k])  # pyright: ignore
-        for k, by_row in enumerate(fn.out_rows)
-    )
+    joined = iter(join(parts))
+    return tuple(next(joined) if by_row else sums[k].to(dtypes[k]) for k, by_row in enumerate(fn.out_rows))
+
+
+def join(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The results by the row of all chunks."""
+    return list(parts[0]) if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
 
 
 class Chunked(Function):

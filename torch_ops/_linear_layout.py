@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_ops._linear import head_rows
 from torch_ops._linear_sum import head_sum
 from torch_ops._reduction import Coefficients
-from torch_ops._rows import IGNORED
+from torch_ops._rows import IGNORED, INVALID
 from torch_ops._targets import _can_look
 
 
@@ -66,16 +66,20 @@ def lay_out(
     return Layout(x, index, linear_weight, linear_bias, target, token_weight, (*lead, *inner))
 
 
-def total(of: Layout, weight: Tensor | None, k: Coefficients, plan: tuple[object, ...]) -> Tensor:
-    """sum over rows and positions of a nll + s smooth + c lse^2."""
+def total(of: Layout, weight: Tensor | None, by: Coefficients, plan: tuple[object, ...]) -> Tensor:
+    """The sum of the rows' losses over rows and positions."""
     parts = []
     for p, (lw, lb, target) in enumerate(_heads(of)):
-        of_row = [v if v is None else v[:, p] for v in k[:3]]
+        nll, smooth, square = (_column(c, p, by.share) for c in by[:3])
+        if smooth is not None and not target.is_floating_point():
+            smooth = smooth.masked_fill(target == INVALID, torch.nan)  # nothing else may tell, as in `combine`
+        index, of_row = of.index, [nll, smooth, square]
         kept = _kept(target)
         if kept is not None:
-            target, *of_row = (v if v is None else v.index_select(0, kept) for v in (target, *of_row))
-        parts.append(head_sum(of.x, lw, lb, target, weight, *of_row, _both(of.index, kept), *plan))
-    return sum(parts[1:], parts[0]) if parts else k.share.sum()
+            target, index = target.index_select(0, kept), _both(index, kept)
+            of_row = [c if c is None else c.index_select(0, kept) for c in of_row]
+        parts.append(head_sum(of.x, lw, lb, target, weight, *of_row, index, *plan))
+    return torch.stack(parts).sum() if len(parts) != 1 else parts[0]
 
 
 def each_row(of: Layout, weight: Tensor | None, names: list[str], plan: tuple[object, ...]) -> dict[str, Tensor]:
@@ -102,6 +106,11 @@ def _heads(of: Layout) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     weights = of.linear_weight.flatten(1, -2).unbind(1)
     biases = [None] * len(weights) if of.linear_bias is None else of.linear_bias.flatten(1).unbind(1)
     return zip(weights, biases, of.target.unbind(-1), strict=True)
+
+
+def _column(c: Tensor | float | None, p: int, like: Tensor) -> Tensor | None:
+    """One position's coefficients, (n,)."""
+    return c if c is None else c[:, p] if isinstance(c, Tensor) else torch.full_like(like[:, p], c)
 
 
 def _kept(target: Tensor) -> Tensor | None:

@@ -82,7 +82,7 @@ def _bwd(*args: Any) -> list[Tensor]:
     peak, arrays[8:] = _levelled(arrays[0].dtype, arrays[8:])
     door = classes if plan.lean else tokens
     layout = {"scale": plan.scale, "softcap": plan.softcap, "chunk_size": plan.chunk_size}
-    found = door.head_bwd(*arrays[:8], arrays[8:], needs=needs, **layout)
+    found: list[Tensor | None] = door.head_bwd(*arrays[:8], arrays[8:], needs=needs, **layout)  # pyright: ignore
     return [d if peak is None else scaled(d, peak, d.dtype) for d in found if d is not None]
 
 

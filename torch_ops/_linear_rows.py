@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_ops import _rows as rows
-from torch_ops._chunks import spans, that_fit
+from torch_ops._chunks import join, spans, that_fit
 from torch_ops._linear_parts import (
     ClassGradient,
     MassGradient,
@@ -43,7 +43,7 @@ def head_fwd(
         if argmax:
             values.append(first_maximum(z, scale, softcap)[1])
         parts.append(values)
-    return [torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)]
+    return join(parts)
 
 
 def head_bwd(
@@ -122,7 +122,7 @@ def head_fwd_bwd(
             rows.cross_entropy_bwd(z, t, weight, m, rest, ai, 2.0 * ci * values[1], si, None, **layout, out=z)
         parts.append(values[:-2])
         _products(z, xi, linear_weight, dx, shared, ignored, i, j, at)
-    return [torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)], [dx, *shared.unrounded()]
+    return join(parts), [dx, *shared.unrounded()]
 
 
 class _Buffer:
@@ -130,7 +130,7 @@ class _Buffer:
 
     def __init__(self, x: Tensor, linear_weight: Tensor, chunk_size: int | None, n: int | None = None) -> None:
         n, classes = x.shape[0] if n is None else n, linear_weight.shape[0]
-        self.spans = list(spans(n, that_fit(chunk_size, classes, x.itemsize)))
+        self.spans = spans(n, that_fit(chunk_size, classes, x.itemsize))
         self.data = x.new_empty(max(j - i for i, j in self.spans), classes)
 
     def rows(self, count: int) -> Tensor:

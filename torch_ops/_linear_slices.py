@@ -135,7 +135,9 @@ class _Slices:
 
     def __init__(self, x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, chunk_size: int | None) -> None:
         self.arrays = x, linear_weight, linear_bias
-        self.spans = list(spans(linear_weight.shape[0], that_fit(chunk_size, x.shape[0], x.itemsize)))
+        # In half precision dX is summed in float32 beside the logits, from products of its size.
+        beside = 0 if x.dtype in (torch.float32, torch.float64) else x.numel() * (4 + x.itemsize)
+        self.spans = spans(linear_weight.shape[0], that_fit(chunk_size, x.shape[0], x.itemsize, beside))
         self.data = x.new_empty(x.shape[0] * max(j - i for i, j in self.spans))
 
     def __iter__(self) -> Any:

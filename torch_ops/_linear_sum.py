@@ -37,12 +37,12 @@ def head_sum(
 
 def weighted(values: Any, a: Tensor | None, s: Tensor | None, c: Tensor | None) -> Tensor:
     """The sum of head_sum from the values of each row."""
-    terms = [] if a is None else [a * values[0]]
+    terms: list[Any] = [] if a is None else [a * values[0]]
     if s is not None:
         terms.append(s * values[2])
     if c is not None:
         terms.append(c * values[1].square())
-    return sum(terms[1:], terms[0]).sum()
+    return sum(terms[1:], terms[0]).sum()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class LinearSum(Function):

@@ -147,29 +147,6 @@ def cross_entropy_bwd(
     return dz.to(logits.dtype)
 
 
-def cross_entropy_fwd_bwd(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    d_nll: Tensor | None,
-    d_lse: Tensor | None,
-    d_smooth: Tensor | None,
-    d_entropy: Tensor | None,
-    *,
-    dim: int,
-    scale: float,
-    softcap: float | None,
-    smooth: bool,
-    entropy: bool,
-) -> tuple[Tensor, ...]:
-    """The values of cross_entropy_fwd; the gradient of cross_entropy_bwd is written over the logits."""
-    layout: dict[str, Any] = {"dim": dim, "scale": scale, "softcap": softcap}
-    values = cross_entropy_fwd(logits, target, weight, **layout, smooth=smooth, entropy=entropy)
-    upstream = (d_nll, d_lse, d_smooth, d_entropy)
-    cross_entropy_bwd(logits, target, weight, *values[-2:], *upstream, **layout, out=logits)
-    return values
-
-
 def compute(x: Tensor) -> Tensor:
     """x in the type the arithmetic is done in."""
     return x if x.dtype == torch.float64 else x.float()

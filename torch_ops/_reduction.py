@@ -6,7 +6,7 @@ Plain differentiable framework code: what autograd does here is exact and costs 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,79 +16,73 @@ from torch_ops._rows import IGNORED, INVALID
 
 
 class Coefficients(NamedTuple):
-    """loss_i = a_i nll_i + s_i smooth_i + c_i lse_i^2, None for what has no part; share of the mean's denominator."""
+    """A row's loss is nll * its nll + smooth * its smooth + square * its lse^2; None where a term is not asked for."""
 
-    a: Tensor | None
-    s: Tensor | None
-    c: Tensor | None
-    share: Tensor
-    kept: Tensor
+    nll: Tensor | float | None
+    smooth: Tensor | float | None
+    square: Tensor | float | None
+    share: Tensor  # the row's part of the mean's denominator
+    kept: Tensor  # whether the row counts at all
 
 
 def coefficients(
+    ones: Tensor,
     target: Tensor,
-    like: Tensor,
     weight: Tensor | None,
     token_weight: Tensor | None,
     options: LossOptions,
     classes: int,
 ) -> Coefficients:
-    """What multiplies the rows' numbers, from targets canonical or soft, in the row shape and type of `like`."""
-    s, z = options.label_smoothing, options.z_loss
-    soft = target.is_floating_point()
-    kept = torch.ones_like(like, dtype=torch.bool) if soft else target != IGNORED
-    share = kept.to(like.dtype)
-    of_nll = torch.ones_like(like) if soft else share
+    """What each row's numbers are multiplied by; `ones` has the rows' shape and type, targets are canonical or soft.
+
+    Ignored rows have numbers of 0, so a coefficient is one number where no weights are given.
+    """
+    s, soft = options.label_smoothing, target.is_floating_point()
+    kept = torch.ones_like(ones, dtype=torch.bool) if soft else target != IGNORED
+    share = kept.to(ones.dtype)
+    tokens: Any = 1.0
+    nll: Any = 1.0
     if not soft and weight is not None and classes:
         # Ignored rows read no weight, not even through 0 * inf; one more dimension spares 0-d indices a look.
-        of_row = weight.to(like.dtype)[target.clamp(0, classes - 1).unsqueeze(0)].squeeze(0)
-        of_nll = share = torch.where(kept, of_row, 0.0)
-    of_rest = torch.ones_like(like) if soft else kept.to(like.dtype)
+        of_row = weight.to(ones.dtype)[target.clamp(0, classes - 1).unsqueeze(0)].squeeze(0)
+        nll = share = torch.where(kept, of_row, 0.0)
     if token_weight is not None:
-        t = torch.where(kept, token_weight.to(like.dtype), 0.0)
-        share = t if soft else share * t
-        of_nll, of_rest = of_nll * t, of_rest * t
-    of_smooth = None
-    if s > 0.0:
-        of_smooth = of_rest * (s / max(classes, 1))
-        if not soft:  # where nll has no part, nothing else would tell that the target names no class
-            of_smooth = of_smooth.masked_fill(target == INVALID, torch.nan)
+        tokens = torch.where(kept, token_weight.to(ones.dtype), 0.0)
+        nll, share = nll * tokens, share * tokens
     return Coefficients(
-        None if s == 1.0 else of_nll if s == 0.0 else of_nll * (1.0 - s),
-        of_smooth,
-        of_rest * z if z > 0.0 else None,
-        share,
-        kept,
+        nll=None if s == 1.0 else nll * (1.0 - s),
+        smooth=tokens * (s / max(classes, 1)) if s > 0.0 else None,
+        square=tokens * options.z_loss if options.z_loss > 0.0 else None,
+        share=share,
+        kept=kept,
     )
 
 
-def reduce(
-    rows: dict[str, Tensor],
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    options: LossOptions,
-    classes: int,
-) -> Tensor:
-    """The loss from per-row nll, lse and (with smoothing) smooth; targets canonical or soft."""
-    k = coefficients(target, rows["nll"], weight, token_weight, options, classes)
-    terms = [] if k.a is None else [k.a * rows["nll"]]
-    if k.s is not None:
-        terms.append(k.s * rows["smooth"])
-    if k.c is not None:
-        terms.append(k.c * rows["lse"].square())
-    loss = sum(terms[1:], terms[0])
-    return loss if options.reduction == "none" else over(loss.sum(), k, options)
+def combine(rows: dict[str, Tensor], target: Tensor, by: Coefficients) -> Tensor:
+    """The rows' losses from their nll, smooth and lse."""
+    terms: list[Tensor] = []
+    if by.nll is not None:
+        terms.append(by.nll * rows["nll"])
+    if by.smooth is not None:
+        terms.append(by.smooth * rows["smooth"])
+        if not target.is_floating_point():
+            terms[-1] = terms[-1].masked_fill(target == INVALID, torch.nan)
+    if by.square is not None:
+        terms.append(by.square * rows["lse"].square())
+    loss = terms[0]
+    for term in terms[1:]:
+        loss = loss + term
+    return loss
 
 
-def over(total: Tensor, k: Coefficients, options: LossOptions) -> Tensor:
-    """The reduced loss from the sum over rows."""
+def reduce(total: Tensor, by: Coefficients, options: LossOptions) -> Tensor:
+    """The sum or mean from the summed loss."""
     if options.reduction == "sum":
         return total
     # The denominator is exchanged before dividing, not the quotient after: a gradient through an unused 0/0
     # would be NaN.
-    count, zero = k.share.sum(), options.on_all_ignored == "zero"
-    some = count != 0 if zero else k.kept.any()
+    count, zero = by.share.sum(), options.on_all_ignored == "zero"
+    some = count != 0 if zero else by.kept.any()
     return torch.where(some, total / torch.where(some, count, 1.0), 0.0 if zero else torch.nan)
 
 

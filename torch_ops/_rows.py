@@ -6,6 +6,8 @@ same results to rounding; all act along one axis `dim` (non-negative).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,13 +118,15 @@ def cross_entropy_fwd_bwd(
     """cross_entropy_fwd's values, and cross_entropy_bwd's gradient over the logits, in one visit of each row."""
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
     if native.serves(logits, dim) and logits.is_contiguous():
-        layout = (dim, scale, softcap, smooth, entropy)
-        values = native.ops.cross_entropy_fwd_bwd_(logits, _taken(target, logits), weight, *upstream, *layout)
+        args = (weight, *upstream, dim, scale, softcap, smooth, entropy)
+        values = native.ops.cross_entropy_fwd_bwd_(logits, _taken(target, logits), *args)
         torch.autograd.graph.increment_version(logits)  # as in cross_entropy_bwd
         return tuple(values)
-    return plain.cross_entropy_fwd_bwd(
-        logits, target, weight, *upstream, dim=dim, scale=scale, softcap=softcap, smooth=smooth, entropy=entropy
-    )
+    layout: dict[str, Any] = {"dim": dim, "scale": scale, "softcap": softcap}
+    values = plain.cross_entropy_fwd(logits, target, weight, **layout, smooth=smooth, entropy=entropy)
+    m, rest = values[-2:]
+    plain.cross_entropy_bwd(logits, target, weight, m, rest, *upstream, **layout, out=logits)
+    return values
 
 
 def _taken(target: Tensor, logits: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch_ops._arrays import (
     is_untracked,
 )
 from torch_ops._curvature import Curvature, RowBwd
-from torch_ops._reduction import reduce, statistics
+from torch_ops._reduction import coefficients, combine, reduce, statistics
 from torch_ops._targets import canonical
 
 
@@ -175,7 +175,10 @@ def cross_entropy(
     )
     names = ["nll", "lse", *["smooth"] * smooth, *["entropy"] * entropy]
     per_row = dict(zip(names, values, strict=False))
-    loss = reduce(per_row, target, weight, token_weight, options, classes)
+    by = coefficients(per_row["nll"], target, weight, token_weight, options, classes)
+    loss = combine(per_row, target, by)
+    if reduction != "none":
+        loss = reduce(loss.sum(), by, options)
     if not stats:
         return loss
     return loss, statistics(per_row, lambda: rows.capped(input.detach(), scale, cap), target, options, dim)

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from softmax_ext import contract
 from torch_ops._arrays import describe, enter_graph
 from torch_ops._linear_layout import each_row, lay_out, total
-from torch_ops._reduction import coefficients, over, reduce, statistics
+from torch_ops._reduction import coefficients, combine, reduce, statistics
 from torch_ops._targets import canonical
 
 
@@ -170,15 +170,14 @@ def linear_cross_entropy(
     of = lay_out(input, linear_weight, linear_bias, target, token_weight, soft=soft, shift=int(shift))
     w = weight.to(kind) if weight is not None and (soft or smooth) else None  # nothing else of a row needs it
     plan = (scale, cap, smooth, entropy, "argmax" in stats, memory == "lean", chunk_size)
-    of_rows = (of.target, weight, of.token_weight, options, classes)
+    ones = torch.ones((), dtype=kind, device=input.device).expand(of.n, math.prod(linear_weight.shape[1:-1]))
+    by = coefficients(ones, of.target, weight, of.token_weight, options, classes)
     if reduction != "none" and not stats and memory == "fast":
-        like = torch.zeros((), dtype=kind, device=input.device).expand(of.n, math.prod(linear_weight.shape[1:-1]))
-        k = coefficients(of.target, like, *of_rows[1:])
-        return over(total(of, w, k, plan), k, options)
+        return reduce(total(of, w, by, plan), by, options)
     names = ["nll", "lse", *["smooth"] * smooth, *["entropy"] * entropy]
     per_row = each_row(of, w, names, plan)
-    loss = reduce(per_row, *of_rows)
-    loss = loss.reshape(of.shape) if reduction == "none" else loss
+    loss = combine(per_row, of.target, by)
+    loss = loss.reshape(of.shape) if reduction == "none" else reduce(loss.sum(), by, options)
     if not stats:
         return loss
     found = statistics(per_row, lambda: per_row["argmax"], of.target, options, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from softmax_ext import contract
 from torch_ops.cross_entropy import cross_entropy
+from torch_ops.linear_cross_entropy import linear_cross_entropy
 from torch_ops.softmax import log_softmax, softmax
 
 
@@ -119,3 +121,95 @@ class CrossEntropyLoss(torch.nn.Module):
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Any:
         """The loss in nats, with (loss, stats) as `torch_ops.cross_entropy` returns them."""
         return cross_entropy(input, target, self.weight, token_weight=token_weight, **self._options())
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """`torch_ops.linear_cross_entropy` with its own linear layer, as torch.nn.LinearCrossEntropyLoss (2.13).
+
+    The constructor and state_dict of that, plus our options, which are checked at construction; see
+    `torch_ops.linear_cross_entropy` for each. `linear.weight` is (num_classes * prod(out_features), in_features).
+
+    Example:
+        >>> import torch, torch_ops
+        >>> loss = torch_ops.nn.LinearCrossEntropyLoss(8, 4, bias=True)
+        >>> loss(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64)).shape
+        torch.Size([])
+        >>> loss
+        LinearCrossEntropyLoss(
+          in_features=8, num_classes=4, bias=True
+          (linear): Linear(in_features=8, out_features=4, bias=True)
+        )
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        on_all_ignored: str = "nan",
+        stats: Sequence[str] = (),
+        shift: int = 0,
+        memory: str = "fast",
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        options = contract.LossOptions(
+            ignore_index,
+            reduction,
+            label_smoothing,
+            logit_scale,
+            softcap,
+            z_loss,
+            on_all_ignored,
+            stats,
+        )
+        options.check("LinearCrossEntropyLoss")
+        contract.head_options("LinearCrossEntropyLoss", shift, memory, chunk_size)
+        if weight is not None and weight.shape != (num_classes,):
+            contract.fail_value(
+                "LinearCrossEntropyLoss", "weight", f"have shape ({num_classes},)", str(tuple(weight.shape))
+            )
+        self.num_classes, self.out_features = num_classes, tuple(out_features)
+        for name, value in {**vars(options), "shift": shift, "memory": memory, "chunk_size": chunk_size}.items():
+            setattr(self, name, value)
+        outputs = math.prod(self.out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*vars(contract.LossOptions()), *_HEAD_OPTIONS)}
+
+    def extra_repr(self) -> str:
+        """The sizes, and the options that differ from their defaults."""
+        own: dict[str, Any] = {"in_features": self.linear.in_features, "num_classes": self.num_classes}
+        own |= {"out_features": self.out_features} if self.out_features else {}
+        own |= {"bias": True} if self.linear.bias is not None else {}
+        defaults = {**vars(contract.LossOptions()), **_HEAD_OPTIONS}
+        own |= {k: v for k, v in self._options().items() if v != defaults[k]}
+        return ", ".join(f"{k}={v!r}" for k, v in own.items())
+
+    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Any:
+        """The loss in nats, with (loss, stats) as `torch_ops.linear_cross_entropy` returns them."""
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.out_features:  # kept flat, as torch.nn does; 2-d weights go through unchanged
+            shape = (self.num_classes, *self.out_features)
+            weight = weight.reshape(*shape, self.linear.in_features)
+            bias = bias if bias is None else bias.reshape(shape)
+        arrays: dict[str, Any] = {"linear_bias": bias, "weight": self.weight, "token_weight": token_weight}
+        return linear_cross_entropy(input, weight, target, **arrays, **self._options())
+
+
+_HEAD_OPTIONS: dict[str, Any] = {"shift": 0, "memory": "fast", "chunk_size": None}
