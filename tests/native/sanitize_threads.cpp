@@ -31,7 +31,7 @@ Bits bits(const std::vector<Buffer*>& outputs) {
 void one(Layout y, Type type) {
   drive(y, type, 1, [&](Fn fn, const void* args, const std::vector<Buffer*>& outputs) {
     if (outputs.empty()) return;  // in place: the second run would start from the first one's result
-    int64_t units = plan(y, type).units;
+    int64_t units = plan(y).units;
     if (!run(fn, args, 0, units)) std::abort();
     Bits alone = bits(outputs);
     for (Buffer* o : outputs) std::memset(o->p, 0x55, o->bytes);
