@@ -49,6 +49,8 @@ int main(int argc, char** argv) {
     }
     for (int64_t V = 127; V <= 161; ++V)  // from the shortest row that is walked along itself, two vectors and one
       for (int64_t shift = 0; shift < 5; ++shift) one({2, V, 1}, t, shift);
+    for (int64_t V = 127; V <= 130; ++V)  // a few long rows interleaved
+      for (int64_t inner : {2, 3, 15}) one({3, V, inner}, t, V % 5);
     for (int64_t V : {255, 256, 257}) one({3, V, 1}, t, 3);
     for (int64_t V : {4095, 4096, 4097, 8191, 8193, 8200}) one({2, V, 1}, t, 1), one({1, V, 3}, t, 1);
     for (Layout y : {Layout{1, 9, 130}, Layout{70, 3, 1}, Layout{129, 1, 1}, Layout{1, 32769, 1}}) one(y, t, 1);

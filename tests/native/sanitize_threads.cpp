@@ -42,7 +42,7 @@ void one(Layout y, Type type) {
 
 void every_call() {
   for (Type t : {Type::f32, Type::f64, Type::bf16, Type::f16})
-    for (Layout y : {Layout{7, 200, 1}, Layout{150, 5, 1}, Layout{3, 5, 70}, Layout{40, 5, 3}}) one(y, t);
+    for (Layout y : {Layout{7, 200, 1}, Layout{150, 5, 1}, Layout{3, 5, 70}, Layout{40, 5, 3}, Layout{6, 150, 3}}) one(y, t);
 }
 
 }  // namespace
