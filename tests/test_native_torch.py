@@ -168,12 +168,13 @@ def test_raw_ops_refuse_rows_without_classes() -> None:
 
 def test_lazily_negated_logits() -> None:
     x = (-X).requires_grad_()
-    negated, target = torch._neg_view(x), T.clamp(0)
+    negated, target = torch._neg_view(x), T.clamp(0)  # pyright: ignore[reportPrivateImportUsage]
     assert negated.is_neg()
     torch.testing.assert_close(torch_ops.softmax(negated), X.softmax(1))
     grads = []
     for inplace in (False, True):
-        loss = torch_ops.cross_entropy(torch._neg_view(x * 1), target, inplace_backward=inplace)
+        y = torch._neg_view(x * 1)  # pyright: ignore[reportPrivateImportUsage]
+        loss = torch_ops.cross_entropy(y, target, inplace_backward=inplace)
         grads += torch.autograd.grad(loss, x)
     truth = (X.softmax(1) - torch.nn.functional.one_hot(target, 7)) / len(T)
     torch.testing.assert_close(grads, [-truth, -truth])
