@@ -1,4 +1,4 @@
-# Two commands: `make demo` trains with our loss beside the built-in one, `make test` runs every check.
+# Two commands: `make demo` trains with our losses beside the built-in one, `make test` runs every check.
 # Both create .venv first; a second run installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin

@@ -1,1 +1,1 @@
-"""The demo: one small language model, two frameworks, two losses (`python -m examples.demo`)."""
+"""The demo: one small language model, two frameworks, three losses (`python -m examples.demo`)."""

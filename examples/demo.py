@@ -1,9 +1,10 @@
-"""Trains one language model with the built-in loss and with ours, in PyTorch and in JAX.
+"""Trains one language model with the built-in loss and with both of ours, in PyTorch and in JAX.
 
-    python -m examples.demo [--steps 40] [--seed 0] [--out demo.png] [--cache FOLDER]
+    python -m examples.demo [--steps 32] [--seed 0] [--out demo.png] [--cache FOLDER]
 
-Prints one table, writes one picture, and exits with 1 when a pair of curves parts by more than
-rounding explains (`examples.verdict` says how much that is).
+Prints one table, writes one picture, and exits with 1 when a training of ours parts from the
+built-in one, in loss or weights, by more than rounding explains (`examples.verdict` says how much
+that is).
 """
 
 import argparse
@@ -21,7 +22,8 @@ from examples.recipe import Recipe
 from examples.verdict import Verdict, judge
 
 FRAMEWORKS = ("torch", "jax")
-LOSSES = ("built-in", "control", "ours")
+OURS = ("cross_entropy", "linear_cross_entropy")
+LOSSES = ("built-in", "control", *OURS)
 
 
 def train_all(recipe: Recipe, cache: Path | None, console: Console) -> report.Runs:
@@ -56,9 +58,13 @@ def train_all(recipe: Recipe, cache: Path | None, console: Console) -> report.Ru
     return runs
 
 
-def verdict_of(framework: str, runs: report.Runs) -> Verdict:
-    """Our curve of one framework against its built-in one."""
-    return judge(*(runs[framework, loss].losses for loss in ("built-in", "ours", "control")))
+def verdicts_of(runs: report.Runs) -> dict[tuple[str, str], Verdict]:
+    """Each training of ours against its framework's built-in one."""
+    return {
+        (framework, ours): judge(*(runs[framework, loss] for loss in ("built-in", ours, "control")))
+        for framework in FRAMEWORKS
+        for ours in OURS
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,14 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     recipe = Recipe(vocab=corpus.VOCAB, steps=options.steps, seed=options.seed)
     runs = train_all(recipe, options.cache, console)
-    verdicts = {framework: verdict_of(framework, runs) for framework in FRAMEWORKS}
+    verdicts = verdicts_of(runs)
     console.print(report.table(runs, verdicts, recipe))
     report.picture(options.out, runs, verdicts)
     console.print(f"{options.out} written; {time.perf_counter() - started:.0f} s in all")
-    parted = [framework for framework in FRAMEWORKS if not verdicts[framework].ok]
-    for framework in parted:
+    parted = [run for run, verdict in verdicts.items() if not verdict.ok]
+    for framework, loss in parted:
         print(
-            f"{report.TITLE[framework]}: the curves part by more than rounding explains",
+            f"{report.TITLE[framework]}, {loss}: the trainings part by more than rounding explains",
             file=sys.stderr,
         )
     return 1 if parted else 0

@@ -1,6 +1,7 @@
 """The language model in JAX: Equinox and optax."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 
 import equinox as eqx
@@ -11,15 +12,28 @@ import optax
 from jax import Array
 
 import jax_ops
-from examples.recipe import Recipe, Weights
+from examples.recipe import CHUNKS, Recipe, Weights
 
 
-def _built_in(logits: Array, target: Array) -> Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
+def _built_in(hidden: Array, weight: Array, target: Array) -> Array:
+    return optax.softmax_cross_entropy_with_integer_labels(hidden @ weight.T, target).mean()
 
 
-Loss = Callable[[Array, Array], Array]
-LOSSES: dict[str, Loss] = {"built-in": _built_in, "ours": jax_ops.cross_entropy}
+def _cross_entropy(hidden: Array, weight: Array, target: Array) -> Array:
+    return jax_ops.cross_entropy(hidden @ weight.T, target)
+
+
+def _linear_cross_entropy(hidden: Array, weight: Array, target: Array) -> Array:
+    return jax_ops.linear_cross_entropy(hidden, weight, target, chunk_size=-(-len(target) // CHUNKS))
+
+
+# Head and loss: the last hidden states (N, D), the head's weight (V, D) and the targets (N,) to nats.
+Loss = Callable[[Array, Array, Array], Array]
+LOSSES: dict[str, Loss] = {
+    "built-in": _built_in,
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
+}
 
 
 class LM(eqx.Module):
@@ -40,37 +54,46 @@ class LM(eqx.Module):
         )
 
     def __call__(self, tokens: Array) -> Array:
-        """(batch, length) token ids to (batch, length, V) logits of the next ones."""
+        """(batch, length) token ids to (batch, length, D), what the head sees."""
         x = self.embedding[tokens] + self.position
         heads = (_norm(x) @ self.qkv.T).reshape(*tokens.shape, 3, self.heads, -1)
         q, k, v = (heads[:, :, i] for i in range(3))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         x = x + mixed.reshape(x.shape) @ self.out.T
         x = x + jax.nn.gelu(_norm(x) @ self.up.T, approximate=False) @ self.down.T
-        return _norm(x) @ self.embedding.T
+        return _norm(x)
 
 
 def _norm(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
 
-def train(recipe: Recipe, tokens: np.ndarray, loss: str) -> Iterator[float]:
-    """Trains; yields the loss in nats of each step once that step is done."""
-    cross_entropy = LOSSES[loss]
-    model = LM(recipe.initial_weights(), recipe.heads)
-    optimizer = optax.sgd(recipe.learning_rate, recipe.momentum)
-    state = optimizer.init(eqx.filter(model, eqx.is_array))
+class Training:
+    """A model, its optimizer and its loss."""
 
-    def objective(model: LM, batch: Array) -> Array:
-        logits = model(batch[:, :-1])
-        return cross_entropy(logits.reshape(-1, recipe.vocab), batch[:, 1:].reshape(-1))
+    def __init__(self, recipe: Recipe, loss: str):
+        self.model = LM(recipe.initial_weights(), recipe.heads)
+        optimizer = optax.sgd(recipe.learning_rate, recipe.momentum)
+        self.state = optimizer.init(eqx.filter(self.model, eqx.is_array))
 
-    @partial(jax.jit, donate_argnums=(0, 1))  # in place, as PyTorch's optimizer
-    def step(model: LM, state: optax.OptState, batch: Array) -> tuple[LM, optax.OptState, Array]:
-        value, gradient = jax.value_and_grad(objective)(model, batch)
-        updates, state = optimizer.update(gradient, state)
-        return eqx.apply_updates(model, updates), state, value
+        def objective(model: LM, batch: Array) -> Array:
+            hidden = model(batch[:, :-1]).reshape(-1, recipe.width)
+            return LOSSES[loss](hidden, model.embedding, batch[:, 1:].reshape(-1))
 
-    for windows in recipe.batches(tokens):
-        model, state, value = step(model, state, jnp.asarray(windows))
-        yield float(value)
+        @partial(jax.jit, donate_argnums=(0, 1))  # in place, as PyTorch's optimizer
+        def step(model: LM, state: optax.OptState, batch: Array) -> tuple[LM, optax.OptState, Array]:
+            value, gradient = jax.value_and_grad(objective)(model, batch)
+            updates, state = optimizer.update(gradient, state)
+            return eqx.apply_updates(model, updates), state, value
+
+        self._step = step
+
+    def step(self, windows: np.ndarray) -> float:
+        """Trains on one batch; returns its loss in nats once that is done."""
+        self.model, self.state, value = self._step(self.model, self.state, jnp.asarray(windows))
+        return float(value)
+
+    def weights(self) -> Weights:
+        """The weights as they are now."""
+        named = ((field.name, getattr(self.model, field.name)) for field in fields(self.model))
+        return {name: np.asarray(weight) for name, weight in named if eqx.is_array(weight)}

@@ -14,15 +14,26 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.recipe import Recipe
+from examples.recipe import Recipe, Weights
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run measured: losses in nats by step, median step time, resident memory."""
+    """What one run measured.
+
+    Attributes:
+        losses: in nats, by step.
+        weights: after the last step, in the order of the corpus's ids.
+        seconds_per_step: median.
+        loss_mib: the most that one call of head and loss and their gradients holds, counted.
+        peak_mib: of the resident memory while training.
+        before_mib: resident memory with the framework loaded and nothing trained.
+    """
 
     losses: list[float]
+    weights: Weights
     seconds_per_step: float
+    loss_mib: float
     peak_mib: float
     before_mib: float
 
@@ -32,7 +43,7 @@ def run(framework: str, loss: str, recipe: Recipe, tokens_path: Path, on_step: C
 
     Args:
         framework: "torch" or "jax".
-        loss: "built-in" or "ours".
+        loss: "built-in", "cross_entropy" or "linear_cross_entropy".
         recipe: what is trained, and how long.
         tokens_path: .npy file of the corpus.
         on_step: called here with the loss after each step.
@@ -61,20 +72,22 @@ def run(framework: str, loss: str, recipe: Recipe, tokens_path: Path, on_step: C
 
 def _child(sender: Connection, framework: str, loss: str, recipe: Recipe, tokens_path: Path) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # resident memory says nothing about a GPU's
-    train = importlib.import_module(f"examples.{framework}_lm").train
+    lm = importlib.import_module(f"examples.{framework}_lm")
     tokens = np.load(tokens_path)
     before, _ = _resident_mib()
     losses, seconds = [], []
-    started = time.perf_counter()
-    for value in train(recipe, tokens, loss):
-        ended = time.perf_counter()
-        seconds.append(ended - started)
+    training = lm.Training(recipe, loss)
+    for windows in recipe.batches(tokens):
+        started = time.perf_counter()
+        value = training.step(windows)
+        seconds.append(time.perf_counter() - started)
         losses.append(value)
         sender.send(value)
-        started = time.perf_counter()
     _, peak = _resident_mib()
-    # The first step also builds and compiles.
-    sender.send(Run(losses, statistics.median(seconds[1:] or seconds), peak, before))
+    counted = importlib.import_module(f"examples.{framework}_memory").loss_bytes(recipe, loss)
+    weights = recipe.in_corpus_order(training.weights())
+    # The first step also compiles.
+    sender.send(Run(losses, weights, statistics.median(seconds[1:] or seconds), counted / 2**20, peak, before))
 
 
 def _resident_mib() -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """The language model in PyTorch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,10 +8,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_ops
-from examples.recipe import Recipe, Weights
+from examples.recipe import CHUNKS, Recipe, Weights
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-LOSSES: dict[str, Loss] = {"built-in": F.cross_entropy, "ours": torch_ops.cross_entropy}
+
+def _built_in(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return torch_ops.cross_entropy(F.linear(hidden, weight), target)
+
+
+def _linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return torch_ops.linear_cross_entropy(hidden, weight, target, chunk_size=-(-len(target) // CHUNKS))
+
+
+# Head and loss: the last hidden states (N, D), the head's weight (V, D) and the targets (N,) to nats.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+LOSSES: dict[str, Loss] = {
+    "built-in": _built_in,
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
+}
 
 
 class LM(nn.Module):
@@ -26,30 +44,37 @@ class LM(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, length) token ids to (batch, length, V) logits of the next ones."""
+        """(batch, length) token ids to (batch, length, D), what the head sees."""
         x = F.embedding(tokens, self.embedding) + self.position
         q, k, v = F.linear(_norm(x), self.qkv).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
         x = x + F.linear(mixed.transpose(1, 2).flatten(-2), self.out)
         x = x + F.linear(F.gelu(F.linear(_norm(x), self.up)), self.down)
-        return F.linear(_norm(x), self.embedding)
+        return _norm(x)
 
 
 def _norm(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
-def train(recipe: Recipe, tokens: np.ndarray, loss: str) -> Iterator[float]:
-    """Trains; yields the loss in nats of each step once that step is done."""
-    cross_entropy = LOSSES[loss]
-    model = LM(recipe.initial_weights(), recipe.heads)
-    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum)
-    for windows in recipe.batches(tokens):
+class Training:
+    """A model, its optimizer and its loss."""
+
+    def __init__(self, recipe: Recipe, loss: str):
+        self.loss = LOSSES[loss]
+        self.model = LM(recipe.initial_weights(), recipe.heads)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum)
+
+    def step(self, windows: np.ndarray) -> float:
+        """Trains on one batch; returns its loss in nats once that is done."""
         batch = torch.from_numpy(windows).long()
-        optimizer.zero_grad()
-        logits = model(batch[:, :-1]).flatten(0, 1)
-        value = cross_entropy(logits, batch[:, 1:].flatten())
-        del logits  # autograd keeps what the loss's backward needs, and no more
+        self.optimizer.zero_grad()
+        hidden = self.model(batch[:, :-1]).flatten(0, 1)
+        value = self.loss(hidden, self.model.embedding, batch[:, 1:].flatten())
         value.backward()
-        optimizer.step()
-        yield value.item()
+        self.optimizer.step()
+        return value.item()
+
+    def weights(self) -> Weights:
+        """The weights as they are now."""
+        return {name: weight.detach().numpy() for name, weight in self.model.named_parameters()}
