@@ -20,14 +20,14 @@ template <class F> struct Exp;
 template <> struct Exp<float> {
   static constexpr float log2e = 1.44269504f, magic = 0x1.8p23f + 127, ln2_hi = 0.693145751953125f,
                          ln2_lo = 1.4286068203094172e-6f, grid = 0x1.8p10f, far = 256, floor = 88;
-  // minimax of (exp(r) - 1 - r) / r^2 weighted by r^2 / exp(r) on |r| <= 0.34662: relative error of exp 2^-28.2
+  // minimax of (exp(r) - 1 - r) / r^2 weighted by r^2 / exp(r) on |r| <= 0.34662: relative error of exp 2^-27.9
   static constexpr float c[5] = {0.49999993446472f, 0.16666520612447f, 0.0416683883042291f, 0.00836871924292452f,
                                  0.00138145915115698f};
 };
 template <> struct Exp<double> {
   static constexpr double log2e = 1.4426950408889634, magic = 0x1.8p52 + 1023, ln2_hi = 0.6931471805601177038624883,
                           ln2_lo = -1.72394445256148347731635e-13, grid = 0x1.8p12, far = 2048, floor = 709;
-  // the same, relative error 2^-57.9
+  // the same, relative error 2^-56.3
   static constexpr double c[10] = {0.50000000000000106301,    0.16666666666666412405,    0.041666666666530126516,
                                    0.0083333333334945297843,  0.0013888888943640073602,  0.00019841269506451420022,
                                    0.000024801493087230434864, 2.7557586466857348738e-6, 2.7630252971345932241e-7,
