@@ -107,6 +107,7 @@ def test_twins_have_the_same_functions_in_the_same_order(name: str) -> None:
 
 
 ROWS = [f"{op}_{way}" for op in ("softmax", "log_softmax", "cross_entropy") for way in ("fwd", "bwd")]
+ROWS.append("cross_entropy_fwd_bwd")
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -173,6 +174,7 @@ def test_module_examples_run(module: str) -> None:
 X = np.array([1.1, 2.2, 0.2, -1.7])
 UP = np.array([0.5, -1.0, 2.0, 0.25])
 SOFT = np.array([0.5, 0.0, 1.0, 0.25])
+HEAD = np.linspace(-1.0, 1.0, 16).reshape(4, 4) ** 3
 WORLD = {"exp": np.exp, "log": np.log, "sum": np.sum, "x": X, "dy": UP}
 TRUTH: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "softmax": (
@@ -186,6 +188,11 @@ TRUTH: dict[str, tuple[dict[str, Any], Any, Any]] = {
         reference.log_softmax_vjp(X, UP),
     ),
     "cross_entropy": ({"y": SOFT}, reference.cross_entropy(X, SOFT), reference.cross_entropy_grad(X, SOFT)),
+    "linear_cross_entropy": (
+        {"x": UP, "w": HEAD, "y": SOFT},
+        reference.linear_cross_entropy(UP, HEAD, SOFT),
+        reference.linear_cross_entropy_grad(UP, HEAD, SOFT)[0],
+    ),
 }
 
 

@@ -81,8 +81,8 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy between softmax(input @ linear_weight.T + linear_bias) and targets, in nats.
 
-    Formula: `sum(y) * log(sum(exp(w @ x + b))) - sum(y * (w @ x + b))` for probabilities y, one-hot for a class index.
-    Gradient: `(exp(w @ x + b) / sum(exp(w @ x + b)) * sum(y) - y) @ w`
+    Formula: `sum(y) * log(sum(exp(x @ w.T))) - sum(y * (x @ w.T))` for probabilities y, one-hot for a class index.
+    Gradient: `(exp(x @ w.T) / sum(exp(x @ w.T)) * sum(y) - y) @ w`
 
     Args:
         input: (..., D), any leading dimensions or none; float16, bfloat16, float32 or float64.
