@@ -78,7 +78,7 @@ def test_same_bits(op: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, target = problem(shape, dtype)
     strided = torch.stack([x, -x], -1)[..., 0]
     # Flags that stand for values, which the dispatcher has to resolve: a pointer alone would miss them.
-    negative, zero = (-x)._neg_view(), torch._efficientzerotensor(shape, dtype=dtype)
+    negative, zero = (-x)._neg_view(), torch.ops.aten._efficientzerotensor(list(shape), dtype=dtype)
     spread = torch.stack([target, -target], -1)[:, 0]
     for view in (x, strided, x.t().contiguous().t(), negative, zero):
         for t in (target, spread, (-target)._neg_view()):
