@@ -68,6 +68,7 @@ def main(given: Sequence[str] | None = None) -> int:
                 table.add_row(door, mode, f"ended with exit code {found['exit']}")
                 ended_well = False
                 continue
+            console.print(f"{door}, {mode}: {found['seconds']:.1f} s")  # the table is minutes away
             sizes = (_gib(found[name]) for name in ("workspace", "process", "before"))
             table.add_row(door, mode, f"{found['seconds']:.1f}", *sizes, f"{found['off']:.2g}")
             ended_well &= found["off"] < FAR
