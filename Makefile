@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test check inner sanitize wheel wheel-test accuracy bench clean
+.PHONY: demo test check inner sanitize wheel wheel-test accuracy bench bench-head clean
 
 demo: $(STAMP)
 	$(BIN)/python -m softmax_ext
@@ -60,6 +60,10 @@ accuracy: $(STAMP)
 # Our ops beside the built-ins; options: BENCH="--op softmax --shape 1024x32000", or BENCH=--help.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench $(BENCH)
+
+# A language model's head at full size, in minutes and 24 GiB: BENCH="--shape 820x2304@256000" takes a tenth of the time.
+bench-head: $(STAMP)
+	$(BIN)/python -m benchmarks.head_memory $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info

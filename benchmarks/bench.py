@@ -5,6 +5,10 @@ the logits into memory that was there before; the least bytes the op can read an
 ours goes through them as a share of the copy's speed in the same rounds (above 100 %: a copy's stores cost more
 than loads); the most memory a call needs, in arrays of the logits' size. Medians over rounds. A wrong answer is
 not timed, and fails the run.
+
+The linear head with its loss and gradients is measured by three bare matmuls instead: 6NDV flops, which all calls do,
+and 8NDV of "lean", which forms the logits twice. Its memory is that of arrays beyond arguments and gradients, with
+linear_weight trained and frozen: at the worst moment (torch), or as the compiler planned it (jax).
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from benchmarks import table
 from benchmarks.cases import DTYPES, OPS, PLAN, SHAPES, Case, shape_of
 from benchmarks.check import WrongAnswer, check
+from benchmarks.heads import HEAD_OPS, HEAD_PLAN, HEADS, HeadCase, head_of
 from benchmarks.timing import peak_bytes, take_turns
 
 DOORS = ("torch", "jax")
@@ -34,16 +39,22 @@ RESULTS = Path("benchmarks", "results")
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     named = ", ".join(f"{name} ({'x'.join(map(str, shape))})" for name, shape in SHAPES.items())
-    plan = ", ".join(f"{shape} {dtype}" for shape, dtype in PLAN)
+    heads = ", ".join(f"{name} ({HeadCase(shape)})" for name, shape in HEADS.items())
+    plan = ", ".join(f"{shape} {dtype}" for shape, dtype in [*PLAN, *HEAD_PLAN])
     parser = argparse.ArgumentParser(
         "python -m benchmarks.bench",
         description=__doc__,
-        epilog=f"Shapes by name: {named}.\nWithout --shape and --dtype: {plan}.",
+        epilog=f"Shapes by name: {named}.\nOf linear heads: {heads}.\nWithout --shape and --dtype: {plan}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
+    ops = [*OPS, *HEAD_OPS]
+    parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=", ".join(ops))
     parser.add_argument("--door", nargs="+", choices=DOORS, default=DOORS, help="whose ops (default: both)")
-    parser.add_argument("--shape", nargs="+", help="names, or sizes as in 1024x32000; the second is the class axis")
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        help="names, or sizes: 1024x32000, the second is the class axis; a head's: rows x features @ classes, 256x64@9",
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="(default: float32; float64 is PyTorch's only)")
     parser.add_argument("--threads", type=_count, help="cores to run on (default: all there are)")
     parser.add_argument("--seconds", type=float, default=1.5, help="for the rounds of an op (default: %(default)s)")
@@ -52,7 +63,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs (default: %(default)s)")
     options = parser.parse_args(given)
     try:
-        options.cases = _cases(options.shape, options.dtype)
+        options.cases = _cases(options.shape, options.dtype, options.op)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -64,13 +75,23 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _cases(shapes: list[str] | None, dtypes: list[str] | None) -> list[tuple[str, Case]]:
-    """(the shape as it was asked for, the case)"""
-    plan = PLAN
+def _cases(shapes: list[str] | None, dtypes: list[str] | None, ops: list[str]) -> list[tuple[str, Case | HeadCase]]:
+    """(the shape as it was asked for, the case), where one of the ops takes it."""
+    plan = [*PLAN, *HEAD_PLAN]
     if shapes or dtypes:
-        shapes = shapes or list(dict.fromkeys(shape for shape, _ in PLAN))
+        shapes = shapes or list(dict.fromkeys(shape for shape, _ in plan))
         plan = [(shape, dtype) for dtype in dtypes or ["float32"] for shape in shapes]
-    return [(shape, Case(shape_of(shape), dtype)) for shape, dtype in plan]
+    found = []
+    for shape, dtype in plan:
+        head = head_of(shape)
+        case = Case(shape_of(shape), dtype) if head is None else HeadCase(head, dtype)
+        if set(ops) & set(OPS if head is None else HEAD_OPS):
+            found.append((shape, case))
+    if not found:
+        raise ValueError(
+            f"{', '.join(ops)}: no such shape; a linear head's is written 256x64@1000, all others 256x1000"
+        )
+    return found
 
 
 def limit(threads: int | None) -> int:
@@ -92,29 +113,44 @@ def cpu() -> str:
 
 
 def measure(
-    about: dict[str, Any], case: Case, door: Any, inputs: Any, copy: Any, options: argparse.Namespace
+    about: dict[str, Any], case: Case | HeadCase, door: Any, inputs: Any, limit: Any, options: argparse.Namespace
 ) -> list[table.Line]:
     """One op of one door on one case: judged, then timed."""
-    op = OPS[about["op"]]
     calls = door.CALLS[about["op"]](inputs)
     for name, call in calls.items():
         try:
-            check(case, about["op"], [door.numpy(answer) for answer in call()], ours=name == table.OURS)
+            check(case, about["op"], [door.numpy(answer) for answer in call()], ours=name.startswith(table.OURS))
         except WrongAnswer as error:
             raise WrongAnswer(f"{name}: {error}") from None
-    # Resident memory is counted by the page, in batches for each thread.
-    peaks = {name: peak_bytes(call) for name, call in calls.items() if case.logits_bytes > 2**23}
-    turns = take_turns({**calls, table.COPY: copy}, budget=options.seconds, least=options.rounds)
-    least = case.least_bytes(op, door.INDEX_BYTES)
-    return table.lines(about, turns, peaks, least_bytes=least, copied_bytes=2 * case.logits_bytes)
+    memory: dict[str, dict[str, int | None]] = {}
+    if isinstance(case, HeadCase):
+        name_of_limit = table.GEMMS
+        work = {name: case.flops(4 if name == "ours, lean" else 3) for name in (*calls, name_of_limit)}
+        for name, call in calls.items():
+            if call.workspace is not None:
+                memory[name] = {"workspace_bytes": call.workspace(False), "frozen_bytes": call.workspace(True)}
+    else:
+        name_of_limit = table.COPY
+        work = dict.fromkeys(calls, case.least_bytes(OPS[about["op"]], door.INDEX_BYTES))
+        work[name_of_limit] = 2 * case.logits_bytes
+        if case.logits_bytes > 2**23:  # resident memory is counted by the page, in batches for each thread
+            memory = {name: {"peak_bytes": peak_bytes(call)} for name, call in calls.items()}
+    turns = take_turns({**calls, name_of_limit: limit}, budget=options.seconds, least=options.rounds)
+    return table.lines(about, turns, memory, limit=name_of_limit, work=work)
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Measure, print and keep; 1 if an answer was wrong."""
     options = arguments(given)
     threads = limit(options.threads)
-    torch_calls, *_ = doors = [importlib.import_module(f"benchmarks.{door}_calls") for door in DOORS]
-    doors = [door for name, door in zip(DOORS, doors, strict=True) if name in options.door]
+    # Before the profiler, which counts the head's memory, writes to stderr that it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    torch_calls = importlib.import_module("benchmarks.torch_calls")
+    modules = {
+        room: [importlib.import_module(f"benchmarks.{door}_{room}") for door in DOORS if door in options.door]
+        for room in ("calls", "heads")
+    }
+    doors = modules["calls"]
     gc.freeze()  # the frameworks need not be looked at by each collection
     device = options.device or cpu()
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -122,32 +158,41 @@ def main(given: Sequence[str] | None = None) -> int:
     wrong: list[str] = []
     console.print(f"{device}, {threads} threads, {', '.join(door.VERSION for door in doors)}")
     todo = [
-        (shape, case, [(d, op) for d in doors if case.dtype in d.DTYPES for op in options.op if op in d.CALLS])
+        (
+            shape,
+            case,
+            [(d, op) for d in modules[case.ROOM] if case.dtype in d.DTYPES for op in options.op if op in d.CALLS],
+        )
         for shape, case in options.cases
     ]
+    if any(isinstance(case, HeadCase) for _, case, _ in todo):
+        for reason in filter(None, (door.skipped() for door in modules["heads"])):
+            console.print(reason)
     with Progress(
         SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn(), console=console, transient=True
     ) as progress:
         bar = progress.add_task("", total=sum(len(cells) for *_, cells in todo))
         for shape, case, cells in todo:
-            title = f"{shape} {case.shape} {case.dtype}"
-            inputs: dict[Any, Any] = {torch_calls: torch_calls.Inputs(case)}
-            copy = torch_calls.copy(inputs[torch_calls])
+            title = f"{shape} {case} {case.dtype}"
+            head = isinstance(case, HeadCase)
+            inputs: dict[Any, Any] = {} if head else {torch_calls: torch_calls.Inputs(case)}
+            copy = None if head else torch_calls.copy(inputs[torch_calls])
             found, refused = [], []
             for door, op in cells:
                 progress.update(bar, description=f"{title}: {op}")
                 if door not in inputs:
                     inputs = {door: door.Inputs(case)}  # one door's arrays at a time
                 about = {"device": device, "threads": threads, "framework": door.VERSION, "op": op}
-                about |= {"dtype": case.dtype, "shape": "x".join(map(str, case.shape))}
+                about |= {"dtype": case.dtype, "shape": str(case)}
+                limit_call = copy or door.limit(inputs[door])
                 try:
-                    found.append(measure(about, case, door, inputs[door], copy, options))
+                    found.append(measure(about, case, door, inputs[door], limit_call, options))
                 except WrongAnswer as error:
                     refused.append(table.cell_of(about))
                     wrong.append(f"{title}, {door.VERSION}, {op}: {error}")
                 progress.advance(bar)
             table.keep([line for cell in found for line in cell], file, refused=refused)
-            console.print(table.show(title, found, case.logits_bytes))
+            console.print(table.show_head(title, found) if head else table.show(title, found, case.logits_bytes))
     console.print(f"kept in {file}")
     for what in wrong:
         console.print(f"[bold red]not timed, the answer is wrong:[/] {what}", soft_wrap=True)

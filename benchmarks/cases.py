@@ -40,6 +40,9 @@ DTYPES = {
     "bfloat16": (2.0**-8, 2.0**-124),
     "float16": (2.0**-11, 2.0**-24),
 }
+# Roundoffs an entry may be off. Ours are held to more by the tests; here a wrong kernel must not pass for a fast one.
+# A rival has to answer the same question, with the digits its formula leaves it (in half precision: few).
+OURS, RIVALS = {2: 4, 4: 32, 8: 32}, {2: 64, 4: 2048, 8: 2048}
 ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
@@ -48,7 +51,7 @@ class Op:
     """What a call answers, and how often it must touch memory at least."""
 
     answers: tuple[str, ...]  # names of `Case.truth`
-    passes: int  # over arrays of the logits' size, read or written
+    passes: int = 0  # over arrays of the logits' size, read or written
     looks: int = 0  # over the targets
 
 
@@ -80,6 +83,11 @@ class Case:
     shape: tuple[int, ...]
     dtype: str = "float32"
 
+    ROOM = "calls"
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.shape))
+
     @property
     def classes(self) -> int:
         """V."""
@@ -102,8 +110,7 @@ class Case:
     @cached_property
     def period(self) -> int:
         """How many rows there are before they repeat."""
-        most = min(self.rows, max(7, 2**19 // self.classes))
-        return next((n for n in range(most, 1, -1) if all(n % d for d in range(2, math.isqrt(n) + 1))), 1)
+        return prime_below(min(self.rows, max(7, 2**19 // self.classes)))
 
     @cached_property
     def _distinct(self) -> tuple[Array, Array, Array]:
@@ -167,6 +174,29 @@ class Case:
         else:
             value = getattr(reference, name)(x)
         return value, np.abs(value)
+
+    def due(self, name: str) -> tuple[int, ...]:
+        """The shape an answer has."""
+        return (self.shape, (self.shape[0], *self.shape[2:]), ())[2 - self.truth(name)[0].ndim]
+
+    def lines(self, name: str, found: Array) -> Array:
+        """Class axis last, rows in one axis, as the truth has them."""
+        matrix = self.truth(name)[0].ndim == 2
+        return np.moveaxis(found, 1, -1).reshape(-1, self.classes) if matrix else found.reshape(-1)
+
+    def place(self, name: str, line: int) -> int:
+        """Where in the answer a line is."""
+        return line
+
+    def allowed(self, scale: Array, *, ours: bool) -> Array:
+        """How far from the truth an entry may be."""
+        roundoff, floor = DTYPES[self.dtype]
+        return (OURS if ours else RIVALS)[ITEMSIZE[self.dtype]] * roundoff * scale + floor
+
+
+def prime_below(most: int) -> int:
+    """The largest prime that is not above, or 1."""
+    return next((n for n in range(most, 1, -1) if all(n % d for d in range(2, math.isqrt(n) + 1))), 1)
 
 
 def rounded(x: Array, dtype: str) -> Array:

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from benchmarks.timing import Turns
 
-COPY, OURS = "copy", "ours"
+COPY, GEMMS, OURS = "copy", "three matmuls", "ours"
+LIMITS = (COPY, GEMMS)
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,17 @@ class Line:
     op: str
     dtype: str
     shape: str
-    call: str  # ours, copy, or the rival's name
+    call: str  # ours, the limit's, or the rival's name
     microseconds: float
     ratio: float  # its time / ours
     ratio_low: float  # the quartiles of that
     ratio_high: float
-    copies: float  # its time / the time of copying the logits
-    bytes: int  # what must be read and written
-    share: float  # those bytes by its time, of the bytes the copy moved by the copy's time
-    peak_bytes: int | None
+    limits: float  # its time / that of the limit: copying the logits, or three bare matmuls
+    work: int  # the bytes that must be read and written, or the matmuls' floating-point operations
+    share: float  # its work by its time, of the limit's work by the limit's time
+    peak_bytes: int | None  # resident, beyond the arguments
+    workspace_bytes: int | None  # in arrays beyond arguments and gradients
+    frozen_bytes: int | None  # that with linear_weight frozen
     rounds: int
     repeats: int  # calls within a round
     others: float | None  # cores that other programs kept busy meanwhile
@@ -55,18 +58,18 @@ def cell_of(about: Mapping[str, Any]) -> tuple[Any, ...]:
 def lines(
     about: Mapping[str, Any],
     turns: Turns,
-    peaks: Mapping[str, int | None],
+    memory: Mapping[str, Mapping[str, int | None]],
     *,
-    least_bytes: int,
-    copied_bytes: int,
+    limit: str,
+    work: Mapping[str, int],
 ) -> list[Line]:
-    """A cell's lines from its rounds."""
+    """A cell's lines from its rounds; what `memory` does not know of a call is None."""
     found = []
     for name, times in turns.seconds.items():
         ratios = _quotients(times, turns.seconds[OURS])
         low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        copies = statistics.median(_quotients(times, turns.seconds[COPY]))
-        moved = copied_bytes if name == COPY else least_bytes
+        known = memory.get(name, {})
+        limits = statistics.median(_quotients(times, turns.seconds[limit]))
         found.append(
             Line(
                 **about,
@@ -75,10 +78,12 @@ def lines(
                 ratio=_short(statistics.median(ratios)),
                 ratio_low=_short(low),
                 ratio_high=_short(high),
-                copies=_short(copies),
-                bytes=moved,
-                share=_short(moved / copied_bytes / copies),
-                peak_bytes=peaks.get(name),
+                limits=_short(limits),
+                work=work[name],
+                share=_short(work[name] / work[limit] / limits),
+                peak_bytes=known.get("peak_bytes"),
+                workspace_bytes=known.get("workspace_bytes"),
+                frozen_bytes=known.get("frozen_bytes"),
                 rounds=len(times),
                 repeats=turns.repeats[name],
                 others=None if turns.others is None else round(turns.others, 2),
@@ -125,29 +130,52 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def show(title: str, cells: Sequence[list[Line]], logits_bytes: int) -> Table:
     """One shape and type: an op a row, and one more for each further rival."""
-    others = statistics.median([cell[0].others or 0.0 for cell in cells] or [0.0])
-    if others > 0.1:
-        title += f"; other programs kept {others:.1f} cores busy: not to be trusted"
-    table = Table(title=title, title_justify="left", header_style="")
+    table = _titled(title, cells)
     for name in ("", "op"):
         table.add_column(name, no_wrap=True)
     for name in ("rival / ours (quartiles)", "ours", "in copies", "least bytes", "of copy speed", "peak, ours : rival"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
         ours = next(line for line in cell if line.call == OURS)
-        rivals: list[Line | None] = [line for line in cell if line.call not in (OURS, COPY)] or [None]
+        rivals: list[Line | None] = [line for line in cell if line.call not in (OURS, *LIMITS)] or [None]
         for i, rival in enumerate(rivals):
             ratio = (
                 ""
                 if rival is None
                 else f"{rival.call} {rival.ratio:.2f} ({rival.ratio_low:.2f}-{rival.ratio_high:.2f})"
             )
-            figures = (_time(ours.microseconds), f"{ours.copies:.2f}", _size(ours.bytes), f"{ours.share:.0%}")
+            figures = (_time(ours.microseconds), f"{ours.limits:.2f}", _size(ours.work), f"{ours.share:.0%}")
             both = [line for line in (ours, rival) if line is not None and line.peak_bytes is not None]
             peak = " : ".join(f"{(line.peak_bytes or 0) / logits_bytes:.1f}" for line in both)
             first = (ours.framework.split()[0], ours.op) if i == 0 else ("", "")
             table.add_row(*first, ratio, *(figures if i == 0 else [""] * 4), peak)
     return table
+
+
+def show_head(title: str, cells: Sequence[list[Line]]) -> Table:
+    """One shape and type of the linear head: a call a row."""
+    table = _titled(title, cells)
+    for name in ("", "call"):
+        table.add_column(name, no_wrap=True)
+    columns = ("time", "its time / ours (quartiles)", "flops", "of matmul speed", "workspace", "weight frozen")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for cell in cells:
+        for i, line in enumerate(cell):
+            times = f"{line.ratio:.2f} ({line.ratio_low:.2f}-{line.ratio_high:.2f})"
+            memory = ("" if size is None else _size(size) for size in (line.workspace_bytes, line.frozen_bytes))
+            framework = "" if i else line.framework.split()[0]
+            table.add_row(
+                framework, line.call, _time(line.microseconds), times, f"{line.work:.3g}", f"{line.share:.0%}", *memory
+            )
+    return table
+
+
+def _titled(title: str, cells: Sequence[list[Line]]) -> Table:
+    others = statistics.median([cell[0].others or 0.0 for cell in cells] or [0.0])
+    if others > 0.1:
+        title += f"; other programs kept {others:.1f} cores busy: not to be trusted"
+    return Table(title=title, title_justify="left", header_style="")
 
 
 def _time(microseconds: float) -> str:

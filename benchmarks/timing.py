@@ -21,6 +21,7 @@ class Call:
 
     run: Callable[..., Any]
     fresh: Callable[[], Any] | None = None
+    workspace: Callable[[bool], int] | None = None  # bytes beyond arguments and answers; with the weight frozen?
 
     def __call__(self) -> Any:
         """Once, on its own argument."""

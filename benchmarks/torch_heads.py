@@ -1,0 +1,127 @@
+"""PyTorch's calls of the linear head with its loss and the gradients of input and linear_weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import torch_ops
+from benchmarks.heads import HeadCase
+from benchmarks.timing import Call
+from benchmarks.torch_calls import VERSION, numpy
+
+__all__ = ["CALLS", "DTYPES", "VERSION", "Inputs", "limit", "numpy", "skipped", "workspace_bytes"]
+
+DTYPES = ("float32", "bfloat16")
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Inputs:
+    """One case's tensors."""
+
+    def __init__(self, case: HeadCase) -> None:
+        self.case, dtype = case, getattr(torch, case.dtype)
+        self.input = torch.from_numpy(case.input()).to(dtype).requires_grad_()
+        self.linear_weight = torch.from_numpy(case.linear_weight()).to(dtype).requires_grad_()
+        self.target = torch.from_numpy(case.target())
+
+
+def built_in(x: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    """What everyone writes."""
+    return F.cross_entropy(F.linear(x, linear_weight), target)
+
+
+def chunked(**options: Any) -> Loss:
+    """PyTorch's own chunked head."""
+    given = torch.nn.LinearCrossEntropyOptions(**options)  # pyright: ignore[reportAttributeAccessIssue]
+    return lambda x, w, t: F.linear_cross_entropy(x, w, t, options=given)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def skipped() -> str | None:
+    """Why a rival is missing."""
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    return f"F.linear_cross_entropy with its chunked options is not timed: {VERSION} lacks it"
+
+
+def rivals(case: HeadCase) -> dict[str, Loss]:
+    """Every loss by its name."""
+    found: dict[str, Loss] = {
+        "ours": torch_ops.linear_cross_entropy,
+        "ours, lean": partial(torch_ops.linear_cross_entropy, memory="lean"),
+        "F.linear + F.cross_entropy": built_in,
+    }
+    if skipped() is None:
+        # Its own choice is very short chunks; beside it the longest that fit the workspace ours has.
+        rows = max(1, 2**28 // (4 * case.classes))
+        accurate = {"acc_policy": "accurate", "acc_dtype": torch.float32}
+        found["F.linear_cross_entropy, auto"] = chunked()
+        found["F.linear_cross_entropy, long chunks"] = chunked(batch_chunk_size=rows, **accurate)
+    return found
+
+
+def gradients(loss: Loss, on: Inputs, *, frozen: bool = False) -> tuple[Tensor, ...]:
+    """(loss, dL/dinput, dL/dlinear_weight), the last not with a frozen weight."""
+    weight = on.linear_weight.detach() if frozen else on.linear_weight
+    value = loss(on.input, weight, on.target)
+    return value, *torch.autograd.grad(value, (on.input,) if frozen else (on.input, weight))
+
+
+def _head(on: Inputs) -> dict[str, Call]:
+    return {
+        name: Call(partial(gradients, loss, on), workspace=partial(_workspace, loss, on))
+        for name, loss in rivals(on.case).items()
+    }
+
+
+def _workspace(loss: Loss, on: Inputs, frozen: bool) -> int:
+    return workspace_bytes(partial(gradients, loss, on, frozen=frozen))[1]
+
+
+def workspace_bytes(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], int]:
+    """(the answers, the most bytes of tensors alive at a time beyond those there were before and the answers).
+
+    By the allocator's own record: to a dispatch mode a custom op, such as PyTorch's chunked head, is one call.
+    """
+    from torch._C._profiler import _EventType  # pyright: ignore[reportMissingImports]
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        answers = run()
+
+    def walk(nodes: Any) -> Iterator[tuple[int, int, int]]:
+        for node in nodes:
+            if node.tag == _EventType.Allocation:
+                yield node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size
+            yield from walk(node.children)
+
+    tree = seen.profiler.kineto_results.experimental_event_tree()  # pyright: ignore[reportOptionalMemberAccess]
+    events = sorted(walk(tree), key=lambda event: event[0])
+    last = {pointer: i for i, (_, pointer, _) in enumerate(events)}
+    kept = {last.get(answer.untyped_storage().data_ptr()) for answer in answers}
+    alive = most = 0
+    for i, (_, _, size) in enumerate(events):
+        alive += 0 if i in kept else size
+        most = max(most, alive)
+    return answers, most
+
+
+def limit(on: Inputs) -> Call:
+    """The yardstick: the three matmuls alone, into memory that was there before."""
+    x, w = on.input.detach(), on.linear_weight.detach()
+    z, dx, dw = x.new_empty(on.case.rows, on.case.classes), torch.empty_like(x), torch.empty_like(w)
+
+    def run() -> None:
+        torch.mm(x, w.t(), out=z)
+        torch.mm(z, w, out=dx)
+        torch.mm(z.t(), x, out=dw)
+
+    return Call(run)
+
+
+CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {"linear_cross_entropy": _head}
