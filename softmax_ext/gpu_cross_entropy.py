@@ -19,10 +19,16 @@ import triton
 import triton.language as tl
 
 from softmax_ext.gpu_math import capped, exp, log1p, origin, over, slope
-from softmax_ext.gpu_rows import closed, no_rows, place, seen, step
+from softmax_ext.gpu_rows import HOLDS_FEW, HOLDS_MANY, HOLDS_ONE, HOLDS_TWO, closed, no_rows, place, seen, step
 
-# Rows wider than this are read block by block where a kernel holds several arrays of a row at a time.
-ONE_BLOCK_OF_MANY = 8192
+
+def widest(half, both, capped, many):
+    """The widest row that is one block; `many`: soft targets, smoothing or entropy are part of the call."""
+    if many:
+        return HOLDS_MANY
+    if capped:
+        return HOLDS_FEW
+    return HOLDS_ONE if both and half else HOLDS_TWO
 
 
 @triton.jit
@@ -179,10 +185,7 @@ def _results(
     zero = tl.zeros_like(m)
     rest = closed(m, rest) / top  # in units of exp(m) from here on
     less = log1p(rest, F)
-    if SOFT:
-        nll = less * asum - ad
-    else:
-        nll = tl.where(counts, (m - target_z) + less, float("nan"))
+    nll = less * asum - ad if SOFT else tl.where(counts, m - target_z + less, float("nan"))
     tl.store(nll_out + row, tl.where(ignored, zero, nll), mask=real)
     tl.store(lse_out + row, tl.where(ignored, zero, m + less), mask=real)
     if smooth_out is not None:
@@ -342,7 +345,7 @@ def cross_entropy_bwd_kernel(
     ENTROPY: tl.constexpr = d_entropy_in is not None
     WEIGHTED: tl.constexpr = weight is not None
     cols = tl.arange(0, COLS)[None, :]
-    zero, one = tl.zeros([ROWS, 1], F), tl.full([1, 1], 1.0, F)
+    zero = tl.zeros([ROWS, 1], F)
 
     target_raw = tl.load(x + first + step(t, inner, INNER), mask=counts, other=0.0).to(F)
     target_z = capped(target_raw, scale, cap, F, SCALED, CAPPED)

@@ -3,7 +3,8 @@
 An array of logits has the layout (outer, V, inner), contiguous. A program owns ROWS whole rows and nobody else's, so
 there are no atomics and any run gives the same bits. With inner > 1 its rows are neighbours along inner: the tile is
 read in memory order and a middle axis needs no transpose, which would cost one more read and write of everything.
-A row of at most 32768 classes is one block, held in registers; a longer one is read block by block.
+A row of at most 32768 classes (fewer for kernels that hold more than its exps) is one block, held in registers; a
+longer one is read block by block.
 
 Same algorithm and names as csrc: m the maximum, `rest` the sum of exp(z - m) over all but one position of it.
 """
@@ -13,25 +14,28 @@ import triton.language as tl
 
 from softmax_ext.gpu_math import exp, log1p, origin, over
 
-ONE_BLOCK = 32768  # the widest row that stays in registers without spilling (asserted ahead of time for each target)
-BLOCK = 8192  # of a longer row
+# The widest row that is held in registers, by the number of arrays that live at a time: what compiles without a spill
+# for sm_80, sm_90 and sm_100 (tests/test_gpu_compiled.py asserts it). Wider rows are read block by block.
+HOLDS_ONE, HOLDS_TWO, HOLDS_FEW, HOLDS_MANY = 32768, 16384, 8192, 4096
+HOLDS_FLOAT64 = 2048
 
 
-def plan(outer, classes, inner, block=BLOCK, one_block=ONE_BLOCK):
-    """(number of programs, the launch's constants) for one row kernel."""
+def plan(outer, classes, inner, widest, double=False, lanes=32):
+    """(number of programs, the launch's constants) for one row kernel; `lanes` make a warp."""
+    widest = min(widest, HOLDS_FLOAT64) if double else widest
+    one = classes <= widest
     if inner == 1:
-        one = classes <= one_block
-        columns = triton.next_power_of_2(classes) if one else block
-        rows = min(max(1, 2048 // columns), triton.next_power_of_2(outer))
+        columns = triton.next_power_of_2(classes) if one else min(widest, HOLDS_FEW)
+        rows = max(1, 2048 // columns)
         programs = triton.cdiv(outer, rows)
     else:
         rows = min(triton.next_power_of_2(inner), 64)
-        columns = min(triton.next_power_of_2(classes), 4096 // rows)
+        columns = min(triton.next_power_of_2(classes), min(widest, HOLDS_MANY) // rows)
         one = classes <= columns
         programs = outer * triton.cdiv(inner, rows)
-    size = rows * columns
-    warps = 4 if size <= 2048 else 8 if size <= 4096 else 16 if size <= 16384 else 32
-    constants = {"INNER": inner > 1, "ONE": one, "ROWS": rows, "COLS": columns, "num_warps": warps}
+    # 16 numbers a thread (8 of float64), more only where a block may have no more threads
+    warps = min(max(rows * columns // (256 if double else 512), 4), 32 if rows * columns > HOLDS_TWO else 16)
+    constants = {"INNER": inner > 1, "ONE": one, "ROWS": rows, "COLS": columns, "num_warps": warps * 32 // lanes}
     # Fused products would undo what gpu_math does about rounding; 3.9 no longer fuses unasked, 3.6 does.
     return programs, {**constants, "enable_fp_fusion": False}
 
@@ -111,7 +115,7 @@ def softmax_fwd_kernel(
     COLS: tl.constexpr,
 ):
     """y = exp(x - m) / total."""
-    row, first, real = place(outer, V, inner, INNER, ROWS)
+    _row, first, real = place(outer, V, inner, INNER, ROWS)
     m, top, rest = no_rows(ROWS, F)
     cols = tl.arange(0, COLS)[None, :]
     if ONE:
@@ -149,7 +153,7 @@ def softmax_bwd_kernel(
     COLS: tl.constexpr,
 ):
     """dx = y (dy - sum(y dy))."""
-    row, first, real = place(outer, V, inner, INNER, ROWS)
+    _row, first, real = place(outer, V, inner, INNER, ROWS)
     cols = tl.arange(0, COLS)[None, :]
     if ONE:
         at, mask = first + step(cols, inner, INNER), real & (cols < V)

@@ -26,7 +26,7 @@ def softmax_fwd(x: Tensor, dim: int) -> Tensor:
     """y = softmax(x)."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _launch(gpu.softmax_fwd_kernel, (x, y), x, dim, FAST=_fast(x))
+    _launch(gpu.softmax_fwd_kernel, (x, y), x, dim, gpu.HOLDS_ONE, FAST=_fast(x))
     return y
 
 
@@ -34,7 +34,7 @@ def softmax_bwd(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     """dx = y (dy - sum(y dy))."""
     dy, y = dy.contiguous(), y.contiguous()
     dx = torch.empty_like(y)
-    _launch(gpu.softmax_bwd_kernel, (dy, y, dx), y, dim)
+    _launch(gpu.softmax_bwd_kernel, (dy, y, dx), y, dim, gpu.HOLDS_TWO)
     return dx
 
 
@@ -42,7 +42,7 @@ def log_softmax_fwd(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, m, rest)."""
     x = x.contiguous()
     y, m, rest = torch.empty_like(x), *_rows(x, dim, 2)
-    _launch(gpu.log_softmax_fwd_kernel, (x, y, m, rest), x, dim, FAST=_fast(x))
+    _launch(gpu.log_softmax_fwd_kernel, (x, y, m, rest), x, dim, gpu.HOLDS_TWO, FAST=_fast(x))
     return y, m, rest
 
 
@@ -50,7 +50,9 @@ def log_softmax_bwd(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, dim: int) ->
     """dx = dy - p sum(dy)."""
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
-    _launch(gpu.log_softmax_bwd_kernel, (dy, x, m.contiguous(), rest.contiguous(), dx), x, dim, FAST=_fast(x))
+    _launch(
+        gpu.log_softmax_bwd_kernel, (dy, x, m.contiguous(), rest.contiguous(), dx), x, dim, gpu.HOLDS_ONE, FAST=_fast(x)
+    )
     return dx
 
 
@@ -70,7 +72,8 @@ def cross_entropy_fwd(
     options, constants = _options(x, target, scale, softcap)
     many = target.is_floating_point() or smooth or entropy
     arrays = (x, target, weight, *_optional(out, smooth, entropy))
-    _launch(ce.cross_entropy_fwd_kernel, arrays, x, dim, *options, many=many, **constants)
+    widest = ce.widest(_fast(x), False, bool(softcap), many)
+    _launch(ce.cross_entropy_fwd_kernel, arrays, x, dim, widest, *options, **constants)
     return out
 
 
@@ -159,25 +162,27 @@ def _backward(
     options, constants = _options(logits, target, scale, softcap)
     many = target.is_floating_point() or smoothed or upstream[3] is not None or any(r is not None for r in results[2:4])
     arrays = (logits, target, weight, weight_sum, *results, *upstream, dx)
-    _launch(ce.cross_entropy_bwd_kernel, arrays, logits, dim, *options, many=many, BOTH=both, **constants)
+    widest = ce.widest(_fast(logits), both, bool(softcap), many)
+    _launch(ce.cross_entropy_bwd_kernel, arrays, logits, dim, widest, *options, BOTH=both, **constants)
 
 
 def _launch(
-    kernel: Any,
-    arrays: tuple[Tensor | None, ...],
-    x: Tensor,
-    dim: int,
-    *options: Any,
-    many: bool = False,
-    **constants: Any,
+    kernel: Any, arrays: tuple[Tensor | None, ...], x: Tensor, dim: int, widest: int, *options: Any, **constants: Any
 ) -> None:
     if x.numel() == 0:
         return
     outer, classes, inner = math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
-    programs, layout = gpu.plan(outer, classes, inner, ce.ONE_BLOCK_OF_MANY if many else gpu.ONE_BLOCK)
-    kind = tl.float64 if x.dtype == torch.float64 else tl.float32
+    double = x.dtype == torch.float64
+    programs, layout = gpu.plan(outer, classes, inner, widest, double, _lanes(x))
     with _current(x.device):
-        kernel[(programs,)](*arrays, outer, classes, inner, *options, F=kind, **constants, **layout)
+        kernel[(programs,)](
+            *arrays, outer, classes, inner, *options, F=tl.float64 if double else tl.float32, **constants, **layout
+        )
+
+
+def _lanes(x: Tensor) -> int:
+    """Threads of a warp: 64 on AMD's data-centre chips."""
+    return torch.cuda.get_device_properties(x.device).warp_size if torch.version.hip else 32
 
 
 def _current(device: torch.device) -> Any:
