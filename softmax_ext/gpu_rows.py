@@ -22,7 +22,7 @@ HOLDS_FLOAT64 = 2048
 
 def plan(outer, classes, inner, widest, double=False, lanes=32):
     """(number of programs, the launch's constants) for one row kernel; `lanes` make a warp."""
-    widest = min(widest, HOLDS_FLOAT64) if double else widest
+    widest = min(widest, HOLDS_FLOAT64 if double else HOLDS_TWO if lanes == 64 else HOLDS_ONE)
     one = classes <= widest
     if inner == 1:
         columns = triton.next_power_of_2(classes) if one else min(widest, HOLDS_FEW)
@@ -33,8 +33,8 @@ def plan(outer, classes, inner, widest, double=False, lanes=32):
         columns = min(triton.next_power_of_2(classes), min(widest, HOLDS_MANY) // rows)
         one = classes <= columns
         programs = outer * triton.cdiv(inner, rows)
-    # 16 numbers a thread (8 of float64), more only where a block may have no more threads
-    warps = min(max(rows * columns // (256 if double else 512), 4), 32 if rows * columns > HOLDS_TWO else 16)
+    # 16 numbers a thread (8 of float64 or where tiles are turned), more only where a block may have no more threads
+    warps = min(max(rows * columns // (256 if double or inner > 1 else 512), 4), 32 if rows * columns > HOLDS_TWO else 16)
     constants = {"INNER": inner > 1, "ONE": one, "ROWS": rows, "COLS": columns, "num_warps": warps * 32 // lanes}
     # Fused products would undo what gpu_math does about rounding; 3.9 no longer fuses unasked, 3.6 does.
     return programs, {**constants, "enable_fp_fusion": False}

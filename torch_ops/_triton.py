@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_ops._native import _FLOATS, _is_plain
 
 # ROCm calls itself "cuda". Everything else (MPS, TPU, private devices) has the plain path.
-_DEVICES = ("cuda", "xpu")
+DEVICES = ("cuda", "xpu")
 
 missing = "" if importlib.util.find_spec("triton") else "Triton is not installed"
 ops: Any = torch.ops.softmax_ext_triton
@@ -22,7 +22,7 @@ ops: Any = torch.ops.softmax_ext_triton
 def serves(x: Tensor, dim: int) -> bool:
     """Whether the Triton kernels take x; exported programs hold no op of ours, so that they run anywhere."""
     return (
-        x.device.type in _DEVICES
+        x.device.type in DEVICES
         and x.dtype in _FLOATS
         and x.shape[dim] > 0
         and _is_plain(x)
