@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test check inner accuracy bench clean
+.PHONY: demo test check inner accuracy bench gpu gpu-test gpu-bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m softmax_ext
@@ -40,6 +40,18 @@ accuracy: $(STAMP)
 # Our ops beside the built-ins; arguments: BENCH="--rounds 21 --shapes 1024x32000".
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench $(BENCH)
+
+# On a machine with a GPU: the device tests and the benchmark, about 10 minutes each. Installs nothing: $(PYTHON) is
+# an interpreter that has PyTorch, Triton and pytest (and JAX), from the repository's root.
+gpu: gpu-test gpu-bench
+
+gpu-test:
+	$(PYTHON) -m softmax_ext
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 4 tests/test_device.py
+
+# Writes benchmarks/results/<device>.csv.
+gpu-bench:
+	$(PYTHON) -m benchmarks.gpu $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info

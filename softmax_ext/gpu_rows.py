@@ -34,7 +34,9 @@ def plan(outer, classes, inner, widest, double=False, lanes=32):
         one = classes <= columns
         programs = outer * triton.cdiv(inner, rows)
     # 16 numbers a thread (8 of float64 or where tiles are turned), more only where a block may have no more threads
-    warps = min(max(rows * columns // (256 if double or inner > 1 else 512), 4), 32 if rows * columns > HOLDS_TWO else 16)
+    warps = min(
+        max(rows * columns // (256 if double or inner > 1 else 512), 4), 32 if rows * columns > HOLDS_TWO else 16
+    )
     constants = {"INNER": inner > 1, "ONE": one, "ROWS": rows, "COLS": columns, "num_warps": warps * 32 // lanes}
     # Fused products would undo what gpu_math does about rounding; 3.9 no longer fuses unasked, 3.6 does.
     return programs, {**constants, "enable_fp_fusion": False}

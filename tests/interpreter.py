@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+# Triton decides when it is imported whether it compiles or interprets: so before anything imports it.
+if importlib.util.find_spec("torch") and not importlib.import_module("torch").cuda.is_available():
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "import tests.interpreter earlier"
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def why_not() -> str:
     """Why the interpreter cannot be had here, or ""."""
+    for needed in ("torch", "triton"):
+        if importlib.util.find_spec(needed) is None:
+            return f"{needed} is not installed"
     if os.environ.get("TRITON_INTERPRET") != "1":
-        return "TRITON_INTERPRET is not 1 (with a GPU the kernels run there: make gpu)"
-    try:
-        importlib.import_module("triton")
-        importlib.import_module("torch")
-    except ImportError as error:
-        return str(error)
+        return "there is a GPU, on which `make gpu` runs the kernels"
     return ""
 
 

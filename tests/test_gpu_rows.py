@@ -204,7 +204,11 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "soft cap's derivative missing": ("gpu_math", "return dz * (4.0 * e", "return dz + 0.0 * (4.0 * e"),
     "shift rounded": ("gpu_math", "tl.abs(shift) >= 256.0", "tl.abs(shift) >= 0.0"),
     "one-hot dropped": ("gpu_cross_entropy", "others * p - d_nll * (q_high + q_low)", "(others + d_nll) * p"),
-    "1 subtracted from p": ("gpu_cross_entropy", "tl.where(target_z == m, rest, (top - e_t) + rest)", "top + rest - e_t"),
+    "1 subtracted from p": (
+        "gpu_cross_entropy",
+        "tl.where(target_z == m, rest, (top - e_t) + rest)",
+        "top + rest - e_t",
+    ),
     "-inf times 0": ("gpu_cross_entropy", "tl.where(free, tl.zeros_like(d), mass * d)", "mass * d"),
     "entropy's sum not moved": ("gpu_cross_entropy", "carry * (ed + moved * (old_top + old_rest))", "carry * ed"),
     "soft targets sum to 1": ("gpu_cross_entropy", "others + d_nll * asum", "others + d_nll"),
