@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test check inner sanitize wheel wheel-test accuracy bench bench-head clean
+.PHONY: demo test check inner sanitize wheel wheel-test accuracy bench bench-head gpu gpu-test gpu-bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m softmax_ext
@@ -64,6 +64,18 @@ bench: $(STAMP)
 # A language model's head at full size, in minutes and 24 GiB: BENCH="--shape 820x2304@256000" takes a tenth of the time.
 bench-head: $(STAMP)
 	$(BIN)/python -m benchmarks.head_memory $(BENCH)
+
+# On a machine with a GPU: the device tests and the benchmark, about 10 minutes each. Installs nothing: $(PYTHON) is
+# an interpreter that has PyTorch, Triton and pytest (and JAX), from the repository's root.
+gpu: gpu-test gpu-bench
+
+gpu-test:
+	$(PYTHON) -m softmax_ext
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 4 tests/test_device.py
+
+# Writes benchmarks/results/<device>.csv.
+gpu-bench:
+	$(PYTHON) -m benchmarks.gpu $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -7,6 +7,7 @@ import torch
 
 import torch_ops
 from torch_ops import _native as native
+from torch_ops import _triton as triton
 
 
 def version() -> str:
@@ -27,10 +28,19 @@ def kernels() -> list[tuple[str, str, str]]:
     else:
         rows = [("cpu", "native", f"{native.instruction_set()} kernels; plain PyTorch ops for higher derivatives")]
     if accelerator is not None and torch.accelerator.is_available():
-        rows.append((accelerator.type, "plain", "analytic rules in PyTorch ops"))
+        rows.append((accelerator.type, *_on(accelerator)))
     else:
         rows.append(("gpu", "none", "PyTorch sees no accelerator"))
     return rows
+
+
+def _on(device: torch.device) -> tuple[str, str]:
+    """(kernel, why) on an accelerator."""
+    if device.type not in triton.DEVICES:
+        return "plain", "analytic rules in PyTorch ops"
+    if why := triton.why_not(device):
+        return "plain", f"analytic rules in PyTorch ops: {why}"
+    return "triton", "row kernels; plain PyTorch ops for higher derivatives"
 
 
 def self_check(logits: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
-"""The row functions: native kernels where they serve the tensor, plain PyTorch ops everywhere else.
+"""The row functions: native or Triton kernels where they serve the tensor, plain PyTorch ops everywhere else.
 
-`torch_ops._plain` holds the mathematics, `softmax_ext/csrc` the same functions in C++. Same names, same arguments,
-same results to rounding; all act along one axis `dim` (non-negative).
+`torch_ops._plain` holds the mathematics, `softmax_ext/csrc` the same functions in C++ and `softmax_ext/gpu_rows.py`
+in Triton. Same names, same arguments, same results to rounding; all act along one axis `dim` (non-negative).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_ops import _native as native
 from torch_ops import _plain as plain
+from torch_ops import _triton as triton
 from torch_ops._plain import IGNORED, INVALID, capped, class_row, compute, slope
 
 __all__ = ["IGNORED", "INVALID", "capped", "class_row", "compute", "slope"]
@@ -20,29 +21,29 @@ __all__ = ["IGNORED", "INVALID", "capped", "class_row", "compute", "slope"]
 
 def softmax_fwd(x: Tensor, *, dim: int) -> Tensor:
     """y_i = exp(x_i) / sum_j exp(x_j), in the type of x."""
-    if native.serves(x, dim):
-        return native.ops.softmax_fwd(x, dim)
+    if (ops := _serving(x, dim)) is not None:
+        return ops.softmax_fwd(x, dim)
     return plain.softmax_fwd(x, dim=dim)
 
 
 def softmax_bwd(dy: Tensor, y: Tensor, *, dim: int) -> Tensor:
     """dx = y (dy - sum(y dy)), from the output alone."""
-    if native.serves(y, dim):
-        return native.ops.softmax_bwd(dy.to(y.dtype), y, dim)
+    if (ops := _serving(y, dim)) is not None:
+        return ops.softmax_bwd(dy.to(y.dtype), y, dim)
     return plain.softmax_bwd(dy, y, dim=dim)
 
 
 def log_softmax_fwd(x: Tensor, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, m, rest), log p in the type of x."""
-    if native.serves(x, dim):
-        return native.ops.log_softmax_fwd(x, dim)
+    if (ops := _serving(x, dim)) is not None:
+        return ops.log_softmax_fwd(x, dim)
     return plain.log_softmax_fwd(x, dim=dim)
 
 
 def log_softmax_bwd(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, *, dim: int) -> Tensor:
     """dx = dy - p sum(dy)."""
-    if native.serves(x, dim):
-        return native.ops.log_softmax_bwd(dy.to(x.dtype), x, m, rest, dim)
+    if (ops := _serving(x, dim)) is not None:
+        return ops.log_softmax_bwd(dy.to(x.dtype), x, m, rest, dim)
     return plain.log_softmax_bwd(dy, x, m, rest, dim=dim)
 
 
@@ -58,9 +59,9 @@ def cross_entropy_fwd(
     entropy: bool,
 ) -> tuple[Tensor, ...]:
     """(nll, lse, [smooth], [entropy], m, rest), row-shaped, in nats."""
-    if native.serves(logits, dim):
+    if (ops := _serving(logits, dim)) is not None:
         target = _taken(target, logits)
-        return tuple(native.ops.cross_entropy_fwd(logits, target, weight, dim, scale, softcap, smooth, entropy))
+        return tuple(ops.cross_entropy_fwd(logits, target, weight, dim, scale, softcap, smooth, entropy))
     return plain.cross_entropy_fwd(
         logits, target, weight, dim=dim, scale=scale, softcap=softcap, smooth=smooth, entropy=entropy
     )
@@ -86,12 +87,13 @@ def cross_entropy_bwd(
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
     # a lazily negated tensor (the imaginary part of a conjugate) has no memory of its own values to write to
     here = out is None or (out.is_contiguous() and not out.is_neg() and out.data_ptr() == logits.data_ptr())
-    if native.serves(logits, dim) and here:
+    ops = _serving(logits, dim)
+    if ops is not None and here:
         args = (_taken(target, logits), weight, m, rest, *upstream, dim, scale, softcap)
         if out is None:
-            return native.ops.cross_entropy_bwd(logits, *args)
-        native.ops.cross_entropy_bwd_(out, *args)
-        # The stable ABI does not do this for an op that declares it writes: without it a later use of the
+            return ops.cross_entropy_bwd(logits, *args)
+        ops.cross_entropy_bwd_(out, *args)
+        # Neither door does this for an op that declares it writes: without it a later use of the
         # overwritten logits would be a wrong number instead of autograd's error.
         torch.autograd.graph.increment_version(out)
         return out
@@ -117,9 +119,10 @@ def cross_entropy_fwd_bwd(
 ) -> tuple[Tensor, ...]:
     """cross_entropy_fwd's values, and cross_entropy_bwd's gradient over the logits, in one visit of each row."""
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
-    if native.serves(logits, dim) and logits.is_contiguous():
+    ops = _serving(logits, dim)
+    if ops is not None and logits.is_contiguous():
         args = (weight, *upstream, dim, scale, softcap, smooth, entropy)
-        values = native.ops.cross_entropy_fwd_bwd_(logits, _taken(target, logits), *args)
+        values = ops.cross_entropy_fwd_bwd_(logits, _taken(target, logits), *args)
         torch.autograd.graph.increment_version(logits)  # as in cross_entropy_bwd
         return tuple(values)
     layout: dict[str, Any] = {"dim": dim, "scale": scale, "softcap": softcap}
@@ -127,6 +130,13 @@ def cross_entropy_fwd_bwd(
     m, rest = values[-2:]
     plain.cross_entropy_bwd(logits, target, weight, m, rest, *upstream, **layout, out=logits)
     return values
+
+
+def _serving(x: Tensor, dim: int) -> Any:
+    """The ops whose kernels take x, or None."""
+    if native.serves(x, dim):
+        return native.ops
+    return triton.ops if triton.serves(x, dim) else None
 
 
 def _taken(target: Tensor, logits: Tensor) -> Tensor:

@@ -1,0 +1,257 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors, through the public ops: the same checks as the C++ rows.
+
+What these tests and test_gpu_compiled.py cannot see, for want of a GPU (`make gpu` can):
+- races: the interpreter runs one program after another, and a program's threads as one;
+- the hardware's exp2 (2 ulp by NVIDIA's manual) in half-precision rows: the interpreter's is NumPy's; likewise
+  division (`div.full.f32`, 2 ulp; only row numbers and the soft cap divide);
+- the driver, the launcher and its argument specialisation, launches on a second device and on a stream;
+- CUDA-graph capture, host syncs of the real allocator (fake tensors see those that read a value);
+- offsets past 2^31 in a real tensor (the arithmetic of `place` is checked), memory, and every speed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import cases, interpreter, test_facts, test_ops, test_rows
+from tests.frameworks import HERE
+
+if interpreter.why_not():
+    pytest.skip(f"Triton's interpreter: {interpreter.why_not()}", allow_module_level=True)
+
+torch: Any = importlib.import_module("torch")
+ops: Any = importlib.import_module("torch_ops._triton_ops")
+FW: Any = next(fw for fw in HERE if fw.name == "torch")
+CE = ("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel")
+SOFT = tuple(f"{op}_{way}_kernel" for op in ("softmax", "log_softmax") for way in ("fwd", "bwd"))
+
+
+@pytest.fixture(autouse=True)
+def ran() -> Iterator[list[str]]:
+    with interpreter.interpreted() as names:
+        yield names
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows wider than 32 are read in blocks of 32: every loop, at sizes an interpreter can bear."""
+    plan = ops.gpu.plan
+    monkeypatch.setattr(ops.gpu, "plan", lambda o, v, i, widest, *rest: plan(o, v, i, 32, *rest))
+
+
+SIZED = [("float32", v) for v in (1, 2, 3, 17, 257, 1025)] + [
+    (d, v) for d in ("float64", "bfloat16", "float16") for v in (1, 5, 129)
+]
+
+
+@pytest.mark.parametrize(("dtype", "classes"), SIZED)
+def test_accuracy(dtype: str, classes: int, ran: list[str]) -> None:
+    test_ops.test_accuracy(FW, dtype, classes)
+    assert set(ran) == {*SOFT, *CE}
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(("dtype", "classes"), [("float32", 33), ("float32", 200), ("float64", 129), ("bfloat16", 65)])
+def test_accuracy_block_by_block(dtype: str, classes: int) -> None:
+    test_ops.test_accuracy(FW, dtype, classes)
+
+
+@pytest.mark.parametrize("classes", [40000])
+def test_rows_wider_than_any_block(classes: int, ran: list[str]) -> None:
+    r = cases.rows(classes, "float32")
+    pick = [8, 15]  # confident; first tiles -inf
+    test_ops.check_all(FW, "float32", cases.Rows(r.x[pick], r.target[pick], r.dy[pick], r.dloss[pick], r.names))
+    assert set(ran) == {*SOFT, *CE}
+
+
+LOSSES = [
+    ("hard", "scale"),
+    ("hard", "cap"),
+    ("hard", "z-loss"),
+    ("hard", "smooth"),
+    ("hard weighted", "uniform"),
+    ("hard weighted", "all"),
+    ("soft", "plain"),
+    ("soft", "cap"),
+    ("soft weighted", "all"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), LOSSES)
+def test_accuracy_of_loss_options(kind: str, name: str) -> None:
+    test_ops.test_accuracy_of_loss_options(FW, "bfloat16", kind, name)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(("kind", "name"), [("hard weighted", "all"), ("soft weighted", "smooth"), ("soft", "all")])
+def test_loss_options_block_by_block(kind: str, name: str) -> None:
+    arrays, r = test_ops.loss_arrays(kind, 100, "float32")
+    stats = ("lse", "entropy")
+    ups = {"value": r.dloss, "lse": r.dloss[::-1].copy(), "entropy": 0.5 * r.dloss}
+    test_ops.check(
+        FW, "cross_entropy", "float32", arrays, ups, reduction="none", stats=stats, **cases.OPTIONS[name]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [0, 9])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("kind", ["hard", "one-hot", "weighted one-hot"])
+def test_confident_row(dtype: str, at: int, kind: str) -> None:
+    test_ops.test_confident_row_keeps_its_loss_and_gradient(FW, dtype, at, kind)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_any_axis(axis: int) -> None:
+    test_ops.test_softmax_along_any_axis(FW, "float32", axis)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_any_axis_block_by_block() -> None:
+    test_ops.test_softmax_along_any_axis(FW, "bfloat16", 1)
+    test_ops.test_cross_entropy_of_any_shape(FW, "float32", (3, 2))
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 2), (3, 1, 2), ()])
+def test_any_shape(shape: tuple[int, ...]) -> None:
+    test_ops.test_cross_entropy_of_any_shape(FW, "float32", shape)
+
+
+def test_strides() -> None:
+    for layout in ("transposed", "every other column"):
+        test_ops.test_layout_changes_no_number(FW, layout)
+    test_ops.test_expanded_input_and_upstream(FW)
+
+
+def test_data_facts() -> None:
+    """The facts of the contract, by hand: ignored, invalid, -inf, NaN and +inf rows."""
+    test_rows.test_canonical_targets(FW)
+    for row in ([-np.inf] * 3, [1.0, np.inf, 2.0], [1.0, np.nan, 2.0]):
+        test_rows.test_rest_is_nan_where_the_maximum_is_not_finite(FW, row)
+    for dtype in ("float32", "bfloat16"):
+        test_facts.test_masked_logit_in_softmax(FW, dtype)
+        for cap in (None, 50.0):
+            test_facts.test_masked_logit_without_mass(FW, dtype, cap)
+    test_rows.test_backward_is_linear_in_every_upstream(FW, True)
+    for axis in (0, 1, 2):
+        test_rows.test_statistics_of_a_row(FW, axis, "float32")
+
+
+@pytest.mark.parametrize("blocks", ["one", "many"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forward_and_gradient_in_one_visit(dtype: str, soft: bool, blocks: str, request: pytest.FixtureRequest) -> None:
+    """cross_entropy_fwd_bwd_ gives the bits of the two alone (half precision: p comes from the unrounded rest)."""
+    if blocks == "many":
+        request.getfixturevalue("narrow")
+    r = cases.rows(100, dtype)
+    kind = getattr(torch, dtype)
+    x = torch.from_numpy(r.x).to(kind)
+    target = torch.from_numpy(cases.soft(100, dtype, len(r.x))).float() if soft else torch.from_numpy(r.target)
+    target = target if soft else target.where(target >= 0, -1)
+    w = torch.from_numpy(cases.class_weight(100, "float32")).float()
+    ups = [torch.from_numpy(r.dloss).float() * (i + 1) for i in range(4)]
+    for given, smooth, cap in (((ups[0], None, None, None), False, None), (ups, True, 20.0)):
+        weight = w if smooth else None
+        values = ops.cross_entropy_fwd(x, target, weight, 1, 0.7, cap, smooth, smooth)
+        dx = ops.cross_entropy_bwd(x, target, weight, *values[-2:], *given, 1, 0.7, cap)
+        over = x.clone()
+        both = ops.cross_entropy_fwd_bwd_(over, target, weight, *given, 1, 0.7, cap, smooth, smooth)
+        for a, b in zip(both, values, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        tolerance = {"rtol": 8e-3, "atol": 1e-30} if dtype == "bfloat16" else {"rtol": 2e-6, "atol": 2e-7}
+        torch.testing.assert_close(over, dx, **tolerance, equal_nan=True)
+        assert ops.cross_entropy_bwd_(x, target, weight, *values[-2:], *given, 1, 0.7, cap) is None
+        assert torch.equal(x.nan_to_num(9.0), dx.nan_to_num(9.0)), "over the logits: the same bits"
+        x = torch.from_numpy(r.x).to(kind)
+
+
+def test_a_row_does_not_know_its_neighbours() -> None:
+    """The same bits alone, in a tile of rows, and last in a tile that is not full."""
+    x = torch.from_numpy(cases.rows(100, "float32").x).float()
+    whole, alone = ops.softmax_fwd(x, 1), torch.cat([ops.softmax_fwd(x[i : i + 1], 1) for i in range(len(x))])
+    assert torch.equal(whole, alone)
+    assert torch.equal(ops.softmax_fwd(x.repeat(3, 1)[:40], 1), whole.repeat(3, 1)[:40])
+
+
+def test_offsets_are_64_bit() -> None:
+    """Row 3 of 2^30 columns begins at 3 * 2^30, along either layout."""
+    triton: Any = importlib.import_module("triton")
+    tests: Any = importlib.import_module("tests.offsets")
+    out = torch.zeros(8, 2, dtype=torch.int64)
+    tests.offsets_kernel[(4,)](out, 4, 2**30, 1, INNER=False, ROWS=1)
+    tests.offsets_kernel[(2,)](out[4:], 2, 2**30, 2, INNER=True, ROWS=2)
+    assert out[:4].tolist() == [[i, i * 2**30] for i in range(4)]
+    assert out[4:].tolist() == [[0, 0], [1, 1], [2, 2**31], [3, 2**31 + 1]]
+    assert triton.__version__
+
+
+# A mutant of the kernels: what is replaced, and by what. Each is a mistake that was made somewhere.
+MUTANTS: dict[str, tuple[str, str, str]] = {
+    "padding enters the sums": ("gpu_rows", 'other=-float("inf")', "other=0.0"),
+    "older tiles keep their origin": ("gpu_rows", "(rest + top) * carry", "(rest + top)"),
+    "ties counted once": ("gpu_rows", "(times - 1.0) * new_top", "0.0 * new_top"),
+    "last block unread": ("gpu_rows", "range(0, V, COLS)", "range(0, V - COLS, COLS)"),
+    "sum term dropped": ("gpu_rows", "tl.sum(a * g, axis=1, keep_dims=True)", "0.0"),
+    "upstream's sum dropped": ("gpu_rows", "over(-tl.sum(g, axis=1, keep_dims=True)", "over(0.0 * m"),
+    "1 + rest instead of log1p": ("gpu_math", "lost / u", "0.0 * u"),
+    "scale forgotten in the slope": ("gpu_math", "(1.0 + e)) * scale)", "(1.0 + e)))"),
+    "soft cap's derivative missing": ("gpu_math", "return dz * (4.0 * e", "return dz + 0.0 * (4.0 * e"),
+    "shift rounded": ("gpu_math", "tl.abs(shift) >= 256.0", "tl.abs(shift) >= 0.0"),
+    "one-hot dropped": ("gpu_cross_entropy", "others * p - d_nll * (q_high + q_low)", "(others + d_nll) * p"),
+    "1 subtracted from p": (
+        "gpu_cross_entropy",
+        "tl.where(target_z == m, rest, (top - e_t) + rest)",
+        "top + rest - e_t",
+    ),
+    "-inf times 0": ("gpu_cross_entropy", "tl.where(free, tl.zeros_like(d), mass * d)", "mass * d"),
+    "entropy's sum not moved": ("gpu_cross_entropy", "carry * (ed + moved * (old_top + old_rest))", "carry * ed"),
+    "soft targets sum to 1": ("gpu_cross_entropy", "others + d_nll * asum", "others + d_nll"),
+    "ignored row's loss": ("gpu_cross_entropy", "tl.where(ignored, zero, nll)", "nll"),
+    "invalid row's gradient": ("gpu_cross_entropy", "high + dead, at_target + dead", "high, at_target"),
+    "weights forgotten": ("gpu_cross_entropy", "a = a * w", "a = a * 1.0"),
+}
+
+
+@pytest.mark.parametrize("name", [None, *MUTANTS])
+def test_no_mutant_passes(name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(ops.gpu.__file__).parent
+    files = {stem: (folder / f"{stem}.py").read_text() for stem in ("gpu_math", "gpu_rows", "gpu_cross_entropy")}
+    if name is not None:
+        stem, right, wrong = MUTANTS[name]
+        assert right in files[stem], "the kernels no longer say this"
+        files[stem] = files[stem].replace(right, wrong)
+    tag = f"mutant_{abs(hash(name))}"
+    (tmp_path / tag).mkdir()
+    for stem, text in files.items():
+        (tmp_path / tag / f"{stem}.py").write_text(text.replace("softmax_ext.gpu_", f"{tag}.gpu_"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ops, "gpu", importlib.import_module(f"{tag}.gpu_rows"))
+    monkeypatch.setattr(ops, "ce", importlib.import_module(f"{tag}.gpu_cross_entropy"))
+    plan = ops.gpu.plan
+    monkeypatch.setattr(ops.gpu, "plan", lambda o, v, i, widest, *rest: plan(o, v, i, min(widest, width[0]), *rest))
+    width = [1 << 20]
+
+    def everything() -> None:
+        for width[0] in (1 << 20, 16):
+            test_ops.test_accuracy(FW, "float32", 33)
+            for kind in ("hard weighted", "soft weighted"):
+                arrays, r = test_ops.loss_arrays(kind, 33, "float32")
+                options = {"reduction": "none", "stats": ("lse", "entropy"), **cases.OPTIONS["all"]}
+                ups = {"value": r.dloss, "lse": r.dloss[::-1].copy(), "entropy": 0.5 * r.dloss}
+                test_ops.check(FW, "cross_entropy", "float32", arrays, ups, **options)
+            arrays, r = test_ops.loss_arrays("soft", 33, "float32")
+            test_ops.check(FW, "cross_entropy", "float32", arrays, {"value": r.dloss}, reduction="none")
+            test_rows.test_canonical_targets(FW)
+            test_ops.test_confident_row_keeps_its_loss_and_gradient(FW, "float32", 0, "hard")
+
+    if name is None:
+        everything()
+    else:
+        with pytest.raises(AssertionError):
+            everything()

@@ -1,0 +1,48 @@
+"""Whether the Triton kernels serve a tensor. Triton itself is imported with the first tensor of a GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ops._native import _FLOATS, _is_plain
+
+# ROCm calls itself "cuda". Everything else (MPS, TPU, private devices) has the plain path.
+DEVICES = ("cuda", "xpu")
+
+missing = "" if importlib.util.find_spec("triton") else "Triton is not installed"
+ops: Any = torch.ops.softmax_ext_triton
+
+
+def serves(x: Tensor, dim: int) -> bool:
+    """Whether the Triton kernels take x; exported programs hold no op of ours, so that they run anywhere."""
+    return (
+        x.device.type in DEVICES
+        and x.dtype in _FLOATS
+        and x.shape[dim] > 0
+        and _is_plain(x)
+        and not torch.compiler.is_exporting()
+        and not why_not(x.device)
+        and not (x.device.type == "xpu" and x.dtype == torch.float64)  # some of these chips have no float64
+    )
+
+
+@functools.cache
+def why_not(device: torch.device) -> str:
+    """Why the kernels do not serve a device, or "" if they do."""
+    if missing:
+        return missing
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"Triton needs compute capability 8.0; this device has {capability[0]}.{capability[1]}"
+    try:
+        importlib.import_module("torch_ops._triton_ops")
+    except (ImportError, OSError) as error:  # a Triton built for another system
+        return f"Triton does not load ({error})"
+    return ""

@@ -1,0 +1,257 @@
+"""The Triton kernels as PyTorch ops: checked, launched, described to the compiler. Imported only where they serve.
+
+Ops with a fake kernel, not `triton_op`: what the compiler could do with a look inside (fusing a neighbour into a
+row kernel) it does not do, and an op looks the same to every PyTorch and every Triton. Same names and schemas as
+the native CPU ops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softmax_ext import gpu_cross_entropy as ce
+from softmax_ext import gpu_rows as gpu
+from torch_ops._native import _dense_like, _rows
+
+tl: Any = gpu.tl  # as they are, Triton's types are not Python's
+
+
+def softmax_fwd(x: Tensor, dim: int) -> Tensor:
+    """y = softmax(x)."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _launch(gpu.softmax_fwd_kernel, (x, y), x, dim, gpu.HOLDS_ONE, FAST=_fast(x))
+    return y
+
+
+def softmax_bwd(dy: Tensor, y: Tensor, dim: int) -> Tensor:
+    """dx = y (dy - sum(y dy))."""
+    dy, y = dy.contiguous(), y.contiguous()
+    dx = torch.empty_like(y)
+    _launch(gpu.softmax_bwd_kernel, (dy, y, dx), y, dim, gpu.HOLDS_TWO)
+    return dx
+
+
+def log_softmax_fwd(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p, m, rest)."""
+    x = x.contiguous()
+    y, m, rest = torch.empty_like(x), *_rows(x, dim, 2)
+    _launch(gpu.log_softmax_fwd_kernel, (x, y, m, rest), x, dim, gpu.HOLDS_TWO, FAST=_fast(x))
+    return y, m, rest
+
+
+def log_softmax_bwd(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, dim: int) -> Tensor:
+    """dx = dy - p sum(dy)."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    _launch(
+        gpu.log_softmax_bwd_kernel, (dy, x, m.contiguous(), rest.contiguous(), dx), x, dim, gpu.HOLDS_ONE, FAST=_fast(x)
+    )
+    return dx
+
+
+def cross_entropy_fwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    dim: int,
+    scale: float,
+    softcap: float | None,
+    smooth: bool,
+    entropy: bool,
+) -> list[Tensor]:
+    """(nll, lse, [smooth], [entropy], m, rest)."""
+    x, target, weight = logits.contiguous(), target.contiguous(), _dense(weight)
+    out = _rows(x, dim, 4 + smooth + entropy)
+    options, constants = _options(x, target, scale, softcap)
+    many = target.is_floating_point() or smooth or entropy
+    arrays = (x, target, weight, *_optional(out, smooth, entropy))
+    widest = ce.widest(_fast(x), False, bool(softcap), many)
+    _launch(ce.cross_entropy_fwd_kernel, arrays, x, dim, widest, *options, **constants)
+    return out
+
+
+def cross_entropy_bwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    m: Tensor,
+    rest: Tensor,
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    d_smooth: Tensor | None,
+    d_entropy: Tensor | None,
+    dim: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """dL/dlogits."""
+    logits = logits.contiguous()
+    dx = torch.empty_like(logits)
+    upstream = (d_nll, d_lse, d_smooth, d_entropy)
+    _backward(dx, logits, target, weight, (None, None, None, None, m, rest), upstream, dim, scale, softcap)
+    return dx
+
+
+def cross_entropy_bwd_(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    m: Tensor,
+    rest: Tensor,
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    d_smooth: Tensor | None,
+    d_entropy: Tensor | None,
+    dim: int,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """dL/dlogits over the logits."""
+    _in_place(logits, "cross_entropy_bwd_")
+    upstream = (d_nll, d_lse, d_smooth, d_entropy)
+    _backward(logits, logits, target, weight, (None, None, None, None, m, rest), upstream, dim, scale, softcap)
+
+
+def cross_entropy_fwd_bwd_(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    d_smooth: Tensor | None,
+    d_entropy: Tensor | None,
+    dim: int,
+    scale: float,
+    softcap: float | None,
+    smooth: bool,
+    entropy: bool,
+) -> list[Tensor]:
+    """cross_entropy_fwd's results, and dL/dlogits over the logits, in one visit of each row."""
+    _in_place(logits, "cross_entropy_fwd_bwd_")
+    out = _rows(logits, dim, 4 + smooth + entropy)
+    upstream = (d_nll, d_lse, d_smooth, d_entropy)
+    results = _optional(out, smooth, entropy)
+    _backward(logits, logits, target, weight, results, upstream, dim, scale, softcap, both=True)
+    return out
+
+
+def _backward(
+    dx: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    results: tuple[Tensor | None, ...],
+    upstream: tuple[Tensor | None, ...],
+    dim: int,
+    scale: float,
+    softcap: float | None,
+    *,
+    both: bool = False,
+) -> None:
+    target, weight = target.contiguous(), _dense(weight)
+    results, upstream = tuple(map(_dense, results)), tuple(map(_dense, upstream))
+    smoothed = upstream[2] is not None
+    weight_sum = weight.sum() if weight is not None and smoothed else None
+    options, constants = _options(logits, target, scale, softcap)
+    many = target.is_floating_point() or smoothed or upstream[3] is not None or any(r is not None for r in results[2:4])
+    arrays = (logits, target, weight, weight_sum, *results, *upstream, dx)
+    widest = ce.widest(_fast(logits), both, bool(softcap), many)
+    _launch(ce.cross_entropy_bwd_kernel, arrays, logits, dim, widest, *options, BOTH=both, **constants)
+
+
+def _launch(
+    kernel: Any, arrays: tuple[Tensor | None, ...], x: Tensor, dim: int, widest: int, *options: Any, **constants: Any
+) -> None:
+    if x.numel() == 0:
+        return
+    outer, classes, inner = math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
+    double = x.dtype == torch.float64
+    programs, layout = gpu.plan(outer, classes, inner, widest, double, _lanes(x))
+    with _current(x.device):
+        kernel[(programs,)](
+            *arrays, outer, classes, inner, *options, F=tl.float64 if double else tl.float32, **constants, **layout
+        )
+
+
+def _lanes(x: Tensor) -> int:
+    """Threads of a warp: 64 on AMD's data-centre chips."""
+    return torch.cuda.get_device_properties(x.device).warp_size if torch.version.hip else 32
+
+
+def _current(device: torch.device) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if device.type == "cpu":  # the interpreter
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+def _options(x: Tensor, target: Tensor, scale: float, softcap: float | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    cap = softcap or 1.0
+    constants = {
+        "SOFT": target.is_floating_point(),
+        "FAST": _fast(x),
+        "SCALED": scale != 1.0,
+        "CAPPED": bool(softcap),
+    }
+    return (float(scale), _bits(scale), float(cap), _bits(cap)), constants
+
+
+def _bits(x: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+def _fast(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.contiguous()
+
+
+def _optional(out: list[Tensor], smooth: bool, entropy: bool) -> tuple[Tensor | None, ...]:
+    """(nll, lse, smooth or None, entropy or None, m, rest)."""
+    return (*out[:2], out[2] if smooth else None, out[2 + smooth] if entropy else None, *out[-2:])
+
+
+def _in_place(logits: Tensor, op: str) -> None:
+    if not logits.is_contiguous():
+        raise RuntimeError(f"{op}: logits must be contiguous to be overwritten.")
+
+
+_OPTIONS = "int dim, float scale, float? softcap"
+_UPSTREAM = "Tensor? d_nll, Tensor? d_lse, Tensor? d_smooth, Tensor? d_entropy"
+_INPUTS = "logits, Tensor target, Tensor? weight"
+_SCHEMAS: dict[Any, str] = {
+    softmax_fwd: "(Tensor x, int dim) -> Tensor",
+    softmax_bwd: "(Tensor dy, Tensor y, int dim) -> Tensor",
+    log_softmax_fwd: "(Tensor x, int dim) -> (Tensor, Tensor, Tensor)",
+    log_softmax_bwd: "(Tensor dy, Tensor x, Tensor m, Tensor rest, int dim) -> Tensor",
+    cross_entropy_fwd: f"(Tensor {_INPUTS}, {_OPTIONS}, bool smooth, bool entropy) -> Tensor[]",
+    cross_entropy_bwd: f"(Tensor {_INPUTS}, Tensor m, Tensor rest, {_UPSTREAM}, {_OPTIONS}) -> Tensor",
+    cross_entropy_bwd_: f"(Tensor(a!) {_INPUTS}, Tensor m, Tensor rest, {_UPSTREAM}, {_OPTIONS}) -> ()",
+    cross_entropy_fwd_bwd_: f"(Tensor(a!) {_INPUTS}, {_UPSTREAM}, {_OPTIONS}, bool smooth, bool entropy) -> Tensor[]",
+}
+# What each returns, to whoever traces it.
+_FAKES: dict[Any, Any] = {
+    softmax_fwd: lambda x, dim: _dense_like(x),
+    softmax_bwd: lambda dy, y, dim: _dense_like(y),
+    log_softmax_fwd: lambda x, dim: (_dense_like(x), *_rows(x, dim, 2)),
+    log_softmax_bwd: lambda dy, x, m, rest, dim: _dense_like(x),
+    cross_entropy_fwd: lambda x, t, w, dim, scale, softcap, smooth, entropy: _rows(x, dim, 4 + smooth + entropy),
+    cross_entropy_bwd: lambda x, *_: _dense_like(x),
+    cross_entropy_bwd_: lambda *_: None,
+    cross_entropy_fwd_bwd_: lambda x, *args: _rows(x, args[6], 4 + args[9] + args[10]),
+}
+
+_library = torch.library.Library("softmax_ext_triton", "DEF")
+for _op, _schema in _SCHEMAS.items():
+    _library.define(_op.__name__ + _schema)
+    _library.impl(_op.__name__, _op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"softmax_ext_triton::{_op.__name__}", _FAKES[_op], lib=_library)
