@@ -14,6 +14,9 @@ from torch_ops._targets import _TRACING
 
 # Entries of a temporary that stands beside the logits: 2 MiB of bfloat16.
 _PIECE = 1 << 20
+# Entries of one product on its way into a wider sum: 8 MiB of bfloat16. Matmuls of fewer classes are slower (at
+# D = 2304 and 512 rows: 455 classes at a time take 1.7 times as long as 2048).
+PRODUCT = 1 << 22
 
 
 def by_hand(*arrays: Tensor | None) -> bool:
@@ -79,6 +82,7 @@ class ClassGradient:
         self.dtype, self.first = weight.dtype, True
         dtype = self.kind if chunks > 1 else weight.dtype
         self.dw = weight.new_empty(weight.shape, dtype=dtype) if need_weight else None
+        self.product: Tensor | None = None
         self.db = torch.zeros_like(bias, dtype=self.kind) if need_bias and bias is not None else None
 
     def add(self, dz: Tensor, x: Tensor) -> None:
@@ -92,8 +96,11 @@ class ClassGradient:
         elif self.dw.dtype == dz.dtype:
             self.dw.addmm_(dz.t(), x)
         else:
-            for i, j in spans(dz.shape[1], max(1, _PIECE // max(1, x.shape[1]))):
-                product, total = torch.mm(dz[:, i:j].t(), x), self.dw[i:j]
+            pieces = spans(dz.shape[1], max(1, PRODUCT // max(1, x.shape[1])))
+            if self.product is None:
+                self.product = dz.new_empty(max(j - i for i, j in pieces), x.shape[1])
+            for i, j in pieces:
+                product, total = torch.mm(dz[:, i:j].t(), x, out=self.product[: j - i]), self.dw[i:j]
                 total.copy_(product) if self.first else total.add_(product)
         self.first = False
 

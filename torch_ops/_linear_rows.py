@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_ops import _rows as rows
 from torch_ops._chunks import join, spans, that_fit
 from torch_ops._linear_parts import (
+    PRODUCT,
     ClassGradient,
     MassGradient,
     first_maximum,
@@ -130,7 +131,8 @@ class _Buffer:
 
     def __init__(self, x: Tensor, linear_weight: Tensor, chunk_size: int | None, n: int | None = None) -> None:
         n, classes = x.shape[0] if n is None else n, linear_weight.shape[0]
-        self.spans = spans(n, that_fit(chunk_size, classes, x.itemsize))
+        beside = 0 if x.dtype in (torch.float32, torch.float64) else PRODUCT * x.itemsize
+        self.spans = spans(n, that_fit(chunk_size, classes, x.itemsize, beside))
         self.data = x.new_empty(max(j - i for i, j in self.spans), classes)
 
     def rows(self, count: int) -> Tensor:
