@@ -34,11 +34,12 @@ wheel: $(STAMP)
 	rm -f dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-# The wheel in fresh environments with one framework or both: everything but the tests marked slow.
+# The wheel in fresh environments with one framework or both. WHOLE=--whole: every test not marked slow, not only those
+# of doors, ops and contract.
 wheel-test: wheel
-	$(BIN)/python -m tests.fresh dist/*.whl torch
-	$(BIN)/python -m tests.fresh dist/*.whl jax
-	$(BIN)/python -m tests.fresh dist/*.whl torch jax
+	$(BIN)/python -m tests.fresh dist/*.whl torch $(WHOLE)
+	$(BIN)/python -m tests.fresh dist/*.whl jax $(WHOLE)
+	$(BIN)/python -m tests.fresh dist/*.whl torch jax $(WHOLE)
 
 # The quick loop while editing: everything but the tests marked slow.
 inner: $(STAMP)

@@ -1,4 +1,4 @@
-"""The wheel in a fresh environment: `python -m tests.fresh WHEEL [torch] [jax]` installs it there and runs its tests.
+"""The wheel in a fresh environment: `python -m tests.fresh WHEEL [torch] [jax] [--whole]` installs and tests it there.
 
 The environment holds what the named frameworks and pytest need and nothing else, linked from this one rather than
 downloaded again. The tests run from a copy, so that the only softmax_ext in reach is the wheel's.
@@ -55,7 +55,7 @@ def link(name: str, site: Path) -> None:
             (site / top).symlink_to(target)
 
 
-def main(wheel: Path, frameworks: list[str]) -> int:
+def main(wheel: Path, frameworks: list[str], whole: bool) -> int:
     """The exit code of the tests."""
     check(wheel)
     with tempfile.TemporaryDirectory(prefix="softmax-ext-") as folder:
@@ -70,9 +70,11 @@ def main(wheel: Path, frameworks: list[str]) -> int:
         for name in ("tests", "examples", "benchmarks"):
             shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", home)
-        # With both there is nothing new but the two libraries in one process: the tests of the doors.
-        both = len(frameworks) == len(FRAMEWORKS)
-        chosen = [f"tests/test_native_{name}.py" for name in ("torch", "jax", "threads")] if both else []
+        # What an environment can change: whether the doors open, and what the ops do where a framework is absent. With
+        # both there is nothing new but the two libraries in one process.
+        names = [*(f"native_{name}" for name in frameworks), "native_threads"]
+        names += [] if len(frameworks) == len(FRAMEWORKS) else ["ops", "rows", "contract", "head_contract"]
+        chosen = [] if whole else [f"tests/test_{name}.py" for name in names]
         ignored = [f"--ignore=tests/{name}" for name in OF_THE_CHECKOUT]
         tests = [str(python), "-m", "pytest", "-n", "2", "-m", "not slow", f"--doors={','.join(frameworks)}"]
         tests += [*chosen, *ignored]
@@ -80,4 +82,5 @@ def main(wheel: Path, frameworks: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:]))
+    given = sys.argv[2:]
+    sys.exit(main(Path(sys.argv[1]).resolve(), [f for f in FRAMEWORKS if f in given], "--whole" in given))
