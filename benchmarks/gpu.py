@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,44 +23,34 @@ import torch_ops
 
 CLASSES = (1024, 4096, 16384, 32000, 65536, 128256, 262144)
 ENTRIES = 1 << 28  # of the logits of a call
-FIELDS = ("device", "torch", "dtype", "rows", "classes", "op", "milliseconds", "share", "eager", "compiled")
+FIELDS: list[str] = ["device", "torch", "dtype", "rows", "classes", "op", "milliseconds", "share", "eager", "compiled"]
 Call = Callable[[torch.Tensor], torch.Tensor]
 
 
-def gradient(loss: Callable[[torch.Tensor], torch.Tensor]) -> Call:
-    """x to dloss/dx."""
-    return lambda x: torch.autograd.grad(loss(x), x)[0]
-
-
-def calls(t: torch.Tensor) -> dict[str, tuple[Call, Call, float]]:
-    """op: (ours, the built-in, how often the logits' bytes must move)."""
-    up: dict[Any, torch.Tensor] = {}
-
-    def pulled(op: Callable[..., torch.Tensor]) -> Call:
-        def call(x: torch.Tensor) -> torch.Tensor:
-            key = (x.shape, x.dtype)
-            if key not in up:
-                up.clear()
-                up[key] = torch.randn_like(x)
-            return torch.autograd.grad(op(x, -1), x, up[key])[0]
-
-        return call
-
+def calls(t: torch.Tensor) -> dict[str, tuple[Call, Call, bool, float]]:
+    """op: (ours, the built-in, whether backwards too, how often the logits' bytes must move)."""
+    softmaxes = (lambda x: torch_ops.softmax(x), lambda x: torch.softmax(x, -1))
+    log_softmaxes = (lambda x: torch_ops.log_softmax(x), lambda x: torch.log_softmax(x, -1))
+    losses = (lambda x: torch_ops.cross_entropy(x, t), lambda x: F.cross_entropy(x, t))
     return {
-        "softmax": (lambda x: torch_ops.softmax(x.detach()), lambda x: torch.softmax(x.detach(), -1), 2),
-        "log_softmax": (lambda x: torch_ops.log_softmax(x.detach()), lambda x: torch.log_softmax(x.detach(), -1), 2),
-        "cross_entropy": (
-            lambda x: torch_ops.cross_entropy(x.detach(), t),
-            lambda x: F.cross_entropy(x.detach(), t),
-            1,
-        ),
-        "softmax + backward": (pulled(torch_ops.softmax), pulled(torch.softmax), 5),
-        "cross_entropy + backward": (
-            gradient(lambda x: torch_ops.cross_entropy(x, t)),
-            gradient(lambda x: F.cross_entropy(x, t)),
-            3,
-        ),
+        "softmax": (*softmaxes, False, 2),
+        "log_softmax": (*log_softmaxes, False, 2),
+        "cross_entropy": (*losses, False, 1),
+        "softmax + backward": (*softmaxes, True, 5),
+        "cross_entropy + backward": (*losses, True, 3),
     }
+
+
+def whole(op: Call, backward: bool, up: torch.Tensor) -> Call:
+    """The call that is timed."""
+    if not backward:
+        return lambda x: op(x.detach())
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = op(x)
+        return torch.autograd.grad(y, x, up if y.dim() else None)[0]
+
+    return call
 
 
 def milliseconds(call: Call, inputs: list[torch.Tensor], seconds: float) -> float:
@@ -92,7 +81,7 @@ def check(name: str, ours: Call, theirs: Call, x: torch.Tensor, t: torch.Tensor)
         torch.testing.assert_close(
             found.float(), theirs(x.detach().float().requires_grad_()).float(), rtol=1e-5, atol=0
         )
-    elif "cross_entropy" in name:
+    elif name == "cross_entropy + backward":
         few = x[:4].detach().double().requires_grad_()
         loss = F.cross_entropy(few, t[:4], reduction="sum") / len(x)
         truth = torch.autograd.grad(loss, few)[0]
@@ -125,11 +114,12 @@ def main() -> None:
                 t = torch.randint(classes, (rows,), device="cuda")
                 old = torch.empty_like(inputs[0])
                 copy = milliseconds(lambda x, old=old: old.copy_(x.detach()), inputs, options.seconds)
-                for name, (ours, theirs, moved) in calls(t).items():
-                    check(name, ours, theirs, inputs[0], t)
-                    mine = milliseconds(ours, inputs, options.seconds)
+                up = torch.randn_like(inputs[0])
+                for name, (ours, theirs, backward, moved) in calls(t).items():
                     torch._dynamo.reset()
-                    rivals = [milliseconds(c, inputs, options.seconds) for c in (theirs, torch.compile(theirs))]
+                    ran = [whole(op, backward, up) for op in (ours, theirs, torch.compile(theirs))]
+                    check(name, ran[0], ran[1], inputs[0], t)
+                    mine, *rivals = [milliseconds(call, inputs, options.seconds) for call in ran]
                     line = {
                         "device": device,
                         "torch": torch.__version__,

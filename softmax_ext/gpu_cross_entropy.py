@@ -15,6 +15,9 @@ Integer targets: [0, V) counts, -1 is an ignored row (its logits are not even re
 anything else an invalid one (nll and gradient NaN). No target is used as an address unchecked.
 """
 
+# Compile-time values are not what Python takes them for:
+# pyright: reportArgumentType=false, reportAssignmentType=false
+
 import triton
 import triton.language as tl
 

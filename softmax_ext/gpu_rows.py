@@ -9,6 +9,9 @@ longer one is read block by block.
 Same algorithm and names as csrc: m the maximum, `rest` the sum of exp(z - m) over all but one position of it.
 """
 
+# What a program sees as arrays Python takes for tuples:
+# pyright: reportOperatorIssue=false
+
 import triton
 import triton.language as tl
 

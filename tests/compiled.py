@@ -39,15 +39,15 @@ def softmax(dtype: torch.dtype, v: int) -> None:
 
 def loss(dtype: torch.dtype, shape: tuple[int, ...], options: tuple[float, float | None], everything: bool) -> None:
     """Forward, backward, and both; `everything`: soft targets, weights, smoothing and entropy."""
-    kind = compute(dtype)
+    kind, (scale, cap) = compute(dtype), options
     x = torch.empty(shape, dtype=dtype, device="meta")
     rows = torch.empty([shape[0], *shape[2:]], dtype=kind, device="meta")
     target = x if everything else torch.empty(rows.shape, dtype=torch.int64, device="meta")
     weight = torch.empty(shape[1], dtype=kind, device="meta") if everything else None
-    ups = [rows] * 4 if everything else [rows, rows, None, None]
-    ops.cross_entropy_fwd(x, target, weight, 1, *options, everything, everything)
-    ops.cross_entropy_bwd(x, target, weight, rows, rows, *ups, 1, *options)
-    ops.cross_entropy_fwd_bwd_(x, target, weight, *ups, 1, *options, everything, everything)
+    a, b, c, d = (rows, rows, rows, rows) if everything else (rows, rows, None, None)
+    ops.cross_entropy_fwd(x, target, weight, 1, scale, cap, everything, everything)
+    ops.cross_entropy_bwd(x, target, weight, rows, rows, a, b, c, d, 1, scale, cap)
+    ops.cross_entropy_fwd_bwd_(x, target, weight, a, b, c, d, 1, scale, cap, everything, everything)
 
 
 def compute(dtype: torch.dtype) -> torch.dtype:
@@ -124,7 +124,7 @@ def main() -> None:
         binary = compiled(kernel, args, constants, target)
         print(json.dumps({"case": case, "kernel": kernel.fn.__name__, **resources(binary)}), flush=True)
 
-    triton.JITFunction.run = run
+    triton.JITFunction.run = run  # pyright: ignore[reportAttributeAccessIssue]
     for case, launch in (MANY if name == "sm_90" else FEW).items():  # noqa: B007
         launch()
 

@@ -113,8 +113,12 @@ def test_any_axis(axis: int) -> None:
 
 @pytest.mark.usefixtures("narrow")
 def test_any_axis_block_by_block() -> None:
-    test_ops.test_softmax_along_any_axis(FW, "bfloat16", 1)
-    test_ops.test_cross_entropy_of_any_shape(FW, "float32", (3, 2))
+    r = cases.rows(70, "bfloat16")
+    x, dy = (np.moveaxis(a[:6].reshape(2, 3, 70), -1, 1) for a in (r.x, r.dy))
+    for op in test_ops.SOFTMAXES:
+        test_ops.check(FW, op, "bfloat16", {"input": x}, {"value": dy}, axis=1)
+    arrays, up = {"input": x, "target": np.abs(r.target[:6].reshape(2, 3))}, {"value": r.dloss[:6].reshape(2, 3)}
+    test_ops.check(FW, "cross_entropy", "bfloat16", arrays, up, reduction="none", stats=("lse", "entropy"))
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 2), (3, 1, 2), ()])
@@ -138,8 +142,7 @@ def test_data_facts() -> None:
         for cap in (None, 50.0):
             test_facts.test_masked_logit_without_mass(FW, dtype, cap)
     test_rows.test_backward_is_linear_in_every_upstream(FW, True)
-    for axis in (0, 1, 2):
-        test_rows.test_statistics_of_a_row(FW, axis, "float32")
+    test_rows.test_statistics_of_a_row(FW, 1, "float32")
 
 
 @pytest.mark.parametrize("blocks", ["one", "many"])
@@ -238,10 +241,10 @@ def test_no_mutant_passes(name: str | None, tmp_path: Path, monkeypatch: pytest.
     width = [1 << 20]
 
     def everything() -> None:
-        for width[0] in (1 << 20, 16):
-            test_ops.test_accuracy(FW, "float32", 33)
+        for width[0] in (1 << 20, 32):
+            test_ops.test_accuracy(FW, "float32", 100)
             for kind in ("hard weighted", "soft weighted"):
-                arrays, r = test_ops.loss_arrays(kind, 33, "float32")
+                arrays, r = test_ops.loss_arrays(kind, 65, "float32")
                 options = {"reduction": "none", "stats": ("lse", "entropy"), **cases.OPTIONS["all"]}
                 ups = {"value": r.dloss, "lse": r.dloss[::-1].copy(), "entropy": 0.5 * r.dloss}
                 test_ops.check(FW, "cross_entropy", "float32", arrays, ups, **options)

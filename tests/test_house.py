@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -209,6 +210,8 @@ def test_docstring_formulas_are_true(door: Any, name: str) -> None:
 
 def test_every_module_says_what_it_is() -> None:
     for path in SOURCES:
+        if ("gpu_" in path.stem or path.stem == "_triton_ops") and importlib.util.find_spec("triton") is None:
+            continue
         module = importlib.import_module(f"{path.parent.name}.{path.stem}") if path.stem != "__main__" else report
         assert module.__doc__, path
 
