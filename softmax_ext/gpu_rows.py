@@ -9,8 +9,8 @@ longer one is read block by block.
 Same algorithm and names as csrc: m the maximum, `rest` the sum of exp(z - m) over all but one position of it.
 """
 
-# What a program sees as arrays Python takes for tuples:
-# pyright: reportOperatorIssue=false
+# What a program sees as arrays and compile-time values Python takes for something else:
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 
 import triton
 import triton.language as tl
