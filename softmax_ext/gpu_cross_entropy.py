@@ -21,7 +21,7 @@ anything else an invalid one (nll and gradient NaN). No target is used as an add
 import triton
 import triton.language as tl
 
-from softmax_ext.gpu_math import capped, exp, log1p, origin, over, slope
+from softmax_ext.gpu_math import capped, exp, log1p, origin, over, ratio, slope
 from softmax_ext.gpu_rows import HOLDS_FEW, HOLDS_MANY, HOLDS_ONE, HOLDS_TWO, closed, no_rows, place, seen, step
 
 
@@ -186,7 +186,7 @@ def _results(
 ):
     """A row's numbers from what its visit left."""
     zero = tl.zeros_like(m)
-    rest = closed(m, rest) / top  # in units of exp(m) from here on
+    rest = ratio(closed(m, rest), top, F)  # in units of exp(m) from here on
     less = log1p(rest, F)
     nll = less * asum - ad if SOFT else tl.where(counts, m - target_z + less, float("nan"))
     tl.store(nll_out + row, tl.where(ignored, zero, nll), mask=real)
@@ -195,7 +195,7 @@ def _results(
         # a row without a distribution has no sum either: its masses may cancel the NaN only by being 0
         tl.store(smooth_out + row, tl.where(ignored, zero, less * ws - wd), mask=real)
     if entropy_out is not None:
-        tl.store(entropy_out + row, tl.where(ignored, zero, less - (ed / top) / (1.0 + rest)), mask=real)
+        tl.store(entropy_out + row, tl.where(ignored, zero, less - ratio(ratio(ed, top, F), 1.0 + rest, F)), mask=real)
     tl.store(m_out + row, tl.where(ignored, zero, m), mask=real)
     tl.store(rest_out + row, tl.where(ignored, zero, rest), mask=real)
 
@@ -370,7 +370,7 @@ def cross_entropy_bwd_kernel(
         m, rest = _row(m_row, row, alive, F), _row(rest_row, row, alive, F)
         m = tl.where(tl.abs(m) < float("inf"), m, zero)
         big, floor, magic = origin(m, F)
-        top = exp(m, big, floor, magic, F, FAST)
+        top = exp(m, big, floor, magic, F, False)
         rest = rest * top
         if SOFT or ENTROPY:  # sums over the row that the forward did not keep
             for begin in range(0, V, COLS):
@@ -392,10 +392,10 @@ def cross_entropy_bwd_kernel(
             others += d_smooth * tl.load(weight_sum)
         else:
             others += d_smooth * V
-    total_rest = rest / top
+    total_rest = ratio(rest, top, F)
     log_shift = zero
     if ENTROPY:  # log p_j + H = (z_j - m) + log_shift: L cancels
-        log_shift = -(ed / top) / (1.0 + total_rest)
+        log_shift = -ratio(ratio(ed, top, F), 1.0 + total_rest, F)
     excess = others + d_nll * asum if SOFT else others + d_nll
     high, low = over(excess, top, rest, F)
     ent_high, ent_low = over(-d_entropy, top, rest, F)

@@ -9,13 +9,13 @@ longer one is read block by block.
 Same algorithm and names as csrc: m the maximum, `rest` the sum of exp(z - m) over all but one position of it.
 """
 
-# What a program sees as arrays Python takes for tuples:
-# pyright: reportOperatorIssue=false
+# What a program sees as arrays and compile-time values Python takes for something else:
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 
 import triton
 import triton.language as tl
 
-from softmax_ext.gpu_math import exp, log1p, origin, over
+from softmax_ext.gpu_math import exp, log1p, origin, over, ratio
 
 # The widest row that is held in registers, by the number of arrays that live at a time: what compiles without a spill
 # for sm_80, sm_90 and sm_100 (tests/test_gpu_compiled.py asserts it). Wider rows are read block by block.
@@ -90,11 +90,11 @@ def seen(z, m, top, rest, F: tl.constexpr, FAST: tl.constexpr):
     shift = tl.where(now > -float("inf"), now, tl.zeros_like(now))
     big, floor, magic = origin(shift, F)
     e = exp(z, big, floor, magic, F, FAST)
-    new_top = exp(shift, big, floor, magic, F, FAST)
+    new_top = exp(shift, big, floor, magic, F, False)  # never FAST: every number of the row is divided by it
     everything = tl.sum(e, axis=1, keep_dims=True)
     below = tl.sum(tl.where(z == now, tl.zeros_like(e), e), axis=1, keep_dims=True)
     times = tl.floor((everything - below) / new_top + 0.5)
-    carry = tl.where(raised, exp(m, big, floor, magic, F, FAST) / top, tl.full([1, 1], 1.0, F))
+    carry = tl.where(raised, ratio(exp(m, big, floor, magic, F, False), top, F), tl.full([1, 1], 1.0, F))
     grown = tl.where(raised, (rest + top) * carry + (below + (times - 1.0) * new_top), rest + everything)
     return now, new_top, grown, e, carry
 
@@ -201,14 +201,14 @@ def log_softmax_fwd_kernel(
         at, mask = first + step(cols, inner, INNER), real & (cols < V)
         z = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
         m, top, rest, _, _ = seen(z, m, top, rest, F, FAST)
-        rest = closed(m, rest) / top
+        rest = ratio(closed(m, rest), top, F)
         tl.store(y + at, (z - m) - log1p(rest, F), mask=mask)
     else:
         for begin in range(0, V, COLS):
             mask = real & (begin + cols < V)
             z = tl.load(x + first + step(begin + cols, inner, INNER), mask=mask, other=-float("inf")).to(F)
             m, top, rest, _e, _c = seen(z, m, top, rest, F, FAST)
-        rest = closed(m, rest) / top
+        rest = ratio(closed(m, rest), top, F)
         less = log1p(rest, F)
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
@@ -242,7 +242,7 @@ def log_softmax_bwd_kernel(
     rest = tl.load(rest_in + row, mask=real, other=0.0)
     shift = tl.where(tl.abs(m) < float("inf"), m, tl.zeros_like(m))
     big, floor, magic = origin(shift, F)
-    top = exp(shift, big, floor, magic, F, FAST)
+    top = exp(shift, big, floor, magic, F, False)
     if ONE:
         at, mask = first + step(cols, inner, INNER), real & (cols < V)
         g = tl.load(dy + at, mask=mask, other=0.0).to(F)

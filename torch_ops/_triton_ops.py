@@ -51,7 +51,7 @@ def log_softmax_bwd(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, dim: int) ->
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     _launch(
-        gpu.log_softmax_bwd_kernel, (dy, x, m.contiguous(), rest.contiguous(), dx), x, dim, gpu.HOLDS_ONE, FAST=_fast(x)
+        gpu.log_softmax_bwd_kernel, (dy, x, m.contiguous(), rest.contiguous(), dx), x, dim, gpu.HOLDS_TWO, FAST=_fast(x)
     )
     return dx
 
