@@ -348,7 +348,7 @@ def test_weight_gradient_is_as_exact_in_many_chunks(dtype: str) -> None:
     with jax.enable_x64(False):
         x, w, t = _random(256, 16, 33, dtype)
     wide = [np.asarray(a, np.float64) for a in (x, w)]
-    _, truth, _ = reference.linear_cross_entropy_grad(*wide, np.asarray(t))
+    _, truth, _ = reference.linear_cross_entropy_grad(wide[0], wide[1], np.asarray(t))
     errors = []
     with jax.enable_x64(False):
         for size in (256, 2):
