@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import tests.interpreter  # before anything imports Triton  # noqa: F401
+
 DOORS = {"torch": "torch_ops", "jax": "jax_ops"}
 ABSENT = [name for name in DOORS if find_spec(name) is None]
 
