@@ -27,6 +27,8 @@ def describe(x: Any) -> Array:
     dtype = x.dtype
     if jnp.issubdtype(dtype, jnp.integer):  # int4 and its like, whose NumPy kind says nothing
         return Array(tuple(x.shape), str(dtype), "int")
+    if isinstance(x, np.ndarray):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)  # NumPy's float64 is float32 to JAX unless x64 is on
     kind = "float" if jnp.issubdtype(dtype, jnp.floating) else _KINDS.get(getattr(dtype, "kind", ""), "other")
     return Array(tuple(x.shape), str(dtype), kind)
 

@@ -81,6 +81,8 @@ def cut(size: int, largest: int, *, strided: bool = False) -> Cut:
     """
     if not isinstance(size, int):  # exported for any number of rows: all of them at once
         return Cut(size, size, 1)
+    if size == 0:
+        return Cut(0, 0, 0)
     fewest = max(-(-size // max(largest, 1)), 1)
     for count in range(fewest, 2 * fewest):
         if size % count == 0:

@@ -110,7 +110,7 @@ def _half_input_bwd_fwd(dz: Array, w: Array) -> Any:
 
         return classes.loop(step, jnp.zeros_like(dz, shape=(dz.shape[0], w.shape[1])))
 
-    return lax.platform_dependent(dz, w, cpu=pieces, default=lambda dz, w: _dot(dz.astype(w.dtype), w, 1, 0)), (dz, w)
+    return lax.platform_dependent(dz, w, cpu=pieces, default=lambda dz, w: _dot(*_alike(dz, w), 1, 0)), (dz, w)
 
 
 def _half_input_bwd_bwd(saved: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
@@ -130,8 +130,13 @@ def _product(dz: Array, x: Array) -> Array:
         dz,
         x,
         cpu=lambda dz, x: _dot(dz, x.astype(dz.dtype), 0, 0),
-        default=lambda dz, x: _dot(dz.astype(x.dtype), x, 0, 0),
+        default=lambda dz, x: _dot(*_alike(dz, x), 0, 0),
     )
+
+
+def _alike(dz: Array, other: Array) -> tuple[Array, Array]:
+    """Operands of one type: bfloat16 has the range of dlogits, in float16 those of a mean would flush to 0."""
+    return (dz, other.astype(dz.dtype)) if other.dtype == jnp.float16 else (dz.astype(other.dtype), other)
 
 
 def _pieces(w: Any, rows: Array) -> Cut:

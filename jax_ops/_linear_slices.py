@@ -118,7 +118,7 @@ def _per_row(cut: Cut, scale: float, softcap: float | None, names: tuple[str, ..
                 others = [] if d_lse is None else [d_lse]
                 d_nll_k = d_nll
                 if d_nll is not None and rows.is_soft(target):
-                    others.append(d_nll * (mass - _mass(t, weight_k)))
+                    others.append(d_nll * (mass - _mass(t, weight_k, z.dtype)))
                 elif d_nll is not None:
                     d_nll_k = jnp.where(inside | (target < 0), d_nll, 0.0)
                     others.append(jnp.where(inside, 0.0, d_nll))
@@ -193,7 +193,7 @@ def _slice(
 
     if "nll" in names:
         if inside is None:
-            mass = _mass(t, weight)
+            mass = _mass(t, weight, z.dtype)
             state |= mass_sums("nll", values[0], mass, (t != 0).any(1) if weight is None else (t * weight != 0).any(1))
         else:
             nll = jnp.where(inside, values[0] - log_total, 0.0)
@@ -245,9 +245,9 @@ def _times(mass: Array, by: Array) -> Array:
     return mass * jnp.where(mass == 0, 0.0, by)
 
 
-def _mass(target: Array, weight: Array | None) -> Array:
+def _mass(target: Array, weight: Array | None, kind: Any) -> Array:
     """The sum of a slice's soft targets, times class weights, for each row."""
-    y = rows.compute(target)
+    y = target.astype(kind)
     return y.sum(1) if weight is None else (y * weight).sum(1)
 
 

@@ -85,7 +85,9 @@ def cross_entropy_fwd(
     w = class_row(weight, d, axis)
     if is_soft(target):
         mass = target.astype(d.dtype) if w is None else target.astype(d.dtype) * w
-        nll = _dot(mass, log_total - d, axis)
+        # an empty sum would forget that nothing has no distribution
+        empty = d.shape[axis] == 0
+        nll = jnp.full_like(rest.squeeze(axis), jnp.nan) if empty else _dot(mass, log_total - d, axis)
     else:
         nll = (log_total - _pick(logits, target, m, axis, scale, softcap)).squeeze(axis)
     rows = [nll, (m + log_total).squeeze(axis)]

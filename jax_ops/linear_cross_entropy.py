@@ -198,7 +198,7 @@ def _shifted(x: jax.Array, t: jax.Array, tokens: jax.Array | None, shift: int) -
     if not shift:
         return x, t, tokens, ...
     length = x.shape[-2]
-    shift = min(shift, length)
+    shift = min(shift, length) if isinstance(length, int) else shift  # exported for any length
     if t.ndim == x.ndim:
         tokens = None if tokens is None else tokens[..., shift:]
         return x[..., : length - shift, :], t[..., shift:, :], tokens, ...

@@ -79,6 +79,8 @@ def total(of: Layout, weight: Tensor | None, by: Coefficients, plan: tuple[objec
             target, index = target.index_select(0, kept), _both(index, kept)
             of_row = [c if c is None else c.index_select(0, kept) for c in of_row]
         parts.append(head_sum(of.x, lw, lb, target, weight, *of_row, index, *plan))
+    if not parts:
+        return _nothing(of, by.share.dtype)
     return torch.stack(parts).sum() if len(parts) != 1 else parts[0]
 
 
@@ -95,8 +97,17 @@ def each_row(of: Layout, weight: Tensor | None, names: list[str], plan: tuple[ob
         if kept is not None:
             values = [v.new_zeros(of.n).index_copy(0, kept, v) for v in values]
         columns.append(values)
+    if not columns:
+        empty = _nothing(of, torch.promote_types(of.x.dtype, torch.float32)).expand(of.n, 0)
+        return {**dict.fromkeys(names, empty), "argmax": empty.detach().long()}
     joined = (v[0].unsqueeze(1) if len(v) == 1 else torch.stack(v, 1) for v in zip(*columns, strict=True))
     return dict(zip([*names, "argmax"], joined, strict=False))
+
+
+def _nothing(of: Layout, dtype: torch.dtype) -> Tensor:
+    """0, connected to everything: the sum over no positions."""
+    arrays = [of.x[:0], of.linear_weight, *([] if of.linear_bias is None else [of.linear_bias])]
+    return torch.stack([v.sum(dtype=dtype) for v in arrays]).sum()
 
 
 def _heads(of: Layout) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:

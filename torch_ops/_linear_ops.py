@@ -79,7 +79,7 @@ def _fwd(*args: Any) -> list[Tensor]:
 
 def _bwd(*args: Any) -> list[Tensor]:
     arrays, needs, plan = list(args[:12]), args[12], Plan(*args[13:])
-    peak, arrays[8:] = _levelled(arrays[0].dtype, arrays[8:])
+    peak, arrays[8:] = _levelled(arrays, arrays[8:])
     door = classes if plan.lean else tokens
     layout = {"scale": plan.scale, "softcap": plan.softcap, "chunk_size": plan.chunk_size}
     found: list[Tensor | None] = door.head_bwd(*arrays[:8], arrays[8:], needs=needs, **layout)  # pyright: ignore
@@ -87,24 +87,45 @@ def _bwd(*args: Any) -> list[Tensor]:
 
 
 def _fwd_bwd(*args: Any) -> list[Tensor]:
-    arrays, needs, plan = args[:9], args[9], Plan(*args[10:])
+    arrays, needs, plan = list(args[:9]), args[9], Plan(*args[10:])
     layout = {"scale": plan.scale, "softcap": plan.softcap, "chunk_size": plan.chunk_size}
+    a, s, c = arrays[5:8]
+    peak, (arrays[5], _, arrays[6], _) = _levelled(arrays, [a, None if c is None else 2.0 * c, s, None])
+    if peak is not None and c is not None:
+        arrays[7] = c / peak
     values, grads = tokens.head_fwd_bwd(*arrays, needs=needs, **layout)
+    # Levelled gradients leave in the compute type: dX times the peak may be out of float16's range until it is scaled.
+    grads = [g if g is None or peak is None else scaled(g, peak, peak.dtype) for g in grads]
     return [*values, *(g for g in grads if g is not None)]
 
 
 def _fwd_bwd_one_type(*args: Any) -> list[Tensor]:
     # Whether a half-precision dW was summed or is one product depends on the number of rows: a graph has one type.
     out, kind = _fwd_bwd(*args), torch.promote_types(args[0].dtype, torch.float32)
-    return [v.to(kind) if v.shape == args[1].shape and v.dtype != kind else v for v in out]
+    if args[9][1]:
+        at = 2 + (args[6] is not None) + args[9][0]
+        out[at] = out[at].to(kind)
+    return out
 
 
-def _levelled(dtype: torch.dtype, upstream: list[Any]) -> tuple[Tensor | None, list[Any]]:
-    """(a power of 2 above the upstream gradients, the upstreams by it), in float16: G by 1/N would flush to 0."""
+def _levelled(arrays: Sequence[Any], upstream: list[Any]) -> tuple[Tensor | None, list[Any]]:
+    """(a power of 2, [d_nll, d_lse, d_smooth, d_entropy] by it), in float16.
+
+    G by 1/N would flush to 0, and G of large weights, or its product with many rows of x, would overflow: the power
+    brings G below 1, and lower where the rows' sum could pass the half of the type's range.
+    """
+    x, target, weight = arrays[0], arrays[3], arrays[4]
     given = [u for u in upstream if u is not None]
-    if dtype != torch.float16 or not given[0].numel():
+    if x.dtype != torch.float16 or not given[0].numel():
         return None, upstream
-    top = torch.stack([u.abs().max() for u in given]).max()
+    # G_j = A p_j - a_j: at most an upstream times the mass it multiplies
+    mass = 1.0 if not target.is_floating_point() else target.float().abs().sum(1).amax()
+    smooth = float(arrays[1].shape[0]) if weight is None else weight.abs().sum()
+    sizes = zip(upstream, (mass, 1.0, smooth, 1.0), strict=True)
+    top = torch.stack([u.abs().amax() * size for u, size in sizes if u is not None]).amax()
+    if x.numel():
+        rows = x.detach().abs().amax().float() * (x.shape[0] / 32768.0)
+        top = top * torch.where(rows.isfinite(), rows, 1.0).clamp(min=1.0)
     _, exponent = torch.frexp(top)
     peak = torch.where((top > 0) & top.isfinite(), torch.ldexp(torch.ones_like(top), exponent), 1.0)
     return peak, [u if u is None else u / peak for u in upstream]
@@ -138,6 +159,6 @@ def _(*args: Any) -> list[Tensor]:
 def _(*args: Any) -> list[Tensor]:
     x, weight, bias, target, s, needs = *args[:4], args[6], args[9]
     kind = torch.promote_types(x.dtype, torch.float32)
-    types = (x.dtype, kind, kind)
+    types = (kind if x.dtype == torch.float16 else x.dtype, kind, kind)
     grads = [_dense_like(v, t) for v, t, need in zip((x, weight, bias), types, needs, strict=True) if need]
     return _row_like(x, target.shape[0], 2 + (s is not None)) + grads

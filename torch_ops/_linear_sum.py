@@ -67,6 +67,10 @@ class LinearSum(Function):
         (g,) = upstream
         x, lw, lb, target, w, a, s, c, index, dx, dw, db, nll, lse, smooth = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated: once more, as a function of everything
+            # Under names of its own: where x is made from the weight (tied embeddings), the way from x to the weight
+            # is the outer gradient's to go, and would be gone twice.
+            inputs: Any = (v if v is None else v.view_as(v) for v in (x, lw, lb, a, s, c))
+            x, lw, lb, a, s, c = inputs
             arrays = [v for v in (x, lw, lb, a, s, c) if v is not None and v.requires_grad]
             with_index = x if index is None else x.index_select(0, index)
             total = weighted(head_rows(with_index, lw, lb, target, w, *ctx.plan), a, s, c)

@@ -1,0 +1,93 @@
+"""Where the fused head once went wrong: shared tensors, square shapes, float16's range, weights without positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402
+
+import torch_ops  # noqa: E402
+
+MODES = pytest.mark.parametrize("memory", ["fast", "lean"])
+head: Any = torch_ops.linear_cross_entropy
+
+
+@MODES
+def test_an_input_made_from_the_weight(memory: str) -> None:
+    """Tied embeddings: the way from the input to the weight counts once, in a gradient that is differentiated too."""
+    table = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    ids, target = torch.tensor([0, 3, 6, 2]), torch.tensor([1, 2, 3, 4])
+
+    def ours(w: Any) -> Any:
+        return head(w[ids], w, target, memory=memory)
+
+    def theirs(w: Any) -> Any:
+        return F.cross_entropy(F.linear(w[ids], w), target)
+
+    for create_graph in (False, True):
+        (found,) = torch.autograd.grad(ours(table), table, create_graph=create_graph)
+        (truth,) = torch.autograd.grad(theirs(table), table)
+        torch.testing.assert_close(found, truth)
+    found, truth = (torch.autograd.functional.hessian(f, table) for f in (ours, theirs))
+    torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [24, 25])
+def test_compiled_half_precision_with_as_many_rows_as_classes(rows: int) -> None:
+    """The weight's gradient is known by its place, not by its shape."""
+    x, w = (torch.randn(n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (rows, 24))
+    target = torch.randint(0, 24, (rows,))
+    compiled = torch.compile(head, fullgraph=True)
+    found = torch.autograd.grad(compiled(x, w, target), [x, w])
+    assert all(torch.equal(a, b) for a, b in zip(found, torch.autograd.grad(head(x, w, target), [x, w]), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "lean"}, {"stats": ("lse",)}, {"chunk_size": 15000}], ids=str)
+def test_float16_weight_gradient_of_many_rows(options: dict[str, Any]) -> None:
+    """A sum over rows beyond 65504, which the mean brings back into float16's range."""
+    rows = 20000
+    x, w = torch.full((rows, 4), 10.0, dtype=torch.float16), torch.zeros(2, 4, dtype=torch.float16)
+    w[1] = 0.2
+    loss = head(x, w.requires_grad_(), torch.zeros(rows, dtype=torch.int64), **options)
+    (found,) = torch.autograd.grad(loss[0] if "stats" in options else loss, w)
+    torch.testing.assert_close(found, torch.tensor([[-10.0] * 4, [10.0] * 4], dtype=torch.float16), rtol=2e-3, atol=0)
+
+
+@MODES
+@pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.01}, {"label_smoothing": 0.2}], ids=str)
+def test_float16_token_weights_of_any_size(memory: str, size: float, options: dict[str, Any]) -> None:
+    """Neither flushed nor overflown before the mean divides by them."""
+    torch.manual_seed(1)
+    x, w = (torch.randn(n, 16, dtype=torch.float16, requires_grad=True) for n in (64, 50))
+    target, tokens = torch.randint(0, 50, (64,)), torch.rand(64) * size
+    found = torch.autograd.grad(head(x, w, target, token_weight=tokens, memory=memory, **options), [x, w])
+    wide = [v.detach().double().requires_grad_() for v in (x, w)]
+    truth = torch.autograd.grad(head(*wide, target, token_weight=tokens.double(), **options), wide)
+    for a, b in zip(found, truth, strict=True):
+        assert ((a - b).abs().max() <= 4e-3 * b.abs().max()).item()
+
+
+@MODES
+def test_float16_smoothing_alone_over_a_large_vocabulary(memory: str) -> None:
+    x, w = torch.ones(2, 2, dtype=torch.float16, requires_grad=True), torch.zeros(70000, 2, dtype=torch.float16)
+    w[3] = 15.0
+    loss = head(x, w, torch.tensor([3, 3]), label_smoothing=1.0, memory=memory)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.full_like(x, 7.5))
+
+
+@MODES
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_weight_without_positions(memory: str, reduction: str) -> None:
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 0, 4, requires_grad=True)
+    target = torch.zeros(3, 0, dtype=torch.int64)
+    loss, stats = head(x, w, target, reduction=reduction, memory=memory, stats=("lse", "argmax"))
+    torch.testing.assert_close(loss, F.cross_entropy(torch.zeros(3, 5, 0), target, reduction=reduction), equal_nan=True)
+    assert stats["lse"].shape == stats["argmax"].shape == (3, 0)
+    found = torch.autograd.grad(head(x, w, target, reduction="sum", memory=memory), [x, w])
+    assert not found[0].any()
+    assert found[1].shape == w.shape
