@@ -35,7 +35,7 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 # The wheel in fresh environments with one framework or both. WHOLE=--whole: every test not marked slow, not only those
-# of doors, ops and contract.
+# of doors, rows and ops.
 wheel-test: wheel
 	$(BIN)/python -m tests.fresh dist/*.whl torch $(WHOLE)
 	$(BIN)/python -m tests.fresh dist/*.whl jax $(WHOLE)
