@@ -193,7 +193,9 @@ WEIGHT = np.linspace(0.5, 1.5, 9)
 STATS = ("entropy", "lse")
 
 
-def _every(x: Any, w: Any = WEIGHT) -> Any:
+def _every(x: Any, w: Any = None) -> Any:
+    # a copy: JAX 0.10 keeps what it made of a NumPy constant, of its id, and hands float32 to a later float64 program
+    w = WEIGHT.copy() if w is None else w
     loss, stats = jax_ops.cross_entropy(x, TARGET, w, label_smoothing=0.1, softcap=3.0, z_loss=0.1, stats=STATS)
     return loss + 0.1 * sum(v.sum() for v in stats.values())
 
@@ -271,13 +273,14 @@ def test_derivatives_on_kernels_are_the_plain_ones(plain_only: Callable[[], None
 
 def test_one_weight_for_each_example_under_vmap() -> None:
     with jax.enable_x64(True):
-        x, w = np.stack([X, -X, X[::-1]]), np.stack([WEIGHT, WEIGHT[::-1], WEIGHT])
+        x, weight = np.stack([X, -X, X[::-1]]), WEIGHT.copy()
+        w = np.stack([weight, weight[::-1], weight])
         f = jax.value_and_grad(_every, (0, 1))
         shared, each = jax.vmap(f, (0, None)), jax.vmap(f)
-        assert _calls(shared, x, WEIGHT) == ["cross_entropy_bwd", "cross_entropy_fwd"]
+        assert _calls(shared, x, weight) == ["cross_entropy_bwd", "cross_entropy_fwd"]
         assert not _calls(each, x, w)
         f = jax.jit(f)
-        for batched, weights in ((jax.jit(shared)(x, WEIGHT), [WEIGHT] * 3), (jax.jit(each)(x, w), w)):
+        for batched, weights in ((jax.jit(shared)(x, weight), [weight] * 3), (jax.jit(each)(x, w), w)):
             single = [f(a, b) for a, b in zip(x, weights, strict=True)]
             for one, *others in zip(jax.tree.leaves(batched), *map(jax.tree.leaves, single), strict=True):
                 np.testing.assert_allclose(one, np.stack(others), rtol=1e-12, atol=1e-14)
