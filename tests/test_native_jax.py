@@ -194,7 +194,7 @@ STATS = ("entropy", "lse")
 
 
 def _every(x: Any, w: Any = None) -> Any:
-    # a copy: JAX 0.10 keeps what it made of a NumPy constant, of its id, and hands float32 to a later float64 program
+    # a copy: with one NumPy array a constant in both widths, JAX 0.10.2 once gave a float64 program the float32 buffer
     w = WEIGHT.copy() if w is None else w
     loss, stats = jax_ops.cross_entropy(x, TARGET, w, label_smoothing=0.1, softcap=3.0, z_loss=0.1, stats=STATS)
     return loss + 0.1 * sum(v.sum() for v in stats.values())
