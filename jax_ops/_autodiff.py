@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any
 
 import jax
@@ -118,7 +117,7 @@ def _jvp(primals: Any, tangents: Any, *, saved: int, **how: Any) -> Any:
         terms.append(bind(*primals[:saved], *map(ad.instantiate_zeros, tangents[saved:])))
     if not terms:
         return out, [jnp.zeros_like(o) for o in out]
-    return out, [functools.reduce(jnp.add, each) for each in zip(*terms, strict=True)]
+    return out, [reduce(jnp.add, each) for each in zip(*terms, strict=True)]
 
 
 def _transpose(cotangents: Any, *args: Any, saved: int, back: bool, **how: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 The plain function defines the primitive: its types, its derivatives in the arguments it is not linear in, and
 its lowering wherever no kernel serves. A kernel is only another lowering, so no transform knows of it. Linear
 arguments (the upstream gradients) stay on primitives under jvp and transposition: a gradient that JAX transposes
-twice, as `_autodiff.analytic` has it do, is a kernel call again.
+twice is a kernel call again.
 """
 
 from __future__ import annotations

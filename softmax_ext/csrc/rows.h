@@ -55,8 +55,8 @@ struct CrossEntropy {
   const void* weight;                         // (V,) F, or null
   double scale;                               // > 0
   double softcap;                             // 0: none
-  void *nll, *lse, *smooth, *entropy;         // forward results, F per row; smooth and entropy may be null
-  void *m, *rest;                             // written by the forward, read by the backward
+  void *nll, *lse, *smooth, *entropy;         // forward results, F per row; each may be null
+  void *m, *rest;                             // written by the forward (may be null), read by the backward
   const void *d_nll, *d_lse, *d_smooth, *d_entropy;  // upstream gradients, F per row, each may be null
   void* dlogits;                              // may be the logits themselves
   double weight_sum = 0;                      // filled by prepare()

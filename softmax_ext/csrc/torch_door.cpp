@@ -313,7 +313,6 @@ std::vector<Tensor> cross_entropy_mean(const Tensor& logits0, const Tensor& targ
   auto new_row = [&] { return new_rows(logits, 1, compute_type(type)); };
   Tensor nll = new_row();
   std::vector<Tensor> out;
-  std::vector<double> unread(3 * N);
   CrossEntropy a{};
   a.layout = {N, V, 1};
   a.type = type;
@@ -322,9 +321,6 @@ std::vector<Tensor> cross_entropy_mean(const Tensor& logits0, const Tensor& targ
   a.target_kind = Target::i64;
   a.scale = 1;
   a.nll = nll.data_ptr();
-  a.lse = unread.data();
-  a.m = unread.data() + N;
-  a.rest = unread.data() + 2 * N;
   if (keep) {
     out = {new_row(), new_row()};
     a.m = out[0].data_ptr();
