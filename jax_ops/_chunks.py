@@ -11,63 +11,71 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Part = Array | int  # which chunk; the static index `count` is the shorter one at the end
+Part = Array | int  # which chunk
 
 
 @dataclass(frozen=True)
 class Cut:
-    """`size` positions as `count` chunks of `each` and, unless those are all, one shorter chunk more."""
+    """`size` positions as `count` chunks of `each`.
+
+    Where that is more than all, the last chunk begins earlier, and what it shares with the one before is stale: `put`
+    leaves it alone, `fresh` tells it from the rest. (A shorter chunk after the loop would have buffers of its own, and
+    padding copies the array.)
+    """
 
     size: int
     each: int
     count: int
     strided: bool = False
 
-    @property
-    def start(self) -> int:
-        """Where the shorter chunk begins."""
-        return self.each * self.count
+    def start(self, part: Part) -> Part:
+        """Where the chunk begins (which is not asked of strided ones)."""
+        return jnp.minimum(part * self.each, self.size - self.each) if self._overlaps else part * self.each
 
-    def length(self, part: Part) -> int:
-        """How many positions the chunk has."""
-        return self.size - self.start if self._last(part) else self.each
+    def fresh(self, part: Part) -> Array | None:
+        """Which positions of the chunk no other has; None for all."""
+        return self.start(part) + jnp.arange(self.each) >= part * self.each if self._overlaps else None
 
     def take(self, x: Array | None, part: Part, axis: int = 0) -> Any:
         """The chunk of x, cut along `axis`."""
-        if x is None or (self.count == 1 and self.start == self.size):
+        if x is None or self.count == 1:
             return x
-        if self._last(part):
-            return lax.slice_in_dim(x, self.start, self.size, axis=axis)
         if self.strided:
             return lax.dynamic_index_in_dim(self._split(x), part, 1, keepdims=False)
         cut_out = _half if x.dtype.itemsize == 2 else lax.dynamic_slice_in_dim
-        return cut_out(x, part * self.each, self.each, axis)
+        return cut_out(x, self.start(part), self.each, axis)
+
+    def take_fresh(self, x: Array | None, part: Part) -> Any:
+        """The chunk of x with 0 where it is stale: what is summed over the chunks counts each position once."""
+        chunk, fresh = self.take(x, part), self.fresh(part)
+        return (
+            chunk if x is None or fresh is None else jnp.where(_along(fresh, chunk, 0), chunk, jnp.zeros((), x.dtype))
+        )
 
     def put(self, whole: Array, chunk: Array, part: Part, axis: int = 0) -> Array:
         """`whole` with the chunk replaced."""
-        chunk = chunk.astype(whole.dtype)
-        if self.count == 1 and self.start == self.size:
+        chunk, fresh = chunk.astype(whole.dtype), self.fresh(part)
+        if self.count == 1:
             return chunk
-        if self.strided and not self._last(part):
+        if self.strided:
             return lax.dynamic_update_index_in_dim(self._split(whole), chunk, part, 1).reshape(whole.shape)
-        return lax.dynamic_update_slice_in_dim(whole, chunk, part * self.each, axis)
+        if fresh is not None:
+            chunk = jnp.where(_along(fresh, chunk, axis), chunk, self.take(whole, part, axis))
+        return lax.dynamic_update_slice_in_dim(whole, chunk, self.start(part), axis)
 
     def loop(self, step: Callable[[Any, Part], Any], carry: Any) -> Any:
         """carry after step(carry, part) for every chunk.
 
         Checkpointed: differentiated, a step is run again, else the loop would keep every chunk's logits.
         """
-        again = jax.checkpoint(step, prevent_cse=False)
         if self.count == 1:
-            carry = jax.checkpoint(lambda c: step(c, 0), prevent_cse=False)(carry)
-        elif self.count:
-            carry, _ = lax.scan(lambda c, i: (again(c, i), None), carry, jnp.arange(self.count))
-        if self.start != self.size:
-            carry = jax.checkpoint(lambda c: step(c, self.count), prevent_cse=False)(carry)
-        return carry
+            return jax.checkpoint(lambda c: step(c, 0), prevent_cse=False)(carry)
+        again = jax.checkpoint(step, prevent_cse=False)
+        return lax.scan(lambda c, i: (again(c, i), None), carry, jnp.arange(self.count))[0]
 
-    def _last(self, part: Part) -> bool:
-        return isinstance(part, int) and part == self.count
+    @property
+    def _overlaps(self) -> bool:
+        return self.each * self.count != self.size
 
     def _split(self, x: Array) -> Array:
         return x.reshape(self.each, self.count, *x.shape[1:])
@@ -88,7 +96,11 @@ def cut(size: int, largest: int, *, strided: bool = False) -> Cut:
         if size % count == 0:
             return Cut(size, size // count, count, strided)
     each = -(-size // fewest)
-    return Cut(size, each, size // each)
+    return Cut(size, each, -(-size // each))
+
+
+def _along(fresh: Array, chunk: Array, axis: int) -> Array:
+    return jnp.expand_dims(fresh, [i for i in range(chunk.ndim) if i != axis])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))

@@ -106,7 +106,7 @@ def _half_input_bwd_fwd(dz: Array, w: Array) -> Any:
         classes = _pieces(w, dz)
 
         def step(dx: Array, part: Part) -> Array:
-            return dx + _dot(classes.take(dz, part, 1), classes.take(w, part).astype(dz.dtype), 1, 0)
+            return dx + _dot(classes.take(dz, part, 1), classes.take_fresh(w, part).astype(dz.dtype), 1, 0)
 
         return classes.loop(step, jnp.zeros_like(dz, shape=(dz.shape[0], w.shape[1])))
 
@@ -167,7 +167,9 @@ def _weight_fwd(total: Array, dz: Array, x: Array, start: Array) -> Any:
 
     def step(total: Array, part: Part) -> Array:
         product = _product(classes.take(dz, part, 1), x)
-        at = start + part * classes.each
+        if (fresh := classes.fresh(part)) is not None:
+            product = jnp.where(fresh[:, None], product, 0.0)
+        at = start + classes.start(part)
         product = product + lax.dynamic_slice_in_dim(total, at, product.shape[0])
         return lax.dynamic_update_slice_in_dim(total, product, at, 0)
 

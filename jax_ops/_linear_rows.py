@@ -71,7 +71,8 @@ def _per_row(cut: Cut, scale: float, softcap: float | None, names: tuple[str, ..
             ups = [up.get(name) for name in ("nll", "lse", "smooth", "entropy")]
 
             def step(sums: dict[str, Array], part: Part) -> dict[str, Array]:
-                t, mi, ri, *d = (cut.take(a, part) for a in (target, m, rest, *ups))
+                t, mi, ri = (cut.take(a, part) for a in (target, m, rest))
+                d = [cut.take_fresh(a, part) for a in ups]
                 kept = _kept(t)
                 xi = linear.kept_rows(cut.take(x, part), kept)
                 z = linear.logits(xi, w, b)

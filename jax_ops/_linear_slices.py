@@ -55,10 +55,10 @@ def argmax(x: Array, w: Array, b: Array | None, *, cut: Cut, scale: float, softc
     x, w, b = jax.lax.stop_gradient(same_axes(x, w, b))
 
     def step(best: tuple[Array, Array], part: Part) -> tuple[Array, Array]:
-        z = rows.capped(linear.logits(x, cut.take(w, part), cut.take(b, part)), scale, softcap)
+        z = rows.capped(linear.logits(x, cut.take(w, part), _bias(cut, b, part, w)), scale, softcap)
         top, at = z.max(1), z.argmax(1)
         better = (top > best[0]) | (jnp.isnan(top) & ~jnp.isnan(best[0]))
-        return jnp.where(better, top, best[0]), jnp.where(better, at + part * cut.each, best[1])
+        return jnp.where(better, top, best[0]), jnp.where(better, at + cut.start(part), best[1])
 
     kind = jnp.argmax(jnp.zeros(1)).dtype
     lowest = jnp.full_like(x, -jnp.inf, shape=x.shape[:1], dtype=linear.wide(x.dtype))
@@ -74,8 +74,10 @@ def _per_row(cut: Cut, scale: float, softcap: float | None, names: tuple[str, ..
     def logits_of(arrays: Any, part: Part) -> tuple[Any, ...]:
         """The slice of the logits, and of what else has classes."""
         x, w, b, target, weight = arrays
-        wk, bk, weight_k = (cut.take(a, part) for a in (w, b, weight))
-        return linear.logits(x, wk, bk), wk, *_local(cut, target, part), weight_k
+        wk, fresh, weight_k = cut.take(w, part), cut.fresh(part), cut.take_fresh(weight, part)
+        if fresh is not None and weight is None and (rows.is_soft(target) or "smooth" in names):
+            weight_k = fresh.astype(linear.wide(x.dtype))
+        return linear.logits(x, wk, _bias(cut, b, part, w)), wk, *_local(cut, target, part), weight_k
 
     def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any) -> Any:
         masked = linear.kept_rows(x, _kept(target))
@@ -123,8 +125,8 @@ def _per_row(cut: Cut, scale: float, softcap: float | None, names: tuple[str, ..
                     d_nll_k = jnp.where(inside | (target < 0), d_nll, 0.0)
                     others.append(jnp.where(inside, 0.0, d_nll))
                 if d_smooth is not None:
-                    all_w, some = (cut.size, z.shape[1]) if weight is None else (weight.sum(), weight_k.sum())
-                    others.append(d_smooth * (all_w - some))
+                    here = z.shape[1] if weight_k is None else weight_k.sum()
+                    others.append(d_smooth * ((cut.size if weight is None else weight.sum()) - here))
                 if d_entropy is not None:
                     d = rows.capped(z, scale, softcap) - m[:, None]
                     here = (jnp.exp(d) * jnp.maximum(d, _LOWEST)).sum(1)
@@ -142,7 +144,7 @@ def _per_row(cut: Cut, scale: float, softcap: float | None, names: tuple[str, ..
                     if "x" in sums:
                         sums["x"] = sums["x"] + linear.input_bwd(dz, wk)
                     if "w" in sums:
-                        sums["w"] = linear.weight_bwd(sums["w"], dz, masked, part * cut.each)
+                        sums["w"] = linear.weight_bwd(sums["w"], dz, masked, cut.start(part))
                     if "b" in sums:
                         sums["b"] = cut.put(sums["b"], dz.sum(0), part)
                 return sums
@@ -164,12 +166,20 @@ def _per_row(cut: Cut, scale: float, softcap: float | None, names: tuple[str, ..
     return selective(rules)
 
 
+def _bias(cut: Cut, b: Array | None, part: Part, like: Array) -> Array | None:
+    """The slice's bias: -inf for classes that another slice has, so that they take no part."""
+    bk, fresh = cut.take(b, part), cut.fresh(part)
+    if fresh is None:
+        return bk
+    return jnp.where(fresh, jnp.zeros((), like.dtype) if bk is None else bk, jnp.asarray(-jnp.inf, like.dtype))
+
+
 def _local(cut: Cut, target: Array, part: Part) -> tuple[Array, Array | None]:
     """The slice's targets and, of class indices, which are inside it; the others name its class 0."""
     if rows.is_soft(target):
         return cut.take(target, part, 1), None
-    first = part * cut.each
-    inside = (target >= first) & (target < first + cut.length(part))
+    first = cut.start(part)
+    inside = (target >= part * cut.each) & (target < first + cut.each)
     return jnp.where(inside, target - first, jnp.minimum(target, 0)).astype(target.dtype), inside
 
 

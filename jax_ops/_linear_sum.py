@@ -48,7 +48,10 @@ def _total(cut: Cut, scale: float, softcap: float | None, dtypes: tuple[str | No
 
         def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any, nll: Any, smooth: Any, square: Any) -> Any:
             def step(sums: dict[str, Any], part: Part) -> dict[str, Any]:
-                t, d_nll, d_smooth, c = (cut.take(a, part) for a in (target, nll, smooth, square))
+                t, (d_nll, d_smooth, c) = (
+                    cut.take(target, part),
+                    (cut.take_fresh(a, part) for a in (nll, smooth, square)),
+                )
                 kept = None if rows.is_soft(t) else t != rows.IGNORED
                 xi = linear.kept_rows(cut.take(x, part), kept)
                 z, given = linear.logits(xi, w, b), {"smooth": smooth is not None, "entropy": False}
