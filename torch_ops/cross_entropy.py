@@ -143,8 +143,8 @@ def cross_entropy(
             inplace_backward=inplace_backward,
             **dict(zip(_NAMES, given, strict=True)),
         )
-    if weight is None and token_weight is None and inplace_backward is False and _is_default(given):
-        loss = _mean(input, target)
+    if weight is None and token_weight is None and type(inplace_backward) is bool and _is_default(given):
+        loss = _mean(input, target, inplace_backward)
         if loss is not None:
             return loss
     options = contract.LossOptions(*given)
@@ -193,12 +193,12 @@ def _is_default(given: tuple[Any, ...]) -> bool:
     return [*map(type, given)] == _TYPES and given == _DEFAULTS
 
 
-def _mean(input: Any, target: Any) -> Tensor | None:
+def _mean(input: Any, target: Any, inplace: bool) -> Tensor | None:
     """The loss without options, in one native call; None where that call is not for these arguments."""
     if type(target) is not Tensor or target.is_nested or not native.serves_directly(input):
         return None
     if input.requires_grad:
-        return _Mean.apply(input, target)[0]
+        return _Mean.apply(input, target, inplace and _may_overwrite(input))[0]
     found = native.cross_entropy_mean(input, target, False)
     return found[0] if found else None
 
@@ -207,7 +207,7 @@ class _Mean(Rule):
     """(loss, m, rest), or three times None: `_Row` and the reduction in one. Saves logits, target, m and rest."""
 
     @staticmethod
-    def forward(logits: Tensor, target: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(logits: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor | None, ...]:
         return (*native.cross_entropy_mean(logits, target, True),) or (None, None, None)
 
     @staticmethod
@@ -215,15 +215,17 @@ class _Mean(Rule):
         if output[0] is not None:
             ctx.mark_non_differentiable(*output[1:])
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs, *output[1:])
+            ctx.save_for_backward(*inputs[:2], *output[1:])
+            ctx.inplace = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> Any:
         if d_loss is None:
-            return None, None
+            return None, None, None
         logits, target, m, rest = ctx.saved_tensors
         d_nll = (d_loss / len(target)).expand(len(target))
-        return RowBwd.apply(logits, target, None, m, rest, d_nll, None, None, None, 1, 1.0, None), None
+        args = (logits, target, None, m, rest, d_nll, None, None, None)
+        return _input_bwd(args, (1, 1.0, None), inplace=ctx.inplace), None, None
 
 
 @in_graph
@@ -287,13 +289,7 @@ class _Row(Rule):
             curve = Curvature(logits, target, weight, *ctx.layout)
             d_target, d_weight = curve.mass_gradient(upstream, *ctx.needs_input_grad[1:3])
         if ctx.needs_input_grad[0]:
-            args = (logits, target, weight, m, rest, *upstream)
-            if ctx.inplace and is_untracked(*args):
-                dim, scale, softcap = ctx.layout
-                over = logits.detach()
-                d_logits = rows.cross_entropy_bwd(*args, dim=dim, scale=scale, softcap=softcap, out=over)
-            else:
-                d_logits = RowBwd.apply(*args, *ctx.layout)
+            d_logits = _input_bwd((logits, target, weight, m, rest, *upstream), ctx.layout, inplace=ctx.inplace)
         return d_logits, d_target, d_weight, *(None,) * 6
 
     @staticmethod
@@ -314,6 +310,14 @@ class _Row(Rule):
             outs = [_Row.apply(x, t, w, dim, *rest) for x, t, w in each]
             out = tuple(torch.stack(values) for values in zip(*outs, strict=True))  # pyright: ignore
         return out, (0,) * len(out)  # pyright: ignore[reportArgumentType]
+
+
+def _input_bwd(args: tuple[Any, ...], layout: Sequence[Any], *, inplace: bool) -> Any:
+    """dL/d(logits), over the logits where `inplace` says so and no derivative of it is asked for."""
+    if not (inplace and is_untracked(*args)):
+        return RowBwd.apply(*args, *layout)
+    dim, scale, softcap = layout
+    return rows.cross_entropy_bwd(*args, dim=dim, scale=scale, softcap=softcap, out=args[0].detach())
 
 
 def _by_name(ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
