@@ -6,7 +6,8 @@ import csv
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 
@@ -22,19 +23,13 @@ def write(kind: type[Any], records: Iterable[Any], file: Path) -> None:
 
 def read(kind: type[T], file: Path) -> list[T]:
     """The lines of a file; an empty cell is None where the field's type allows that."""
-    convert = {field.name: _TYPES[str(field.type)] for field in fields(kind)}  # pyright: ignore[reportArgumentType]
+    convert = {name: _converter(type_) for name, type_ in get_type_hints(kind).items()}
     with file.open(newline="") as source:
         return [kind(**{name: convert[name](text) for name, text in row.items()}) for row in csv.DictReader(source)]
 
 
-def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: kind(text) if text else None
-
-
-_TYPES: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "int | None": _or_none(int),
-    "float | None": _or_none(float),
-}
+def _converter(kind: Any) -> Callable[[str], Any]:
+    if NoneType not in get_args(kind):
+        return kind
+    (inner,) = (one for one in get_args(kind) if one is not NoneType)
+    return lambda text: inner(text) if text else None

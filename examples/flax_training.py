@@ -13,7 +13,7 @@ from flax import nnx
 
 import jax_ops
 
-VOCAB, WIDTH, LENGTH, BATCH, STEPS = 512, 64, 32, 8, 40
+VOCAB, WIDTH, LENGTH, BATCH, STEPS = 256, 32, 32, 8, 30
 
 
 class LM(nnx.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import torch_ops
 
-VOCAB, WIDTH, LENGTH, BATCH, STEPS = 512, 64, 32, 8, 40
+VOCAB, WIDTH, LENGTH, BATCH, STEPS = 256, 32, 32, 8, 30
 PADDING = -100
 
 
