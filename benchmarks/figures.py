@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import accuracy_plot, records, speed_plot, table
 from benchmarks.accuracy import ALL, CALLS, QUANTITIES, UNITS, Error
+from benchmarks.scaling import CROSSOVERS, Crossover
 from benchmarks.table import LIMITS, OURS, Line
 from benchmarks.weight_error import WeightError
 from examples import confident
@@ -32,6 +33,7 @@ class Kept:
     errors: list[Error]
     weights: list[WeightError]
     trainings: list[confident.Point]
+    crossovers: list[Crossover]
 
     def cells(self, **about: str) -> list[list[Line]]:
         """Lines measured together, ours first, with all cores."""
@@ -64,11 +66,13 @@ def main() -> int:
 
 def read(folder: Path) -> Kept:
     """The CSVs of a folder."""
+    crossings = folder / "scaling" / CROSSOVERS
     return Kept(
         table.read(folder / DEVICE),
         records.read(Error, folder / "accuracy.csv"),
         records.read(WeightError, folder / "weight_error.csv"),
         records.read(confident.Point, folder / "confident.csv"),
+        records.read(Crossover, crossings) if crossings.exists() else [],
     )
 
 
@@ -190,8 +194,29 @@ def heads(kept: Kept) -> str:
     return _markdown(head, rows)
 
 
+def scaling(kept: Kept) -> str:
+    """Who is faster below which size."""
+    if not kept.crossovers:
+        return "Not measured yet: `make scaling`."
+    rows = [
+        (
+            c.framework.split()[0],
+            str(c.threads),
+            f"`{c.op}`",
+            c.call,
+            c.fixed,
+            c.below,
+            "every size" if c.size is None else f"{c.grows} = {c.size}",
+        )
+        for c in kept.crossovers
+    ]
+    return "![Time and memory by N, V and D](scaling.png)\n\n" + _markdown(
+        ("", "cores", "op", "beside", "shape", "faster", "below"), rows
+    )
+
+
 TABLES: dict[str, Callable[[Kept], str]] = {
-    f.__name__: f for f in (overview, accuracy, weights, trainings, speed, heads)
+    f.__name__: f for f in (overview, accuracy, weights, trainings, speed, heads, scaling)
 }
 
 

@@ -22,8 +22,8 @@ def draw(path: Path, cells: Sequence[Sequence[Line]]) -> None:
     for axes, door in zip(figure.subplots(1, 2), TITLE, strict=True):
         _draw(axes, [cell for cell in cells if cell[0].framework.startswith(door)], shapes)
         axes.set_title(TITLE[door], loc="left")
-    handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
+    handles = {str(h.get_label()): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -7,7 +7,6 @@ scaled copy of the student's logits is made.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jax_ops
@@ -29,19 +28,23 @@ def main() -> None:
     teacher = 5 * jax.random.normal(keys[0], (ROWS, CLASSES))
     student = jax.random.normal(keys[1], (ROWS, CLASSES))
     labels = jax.random.randint(keys[2], (ROWS,), 0, CLASSES)
-    loss, gradient = jax.jit(jax.value_and_grad(loss_of))(student, teacher, labels)
+    run = jax.jit(jax.value_and_grad(loss_of))
+    loss, gradient = run(student, teacher, labels)
 
     # T^2 (softmax(student / T) - softmax(teacher / T)) / T a row, by (6) of docs/derivation.md.
-    soft = TEMPERATURE * (jax.nn.softmax(student / TEMPERATURE) - jax.nn.softmax(teacher / TEMPERATURE))
-    hard = jax.nn.softmax(student) - jax.nn.one_hot(labels, CLASSES)
-    expected = (SHARE * soft + (1 - SHARE) * hard) / ROWS
-    assert jnp.abs(expected).max() > 1e-3
+    @jax.jit
+    def by_hand(student: jax.Array, teacher: jax.Array) -> jax.Array:
+        soft = TEMPERATURE * (jax.nn.softmax(student / TEMPERATURE) - jax.nn.softmax(teacher / TEMPERATURE))
+        hard = jax.nn.softmax(student) - jax.nn.one_hot(labels, CLASSES)
+        return (SHARE * soft + (1 - SHARE) * hard) / ROWS
+
+    expected = np.asarray(by_hand(student, teacher))
+    assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-8)
 
-    # A student that is the teacher has nothing left to learn from it.
-    np.testing.assert_allclose(
-        loss_of(teacher, teacher, labels), (1 - SHARE) * jax_ops.cross_entropy(teacher, labels), rtol=1e-4
-    )
+    # A student that is the teacher has nothing left to learn from it: the labels' loss remains.
+    alone, _ = run(teacher, teacher, labels)
+    np.testing.assert_allclose(alone, (1 - SHARE) * jax_ops.cross_entropy(teacher, labels), rtol=1e-4)
     print(f"loss {float(loss):.4f}, gradient as by hand")
 
 
