@@ -147,6 +147,7 @@ def trainings(kept: Kept) -> str:
     due = [step for step in sorted({p.step for p in kept.trainings}) if step * 4 % last == 0 and step]
     rows = [
         (
+            f"{point.train_share:.0%}".replace("%", " %"),
             point.loss,
             str(point.step),
             _power(point.train_loss, 1),
@@ -156,8 +157,16 @@ def trainings(kept: Kept) -> str:
         for point in kept.trainings
         if point.step in due
     ]
-    rows.sort(key=lambda row: list(confident.LOSSES).index(row[0]))
-    head = ("loss", "step", "training loss, nats", "gradient 0 at the target", "in every class", "right, training")
+    rows.sort(key=lambda row: (row[0], list(confident.LOSSES).index(row[1])))
+    head = (
+        "of all pairs",
+        "loss",
+        "step",
+        "training loss, nats",
+        "gradient 0 at the target",
+        "in every class",
+        "right, training",
+    )
     return _markdown((*head, "right, test"), rows)
 
 
@@ -230,7 +239,9 @@ def _ratio(line: Line) -> str:
 
 
 def _mb(size: int | None) -> str:
-    return "" if size is None else f"{size / 1e6:.0f}"
+    if size is None:
+        return ""
+    return f"{size / 1e6:.0f}" if size >= 1e8 else f"{size / 1e6:.2g}"
 
 
 def _ulp(value: float) -> str:
