@@ -144,7 +144,7 @@ def weights(kept: Kept) -> str:
 def trainings(kept: Kept) -> str:
     """The collapse of the softmax at a few steps."""
     last = max(point.step for point in kept.trainings)
-    due = [step for step in sorted({p.step for p in kept.trainings}) if step * 4 % last == 0 and step]
+    due = [step for step in sorted({p.step for p in kept.trainings}) if step and step * 4 % last == 0]
     rows = [
         (
             f"{point.train_share:.0%}".replace("%", " %"),
