@@ -13,7 +13,7 @@ demo: $(STAMP)
 
 test: $(STAMP) check sanitize
 	$(BIN)/python -m softmax_ext
-	$(BIN)/python -m pytest -n 2 --doors torch,jax --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 --dist worksteal --doors torch,jax --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 	$(MAKE) --no-print-directory wheel-test
 
 # The static half of `make test`: style, types and pages.
@@ -44,7 +44,7 @@ wheel-test: wheel
 
 # The quick loop while editing: everything but the tests marked slow.
 inner: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
 # Frameworks first and exactly pinned: a later package that asks for any torch then finds one.
 # A compiler is found or not: without one the package installs and runs on plain framework ops.
