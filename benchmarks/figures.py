@@ -137,20 +137,20 @@ def weights(kept: Kept) -> str:
     rows = []
     for call in dict.fromkeys(e.call for e in kept.weights):
         mine = {e.chunks: e.relative for e in kept.weights if e.call == call}
-        rows.append((call, *(_power(mine[count], 1) for count in counts)))
+        rows.append((call, *(_power(mine[count], 2) for count in counts)))
     return _markdown(("chunks", *map(str, counts)), rows)
 
 
 def trainings(kept: Kept) -> str:
     """The collapse of the softmax at a few steps."""
     last = max(point.step for point in kept.trainings)
-    due = [step for step in sorted({p.step for p in kept.trainings}) if step and step * 4 % last == 0]
+    due = [step for step in sorted({p.step for p in kept.trainings}) if step and step * 5 % last == 0]
     rows = [
         (
             f"{point.train_share:.0%}".replace("%", " %"),
             point.loss,
             str(point.step),
-            _power(point.train_loss, 1),
+            _power(point.train_loss, 2),
             *(f"{100 * share:.1f} %" for share in (point.zero_target_gradient, point.zero_gradient)),
             *(f"{100 * share:.1f} %" for share in (point.train_accuracy, point.test_accuracy)),
         )

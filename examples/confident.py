@@ -132,9 +132,9 @@ def _draw_row(row: Sequence[Axes], points: Sequence[Point]) -> None:
         mine, colour = [point for point in points if point.loss == name], COLOUR[name]
         style = "--" if name == "ours" else "-"  # where two lines are one, both can be seen
         steps = [point.step for point in mine]
-        zeros.plot(steps, [p.zero_target_gradient for p in mine], style, color=colour, label=name)
+        zeros.plot(steps, [p.zero_target_gradient for p in mine], style, color=colour)
         losses.plot(steps, [p.train_loss or math.nan for p in mine], style, color=colour, label=name)
-        accuracy.plot(steps, [p.test_accuracy for p in mine], style, color=colour, label=f"{name}, test")
+        accuracy.plot(steps, [p.test_accuracy for p in mine], style, color=colour)
         accuracy.plot(steps, [p.train_accuracy for p in mine], ":", color=colour)
     zeros.set_ylabel("share of training rows whose\ntarget has gradient exactly 0")
     losses.set_ylabel("mean training loss (nats)")
@@ -143,7 +143,7 @@ def _draw_row(row: Sequence[Axes], points: Sequence[Point]) -> None:
     for axes in row:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    losses.legend(fontsize="small")  # the same for all three
 
 
 def main(given: Sequence[str] | None = None) -> list[Point]:
