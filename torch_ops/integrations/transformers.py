@@ -146,7 +146,7 @@ def _fused(own: type) -> type:
         if labels is None or (not self.training if keep is None else keep):
             return own.forward(self, *args, **kwargs)
         made_in = Pass(options.memory, options.chunk_size)
-        layers = _defer(self)
+        layers = _deferring(self) if torch.compiler.is_compiling() else _defer(self)
         for layer in layers:
             layer.current = made_in
         try:
@@ -189,12 +189,16 @@ def _defer(model: Any) -> list[DeferringLinear]:
     head = model.get_output_embeddings()
     layers = [m for m in head.modules() if isinstance(m, nn.Linear)] if isinstance(head, nn.Module) else []
     classes = max((m.out_features for m in layers), default=0)
-    layers = [m for m in layers if m.out_features == classes]
     for layer in layers:
         # An instance's own forward (a hook of accelerate) would not be ours.
-        if type(layer) is nn.Linear and "forward" not in vars(layer):
+        if type(layer) is nn.Linear and layer.out_features == classes and "forward" not in vars(layer):
             layer.__class__ = DeferringLinear
-    return [m for m in layers if isinstance(m, DeferringLinear)]
+    return _deferring(model)
+
+
+def _deferring(model: Any) -> list[DeferringLinear]:
+    head = model.get_output_embeddings()
+    return [m for m in head.modules() if isinstance(m, DeferringLinear)] if isinstance(head, nn.Module) else []
 
 
 def _settled(output: Any, made_in: Pass) -> Any:
