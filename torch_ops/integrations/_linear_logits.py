@@ -232,19 +232,12 @@ class LinearLogits:
             return F.cross_entropy(z, target, weight, size_average=size_average, reduce=reduce, **options)
         self.made_in.fused = True
         x, linear_weight, linear_bias = _one_layer(self.terms)
-        cap = {} if self.cap is None else {"softcap": self.cap}
-        loss: Any = linear_cross_entropy(
-            x,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            logit_scale=self.scale * cap.get("softcap", 1.0),
-            memory=self.made_in.memory,  # pyright: ignore[reportArgumentType]
-            chunk_size=self.made_in.chunk_size,
-            **cap,
-            **options,
-        )
+        of_logits: dict[str, Any] = {"logit_scale": self.scale}
+        if self.cap is not None:
+            of_logits = {"logit_scale": self.scale * self.cap, "softcap": self.cap}
+        how: dict[str, Any] = {"memory": self.made_in.memory, "chunk_size": self.made_in.chunk_size}
+        arrays: dict[str, Any] = {"linear_bias": linear_bias, "weight": weight}
+        loss = linear_cross_entropy(x, linear_weight, target, **arrays, **options, **of_logits, **how)
         return loss if loss.dtype == self.dtype or torch.is_autocast_enabled(x.device.type) else loss.to(self.dtype)
 
     # Everything else.

@@ -109,7 +109,7 @@ def restore_loss(model: _M) -> _M:
         del inner._fusion
     for module in inner.modules():
         if type(module) is DeferringLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
             vars(module).pop("current", None)
     return model
 
@@ -167,7 +167,7 @@ def _fused(own: type) -> type:
 
 
 def _unpickled(own: type) -> Any:
-    kind = _fused(own)
+    kind: Any = _fused(own)
     return kind.__new__(kind)
 
 
