@@ -232,6 +232,14 @@ def test_copies_and_files(tmp_path: Any) -> None:
     same(train(loaded.train()), theirs)
 
 
+def test_a_failed_call_leaves_the_head_as_it_was() -> None:
+    model = fuse_loss(make())
+    with pytest.raises(IndexError, match="target must be in"):
+        model(input_ids=TOKENS, labels=LABELS + V)
+    assert isinstance(model.lm_head(torch.ones(1, D)), Tensor)
+    same(train(model), train(make()))
+
+
 def test_a_new_head_is_noticed() -> None:
     models = [make(), fuse_loss(make())]
     for model in models:
