@@ -122,7 +122,7 @@ def test_value_and_gradients_are_those_of_a_tensor(name: str) -> None:
     # Through float32 the tensor is rounded, the formula is not.
     same(run(expression, made_in), theirs, 1e-6 if name == "types" else 1e-11)
     assert made_in.fused == (name in FUSED)
-    assert bool(made_in.computed_by) == (name in COMPUTED)
+    assert bool(made_in.why_not) == (name in COMPUTED)
     assert theirs[1][0].abs().max() > 1e-3 or name == "scale of 0", "a gradient that zeros would pass for"
 
 

@@ -293,6 +293,18 @@ def test_what_is_not_served_is_said_and_right() -> None:
     torch.testing.assert_close(out.loss, model(input_ids=TOKENS).logits[..., 1:].logsumexp(-1).mean())
 
 
+def test_hooks_on_the_head_get_tensors() -> None:
+    """Tensor parallelism and ZeRO gather there what the head alone does not have."""
+    theirs = make()
+    ours = fuse_loss(make())
+    for model in (theirs, ours):
+        model.lm_head.register_forward_hook(lambda module, args, out: out + torch.arange(V) / V)
+    with pytest.warns(UserWarning, match="not fused, because its head has hooks"):
+        found = train(ours)
+    same(found, train(theirs))
+    assert found[0].logits.shape == (B, L, V)
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
 def test_checkpointed_layers() -> None:
     models = [make(), fuse_loss(make(), chunk_size=4)]

@@ -22,7 +22,7 @@ class Pass:
     memory: str
     chunk_size: int | None
     fused: bool = False
-    computed_by: str = ""
+    why_not: str = ""
 
 
 class DeferringLinear(nn.Linear):
@@ -68,7 +68,7 @@ class LinearLogits:
     def tensor(self, asked_by: str) -> Tensor:
         """The logits, computed at most once; `asked_by` names the operation that needs them."""
         if self.value is None:
-            self.made_in.computed_by = self.made_in.computed_by or asked_by
+            self.made_in.why_not = self.made_in.why_not or f"the model used its logits in `{asked_by}`"
             self.value = self.compute()
         return self.value
 

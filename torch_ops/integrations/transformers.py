@@ -147,6 +147,8 @@ def _fused(own: type) -> type:
             return own.forward(self, *args, **kwargs)
         made_in = Pass(options.memory, options.chunk_size)
         layers = _deferring(self) if torch.compiler.is_compiling() else _defer(self)
+        if _is_watched(self.get_output_embeddings()):
+            layers, made_in.why_not = [], "its head has hooks, which want a tensor"
         for layer in layers:
             layer.current = made_in
         try:
@@ -201,6 +203,11 @@ def _deferring(model: Any) -> list[DeferringLinear]:
     return [m for m in head.modules() if isinstance(m, DeferringLinear)] if isinstance(head, nn.Module) else []
 
 
+def _is_watched(head: nn.Module) -> bool:
+    """Whether something takes or changes the head's output or its gradients, as tensor parallelism and ZeRO do."""
+    return any(m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in head.modules())
+
+
 def _settled(output: Any, made_in: Pass) -> Any:
     """The output without the logits that the loss made superfluous, or with them as a tensor."""
     if not made_in.fused:
@@ -225,5 +232,5 @@ def _as_tensor(value: Any) -> Any:
 
 def _warn(made_in: Pass) -> None:
     if not torch.compiler.is_compiling():
-        reason = f"used its logits in `{made_in.computed_by}`" if made_in.computed_by else "did not use its head"
-        warnings.warn(f"fuse_loss: the loss is not fused, because the model {reason}.", stacklevel=4)
+        why = made_in.why_not or "the model did not use its head"
+        warnings.warn(f"fuse_loss: the loss is not fused, because {why}.", stacklevel=4)
