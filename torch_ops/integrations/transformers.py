@@ -99,6 +99,14 @@ def restore_loss(model: _M) -> _M:
     Raises:
         TypeError: no transformers model.
         ValueError: the class of the model was changed again since (by FSDP, say).
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from torch_ops.integrations.transformers import fuse_loss, restore_loss
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> type(restore_loss(fuse_loss(model))) is LlamaForCausalLM
+        True
     """
     inner = _with_head("restore_loss", model)
     kind = type(inner)
