@@ -1,0 +1,195 @@
+"""`python -m tests.parallel_worker RANK WORLD STORE`: one rank's share of the checks of losses on many devices.
+
+Every rank makes the same arrays, runs the unsharded loss on all of them and the sharded one on its part, and compares
+its part of every result. test_parallel.py starts the ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import torch_ops
+
+F64 = torch.float64
+N, D = 7, 3
+CHECKS: list[Callable[[], None]] = []
+EVERY: dict[str, Any] = {"label_smoothing": 0.2, "logit_scale": 1.3, "softcap": 9.0, "z_loss": 0.05}
+# Classes of each rank: unequal, one each, none somewhere.
+SIZES = {1: [(5,)], 2: [(5, 3), (1, 1), (4, 0), (0, 1)], 3: [(4, 1, 3), (1, 1, 1), (2, 0, 5)]}
+# Where each array is cut by class.
+CUT = {"z": 1, "lw": 0, "lb": 0, "y": 1, "w": 0}
+
+
+def check(fn: Callable[[], None]) -> Callable[[], None]:
+    CHECKS.append(fn)
+    return fn
+
+
+class Part:
+    """The classes of this rank."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        rank = dist.get_rank()
+        self.begin, self.end = sum(sizes[:rank]), sum(sizes[: rank + 1])
+
+    def of(self, name: str, full: Tensor) -> Tensor:
+        return full.narrow(CUT[name], self.begin, self.end - self.begin) if name in CUT else full
+
+
+def arrays(classes: int, dtype: torch.dtype = F64) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(classes)
+    make = lambda *shape: torch.randn(*shape, dtype=F64, generator=g)  # noqa: E731
+    z = 3.0 * make(N, classes)
+    z[1, classes // 2] += 30.0  # confident
+    found = {"z": z, "x": make(N, D), "lw": 2.0 * make(classes, D), "lb": make(classes)}
+    found |= {"y": make(N, classes).abs(), "w": make(classes).abs() + 0.2, "tw": make(N).abs() + 0.1}
+    return {name: v.to(dtype) for name, v in found.items()}
+
+
+def targets(classes: int) -> Tensor:
+    """Each rank's first and last class, an ignored row."""
+    t = torch.arange(N) * 3 % classes
+    t[0], t[1], t[2], t[4] = 0, classes // 2, classes - 1, -100
+    return t
+
+
+def same(ours: Any, theirs: Any, what: str, tol: float = 1e-11) -> None:
+    assert ours is not None, f"{what}: no gradient"
+    assert ours.shape == theirs.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(theirs.shape)}"
+    torch.testing.assert_close(ours, theirs, rtol=tol, atol=tol, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+Fn = Callable[..., tuple[Tensor, ...]]
+
+
+def compare(whole: Fn, sharded: Fn, full: dict[str, Tensor], part: Part, what: str, *, orders: int = 2) -> None:
+    """Values, gradients by hand, the same through autograd, and a product with second derivatives."""
+    g = torch.Generator().manual_seed(3)
+    random = lambda v: torch.randn(v.shape, dtype=v.dtype, generator=g)  # noqa: E731
+    leaves = {n: v.clone().requires_grad_() for n, v in full.items()}
+    mine = {n: part.of(n, v).clone().requires_grad_() for n, v in full.items()}
+    theirs, ours = whole(**leaves), sharded(**mine)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        same(a, b, f"{what}, value {i}")
+    real = [i for i, v in enumerate(theirs) if v.is_floating_point()]
+    along = [random(theirs[i]).requires_grad_() for i in real]
+    first: list[Any] = []
+    for values, by in ((theirs, leaves), (ours, mine)):
+        for again in (False, True):
+            given = along if again else [c.detach() for c in along]
+            grads = torch.autograd.grad([values[i] for i in real], [*by.values()], given, create_graph=again, retain_graph=True, allow_unused=True)
+            first.append(grads)
+    for order, at in (("by hand", 2), ("by autograd", 3)):
+        for name, a, b in zip(full, first[at], first[1], strict=True):
+            full_b = torch.zeros_like(full[name]) if b is None else b
+            if a is not None or full_b.any():
+                same(a, part.of(name, full_b), f"{what}, gradient {order} of {name}")
+    if orders < 2:
+        return
+    directions = {n: random(v) for n, v in full.items()}
+    second = []
+    for grads, by, cut in ((first[1], leaves, False), (first[3], mine, True)):
+        v = [part.of(n, d) if cut else d for (n, d), g in zip(directions.items(), grads, strict=True) if g is not None]
+        grads = [g for g in grads if g is not None]
+        second.append(torch.autograd.grad(grads, [*by.values(), *along], v, allow_unused=True))
+    for name, a, b in zip([*full, *(f"upstream {i}" for i in real)], second[1], second[0], strict=True):
+        if b is not None:
+            same(a, part.of(name, b), f"{what}, second derivative by {name}")
+
+
+def group() -> Any:
+    return dist.group.WORLD
+
+
+def outputs(found: Any) -> tuple[Tensor, ...]:
+    return (found[0], *found[1].values()) if isinstance(found, tuple) else (found,)
+
+
+def logits_loss(target: Tensor | None, options: dict[str, Any], over: Any) -> Fn:
+    def fn(z: Tensor, y: Any = None, w: Any = None, tw: Any = None) -> tuple[Tensor, ...]:
+        t = target if y is None else y
+        return outputs(torch_ops.cross_entropy(z, t, w, token_weight=tw, group=over, **options))  # pyright: ignore
+
+    return fn
+
+
+def head_loss(target: Tensor | None, options: dict[str, Any], over: Any) -> Fn:
+    def fn(x: Tensor, lw: Tensor, lb: Any = None, y: Any = None, w: Any = None, tw: Any = None) -> tuple[Tensor, ...]:
+        t: Any = target if y is None else y
+        given = {"linear_bias": lb, "weight": w, "token_weight": tw, "group": over}
+        return outputs(torch_ops.linear_cross_entropy(x, lw, t, **given, **options))
+
+    return fn
+
+
+# What each combination has that the others lack; each runs with every size.
+COMBINATIONS: list[tuple[str, bool, str, tuple[str, ...], dict[str, Any]]] = [
+    ("plain", False, "mean", (), {}),
+    ("everything", False, "mean", ("lse", "entropy", "argmax"), EVERY),
+    ("everything", True, "none", ("entropy", "argmax", "lse"), EVERY),
+    ("logprob", False, "none", ("logprob",), {"softcap": 5.0}),
+    ("uniform", True, "sum", (), {"label_smoothing": 1.0, "z_loss": 0.1}),
+]
+
+
+@check
+def logits_equal_the_unsharded_loss() -> None:
+    for sizes, (name, soft, reduction, stats, options) in itertools.product(SIZES[dist.get_world_size()], COMBINATIONS):
+        for weighted in (False, True):
+            full = arrays(sum(sizes))
+            names = ["z", *["y"] * soft, *["w", "tw"] * weighted]
+            given = {**options, "reduction": reduction, "stats": stats}
+            t = None if soft else targets(sum(sizes))
+            what = f"logits {sizes} {name} soft={soft} weighted={weighted}"
+            compare(
+                logits_loss(t, given, None), logits_loss(t, given, group()), {n: full[n] for n in names}, Part(sizes), what
+            )
+
+
+@check
+def head_equals_the_unsharded_loss() -> None:
+    for sizes, (name, soft, reduction, stats, options) in itertools.product(SIZES[dist.get_world_size()], COMBINATIONS):
+        for memory, weighted in (("fast", True), ("lean", True), ("fast", False)):
+            full = arrays(sum(sizes))
+            names = ["x", "lw", *["y"] * soft, *["lb", "w", "tw"] * weighted]
+            given = {**options, "reduction": reduction, "stats": stats, "memory": memory, "chunk_size": 2}
+            t = None if soft else targets(sum(sizes))
+            what = f"head {sizes} {name} soft={soft} {memory} weighted={weighted}"
+            compare(
+                head_loss(t, given, None), head_loss(t, given, group()), {n: full[n] for n in names}, Part(sizes), what
+            )
+
+
+def main() -> int:
+    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    chosen = sys.argv[4:]
+    torch.set_num_threads(1)
+    wait = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=wait)
+    failed = 0
+    for fn in CHECKS:
+        if chosen and fn.__name__ not in chosen:
+            continue
+        try:
+            fn()
+        except Exception:
+            failed += 1
+            print(f"rank {rank} of {world}, {fn.__name__}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            break  # the other ranks wait in a message that will not come
+    if not failed:
+        dist.barrier()
+        dist.destroy_process_group()
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
