@@ -189,7 +189,7 @@ class HeadDoor:
         """The shard's rows as the head's loops have them."""
         x, lw, lb, target, weight = arrays
         if not self.extent.count:
-            return _without_classes(_nothing(x), self.plan)
+            return _without_classes(_nothing(x, lw, lb), self.plan)
         values = head_fwd((x, lw, lb, self._target(target), weight), self.plan)
         dead = values[self.plan.values] == -math.inf
         if x.device.type == "cpu" and dead.any():  # told from rows that hold NaN
@@ -204,7 +204,7 @@ class HeadDoor:
         x, lw, lb, target, weight = arrays
         plan, x = self.plan._replace(argmax=False), shared(x, self.extent.group)
         if not self.extent.count:
-            return _without_classes(_nothing(x), plan)[0]
+            return _without_classes(_nothing(x, lw, lb), plan)[0]
         if not target.is_floating_point():
             return head_rows(x, lw, lb, self._target(target).masked_fill(dead, rows.IGNORED), weight, *plan)
         if x.device.type != "cpu" or not dead.any():
@@ -232,9 +232,11 @@ class HeadDoor:
         return target if target.is_floating_point() else self.extent.local(target)[1]
 
 
-def _nothing(x: Tensor) -> Tensor:
-    """Zeros (n,), connected to x."""
-    return x[:, :0].sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+def _nothing(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """Zeros (n,), connected to a head of no classes."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    zeros = x[:, :0].sum(1, dtype=kind) + linear_weight.sum(dtype=kind)
+    return zeros if linear_bias is None else zeros + linear_bias.sum(dtype=kind)
 
 
 def _without_classes(zeros: Tensor, plan: Plan) -> tuple[list[Tensor], Tensor]:
