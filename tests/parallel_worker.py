@@ -86,7 +86,14 @@ def compare(whole: Fn, sharded: Fn, full: dict[str, Tensor], part: Part, what: s
     for values, by in ((theirs, leaves), (ours, mine)):
         for again in (False, True):
             given = along if again else [c.detach() for c in along]
-            grads = torch.autograd.grad([values[i] for i in real], [*by.values()], given, create_graph=again, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(
+                [values[i] for i in real],
+                [*by.values()],
+                given,
+                create_graph=again,
+                retain_graph=True,
+                allow_unused=True,
+            )
             first.append(grads)
     for order, at in (("by hand", 2), ("by autograd", 3)):
         for name, a, b in zip(full, first[at], first[1], strict=True):
@@ -151,7 +158,11 @@ def logits_equal_the_unsharded_loss() -> None:
             t = None if soft else targets(sum(sizes))
             what = f"logits {sizes} {name} soft={soft} weighted={weighted}"
             compare(
-                logits_loss(t, given, None), logits_loss(t, given, group()), {n: full[n] for n in names}, Part(sizes), what
+                logits_loss(t, given, None),
+                logits_loss(t, given, group()),
+                {n: full[n] for n in names},
+                Part(sizes),
+                what,
             )
 
 
@@ -167,6 +178,108 @@ def head_equals_the_unsharded_loss() -> None:
             compare(
                 head_loss(t, given, None), head_loss(t, given, group()), {n: full[n] for n in names}, Part(sizes), what
             )
+
+
+def facts_rows(classes: int, part: Part) -> dict[str, Tensor]:
+    """Logits with -inf, +inf and NaN where shards begin and end; rows 4 and 5 of shards all -inf."""
+    z = arrays(classes)["z"]
+    z[0, 0], z[1, classes - 1], z[2] = torch.nan, torch.inf, -torch.inf
+    z[4, : classes // 2], z[5, classes // 2 :] = -torch.inf, -torch.inf
+    z[6] = torch.nan  # ignored
+    return {"z": z}
+
+
+@check
+def strange_data_is_what_it_is_unsharded() -> None:
+    for sizes in SIZES[dist.get_world_size()]:
+        classes, part = sum(sizes), Part(sizes)
+        t = torch.tensor([0, 0, 0, classes - 1, classes - 1, classes - 1, -100])
+        full = facts_rows(classes, part)
+        for options in (
+            {},
+            {**EVERY, "stats": ("lse", "entropy", "argmax")},
+            {"label_smoothing": 0.1, "stats": ("lse",)},
+        ):
+            given = {"reduction": "none", **options}
+            what = f"facts {sizes} {[*options]}"
+            compare(logits_loss(t, given, None), logits_loss(t, given, group()), full, part, what, orders=1)
+            soft = {**full, "y": arrays(classes)["y"].masked_fill(full["z"] == -torch.inf, 0.0)}
+            compare(logits_loss(None, given, None), logits_loss(None, given, group()), soft, part, what, orders=1)
+
+
+@check
+def a_shard_of_minus_infinities_takes_no_part() -> None:
+    for sizes in SIZES[dist.get_world_size()][:2]:
+        classes, part = sum(sizes), Part(sizes)
+        dead = slice(0, sizes[0])  # rank 0: as the padding of a vocabulary is masked
+        full = arrays(classes)
+        full["z"][:, dead], full["lb"][dead], full["y"][:, dead] = -torch.inf, -torch.inf, 0.0
+        t = targets(classes).clamp(min=sizes[0])
+        t[4] = -100
+        for soft, memory in ((False, "fast"), (True, "fast"), (False, "lean"), (True, "lean")):
+            given = {**EVERY, "label_smoothing": 0.0, "reduction": "none", "stats": ("entropy", "lse", "argmax")}
+            whole, mine = (full["y"], part.of("y", full["y"])) if soft else (t, t)
+            what = f"dead {sizes} soft={soft}"
+            if memory == "fast":
+                rows = {"z": full["z"]}
+                compare(logits_loss(whole, given, None), logits_loss(mine, given, group()), rows, part, what)
+            given |= {"memory": memory, "chunk_size": 2}
+            head, what = {n: full[n].clone() for n in ("x", "lw", "lb")}, f"{what} {memory}"
+            compare(head_loss(whole, given, None), head_loss(mine, given, group()), head, part, what)
+            head["x"][1] = head["x"][4] = torch.nan  # with class indices the second is ignored
+            compare(head_loss(whole, given, None), head_loss(mine, given, group()), head, part, what, orders=1)
+
+
+def raises(error: type[Exception], words: str, fn: Callable[[], Any]) -> None:
+    told = ""
+    try:
+        fn()
+    except error as e:
+        told = str(e)
+    assert words in told, f"{error.__name__} '{words}', not '{told}'"
+
+
+@check
+def mistakes_are_told_on_every_rank() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    z, t = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    call: Any = torch_ops.cross_entropy
+    raises(TypeError, "cross_entropy: group must be a torch.distributed.ProcessGroup", lambda: call(z, t, group="tp"))
+    raises(
+        IndexError,
+        f"in [0, {3 * world}) or ignore_index (-100); got {3 * world} at row 2.",
+        lambda: call(z, t.index_fill(0, torch.tensor(2), 3 * world), group=group()),
+    )
+    assert call(z, t + 3 * world - 1, group=group()).isfinite()
+    if world > 1:
+        raises(
+            ValueError,
+            "input must have as many rows on every rank of group; got 4, 3",
+            lambda: call(z[: 4 - rank], t[: 4 - rank], group=group()),
+        )
+        raises(ValueError, "target must be the same on every rank", lambda: call(z, t + rank, group=group()))
+    raises(
+        ValueError,
+        "group must not be inside torch.func",
+        lambda: torch.func.grad(lambda z: call(z, t, group=group()))(z),
+    )
+    head: Any = torch_ops.linear_cross_entropy
+    with torch.autograd.forward_ad.dual_level():
+        raises(ValueError, "group must not be inside torch.func", lambda: head(z, z, t, group=group()))
+
+
+@check
+def gradient_is_written_over_the_logits() -> None:
+    part = Part(SIZES[dist.get_world_size()][0])
+    full, t = arrays(part.end if dist.get_world_size() == 1 else 8), targets(8)
+    leaf = part.of("z", full["z"]).clone().requires_grad_()
+    z = leaf * 1.0
+    for inplace in (True, False):
+        loss = torch_ops.cross_entropy(z, t % 5, group=group(), inplace_backward=inplace, reduction="sum")
+        (dz,) = torch.autograd.grad(loss, leaf, retain_graph=not inplace)
+        written = (z.detach() == dz).all() and bool(dz.any())
+        assert written == inplace or not part.end - part.begin
+        z = leaf * 1.0
 
 
 def main() -> int:

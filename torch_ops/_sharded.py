@@ -37,8 +37,10 @@ class Door(Protocol):
         """The same but for argmax, to be differentiated; of `dead` rows nothing is used."""
         ...
 
-    def backward(self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool]) -> list[Any] | None:
-        """The arrays' gradients from those of the shard's rows; None where `again` has to tell them."""
+    def backward(
+        self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool], alone: bool
+    ) -> list[Tensor]:
+        """Those needed of the arrays' gradients; `alone`: nothing else is made of the arrays."""
         ...
 
 
@@ -70,42 +72,63 @@ class ShardedRows(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        door, names = ctx.door, _names(ctx.door.plan)
-        count = len(ctx.needs_input_grad) - 1
-        arrays, (dead, m, rest, h, *elsewhere) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        needs = ctx.needs_input_grad[1:]
-        upstream = dict(zip(names, grads, strict=False))
-        if all(u is None for u in upstream.values()):
-            return (None,) * (count + 1)
-        if not torch.is_grad_enabled():
-            of_others = {n: v for n, v in zip(names, elsewhere, strict=True) if v is not None}
-            own = own_upstream(upstream, arrays[-2], of_others, door.extent)
-            if h is not None and "entropy" in of_others:
-                h = h - of_others["entropy"]
-            found = door.backward(arrays, own, (m, rest, h), needs)
-            if found is not None:
-                return None, *found
-        return None, *_derived(door, arrays, upstream, dead & (m != -math.inf), needs)
+        needs, out = ctx.needs_input_grad[1:], [None] * len(ctx.needs_input_grad)
+        upstream = grads[: ctx.door.plan.values]
+        if any(u is not None for u in upstream):
+            alone = not torch.is_grad_enabled()
+            found: Any = ShardedBwd.apply(ctx.door, needs, alone, *ctx.saved_tensors, *upstream)
+            for i, g in zip((i for i, need in enumerate(needs) if need), found, strict=True):
+                out[i + 1] = g
+        return tuple(out)
 
 
-def _derived(
-    door: Door, arrays: Sequence[Any], upstream: dict[str, Any], dead: Tensor, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients as autograd finds them, which can be differentiated."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Under names of their own: where one is made from another, the way between them is the outer gradient's to go.
-        given = [v if v is None else v.view_as(v) if again else v.detach() for v in arrays]
-        for v, need in zip(given, needs, strict=True):
-            if need and not again:
-                v.requires_grad_()
-        values = _merged(door, door.again(dead, *given), dead, given).values
-        ends = [n for n, u in upstream.items() if u is not None]
-        wrt = [v for v, need in zip(given, needs, strict=True) if need]
-        ups = [upstream[n] for n in ends]
-        found = torch.autograd.grad([values[n] for n in ends], wrt, ups, create_graph=again, allow_unused=True)
-    each = iter(found)
-    return [next(each) if need else None for need in needs]
+class ShardedBwd(Function):
+    """Those needed of the arrays' gradients as a function of everything: linear in the upstreams."""
+
+    @staticmethod
+    def forward(ctx: Any, door: Door, needs: Sequence[bool], alone: bool, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.door, ctx.needs = door, needs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        names, count = _names(door.plan), len(needs)
+        arrays, (_, m, rest, h, *others) = tensors[:count], tensors[count : -len(names)]
+        elsewhere = {n: v for n, v in zip(names, others, strict=True) if v is not None}
+        upstream = dict(zip(names, tensors[-len(names) :], strict=True))
+        own = own_upstream(upstream, arrays[-2], elsewhere, door.extent)
+        if h is not None:
+            h = h - elsewhere["entropy"]
+        return tuple(door.backward(arrays, own, (m, rest, h), needs, alone))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        door, count, names = ctx.door, len(ctx.needs), _names(ctx.door.plan)
+        out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        dead, m = ctx.saved_tensors[count : count + 2]
+        again = torch.is_grad_enabled()
+        places = [*range(count), *range(len(ctx.saved_tensors) - len(names), len(ctx.saved_tensors))]
+        with torch.enable_grad():
+            # Under names of their own: where one is made from another, the way between is the outer gradient's to go.
+            given: list[Any] = [ctx.saved_tensors[i] for i in places]
+            given = [v if v is None else v.view_as(v) if again else v.detach() for v in given]
+            differentiable = [ctx.needs_input_grad[i + 3] for i in places]
+            for v, need in zip(given, [*ctx.needs, *differentiable[count:]], strict=True):
+                if need and not v.requires_grad:
+                    v.requires_grad_()
+            arrays, upstream = given[:count], dict(zip(names, given[count:], strict=True))
+            values = _merged(door, door.again(dead & (m != -math.inf), *arrays), dead & (m != -math.inf), arrays).values
+            ends = [n for n, u in upstream.items() if u is not None]
+            wrt = [v for v, need in zip(arrays, ctx.needs, strict=True) if need]
+            first = torch.autograd.grad(
+                [values[n] for n in ends], wrt, [upstream[n] for n in ends], create_graph=True, allow_unused=True
+            )
+            moved = [(g, c) for g, c in zip(first, cotangents, strict=True) if g is not None and c is not None]
+            wrt = [(i, v) for i, v, need in zip(places, given, differentiable, strict=True) if need]
+            if moved and wrt:
+                ways = [g for g, _ in moved], [v for _, v in wrt], [c for _, c in moved]
+                found = torch.autograd.grad(*ways, create_graph=again, allow_unused=True)
+                for (i, _), g in zip(wrt, found, strict=True):
+                    out[i + 3] = g
+        return tuple(out)
 
 
 def _merged(door: Door, local: Sequence[Tensor], dead: Tensor, arrays: Sequence[Any]) -> Merged:
@@ -161,17 +184,42 @@ class LogitsDoor:
         args = (self.dim, plan.scale, plan.softcap, plan.smooth, plan.entropy, False)
         return _row(logits, self._target(target), weight, *args)
 
-    def backward(self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool]) -> list[Any] | None:
-        """cross_entropy_bwd, told m and rest of whole rows."""
+    def backward(
+        self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool], alone: bool
+    ) -> list[Tensor]:
+        """cross_entropy_bwd's, told m and rest of whole rows."""
         logits, target, weight = arrays
-        if needs[1] or needs[2]:
-            return None
-        if not self.extent.count:
-            return [torch.zeros_like(logits), None, None]
-        ups = [upstream.get(name) for name in ("nll", "lse", "smooth", "entropy")]
-        out = logits.detach() if self.overwrite else None
-        args = (logits, self._target(target), weight, *whole[:2], *ups)
-        return [rows.cross_entropy_bwd(*args, **self.layout, out=out), None, None]
+        found = []
+        if needs[1] or needs[2]:  # before the logits are overwritten
+            found = self._by_mass(arrays, upstream, whole, needs)
+        if needs[0] and not self.extent.count:
+            return [torch.zeros_like(logits), *found]
+        if needs[0]:
+            ups = [upstream.get(name) for name in ("nll", "lse", "smooth", "entropy")]
+            out = logits.detach() if self.overwrite and alone else None
+            args = (logits, self._target(target), weight, *whole[:2], *ups)
+            found = [rows.cross_entropy_bwd(*args, **self.layout, out=out), *found]
+        return found
+
+    def _by_mass(self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool]) -> list[Tensor]:
+        """dL/dy and dL/dw: -log p times what multiplies y_j and w_j in the loss."""
+        logits, target, weight = arrays
+        m, rest, d_nll, d_smooth = (
+            v if v is None else v.unsqueeze(self.dim) for v in (*whole[:2], upstream["nll"], upstream.get("smooth"))
+        )
+        minus_log_p = torch.log1p(rest) - (rows.capped(logits, self.plan.scale, self.plan.softcap) - m)
+        minus_log_p = minus_log_p.masked_fill(minus_log_p == math.inf, 0.0)  # as in the derivative in plain ops
+        soft, w, found = target.is_floating_point(), rows.class_row(weight, logits, self.dim), []
+        if needs[1]:
+            by = torch.zeros_like(m) if d_nll is None else d_nll
+            found.append(((by if w is None else by * w) * minus_log_p).to(target.dtype))
+        if needs[2]:
+            by = torch.zeros_like(m) if d_smooth is None else d_smooth
+            terms = (by + d_nll * target.to(m.dtype) if soft and d_nll is not None else by) * minus_log_p
+            if not soft:
+                terms = terms.masked_fill((target == rows.IGNORED).unsqueeze(self.dim), 0.0)
+            found.append(terms.movedim(self.dim, -1).flatten(0, -2).sum(0))
+        return found
 
     def _target(self, target: Tensor) -> Tensor:
         return target if target.is_floating_point() else self.extent.local(target)[1]
@@ -213,20 +261,17 @@ class HeadDoor:
         few = head_rows(x.index_select(0, live), lw, lb, target.index_select(0, live), weight, *plan)
         return [v.new_zeros(dead.shape).index_copy(0, live, v) for v in few]
 
-    def backward(self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool]) -> list[Any] | None:
-        """The head's loops, told m, rest and the shard's entropy of whole rows; dX is summed over the ranks."""
+    def backward(
+        self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool], alone: bool
+    ) -> list[Tensor]:
+        """The head's loops', told m, rest and the shard's entropy of whole rows; dX is summed over the ranks."""
         x, lw, lb, target, weight = arrays
-        out: list[Any] = [None] * 5
-        if not self.extent.count:
-            out = [torch.zeros_like(a) if need else None for a, need in zip(arrays, needs, strict=True)]
-        else:
+        if self.extent.count:
             ups = [upstream.get(name) for name in ("nll", "lse", "smooth", "entropy")]
-            given = (x, lw, lb, self._target(target), weight, *whole, *ups)
-            found = iter(head_bwd(given, needs, self.plan))
-            out = [next(found) if need else None for need in needs]
-        if needs[0]:
-            out[0] = summed(out[0], self.extent.group)
-        return out
+            found = head_bwd((x, lw, lb, self._target(target), weight, *whole, *ups), needs, self.plan)
+        else:
+            found = [torch.zeros_like(a) for a, need in zip(arrays, needs, strict=True) if need]
+        return [summed(found[0], self.extent.group), *found[1:]] if needs[0] else found
 
     def _target(self, target: Tensor) -> Tensor:
         return target if target.is_floating_point() else self.extent.local(target)[1]
