@@ -7,6 +7,7 @@ its part of every result. test_parallel.py starts the ranks.
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import sys
 import traceback
@@ -16,6 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torch_ops
 
@@ -280,6 +286,165 @@ def gradient_is_written_over_the_logits() -> None:
         written = (z.detach() == dz).all() and bool(dz.any())
         assert written == inplace or not part.end - part.begin
         z = leaf * 1.0
+
+
+class Messages(TorchDispatchMode):
+    """(name, elements, of that the largest) of every message between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "c10d" in name and "wait_tensor" not in name:
+            self.found.append((name.split(".")[1], max(v.numel() for v in tree_leaves(args) if isinstance(v, Tensor))))
+        return func(*args, **(kwargs or {}))
+
+    def sizes(self) -> list[int]:
+        """Elements of each message, without those that only tell the ranks apart."""
+        return sorted(n for _, n in self.found if n > 8)
+
+
+def cut(full: Tensor, mesh: DeviceMesh, *where: Any) -> DTensor:
+    return distribute_tensor(full.clone(), mesh, [*where], src_data_rank=None).requires_grad_(full.is_floating_point())
+
+
+def agree(theirs: tuple[Tensor, list[Tensor]], loss: Any, leaves: list[Any], what: str) -> None:
+    """A DTensor loss and its gradients, each placed as its leaf, against the plain loss and gradients."""
+    same(loss.full_tensor(), theirs[0], f"{what}, loss")
+    for i, (leaf, g) in enumerate(zip(leaves, theirs[1], strict=True)):
+        assert leaf.grad.placements == leaf.placements, f"{what}: {leaf.grad.placements}"
+        same(leaf.grad.full_tensor(), g, f"{what}, gradient {i}")
+
+
+def plainly(fn: Callable[..., Any], *full: Tensor) -> tuple[Tensor, list[Tensor]]:
+    leaves = [v.clone().requires_grad_() for v in full]
+    loss = outputs(fn(*leaves))[0]
+    return loss.detach(), list(torch.autograd.grad(loss.sum(), leaves))
+
+
+def meshes() -> list[tuple[DeviceMesh, Any, Any]]:
+    """(mesh, placements of rows, of classes): one dimension, and two of which one has one rank."""
+    world = dist.get_world_size()
+    return [
+        (init_device_mesh("cpu", (world,)), (lambda d: (Replicate(),)), (lambda d: (Shard(d),))),
+        (init_device_mesh("cpu", (world,)), (lambda d: (Shard(d),)), (lambda d: (Replicate(),))),
+        (init_device_mesh("cpu", (world, 1)), (lambda d: (Shard(d), Replicate())), (lambda d: (Replicate(), Shard(d)))),
+        (init_device_mesh("cpu", (1, world)), (lambda d: (Shard(d), Replicate())), (lambda d: (Replicate(), Shard(d)))),
+    ]
+
+
+def both(rows: Any, classes: Any) -> list[Any]:
+    return [c if isinstance(c, Shard) else r for r, c in zip(rows, classes, strict=True)]
+
+
+@check
+def dtensor_logits_stay_where_they_are() -> None:
+    full, t = arrays(8), targets(8)
+    for i, (mesh, rows, classes) in enumerate(meshes()):
+        for reduction in ("mean", "none"):
+            options = {**EVERY, "reduction": reduction}
+            f = lambda z, w, tw: torch_ops.cross_entropy(z, t, w, token_weight=tw, **options)  # noqa: E731, B023
+            theirs = plainly(f, full["z"], full["w"], full["tw"])
+            z = cut(full["z"], mesh, *both(rows(0), classes(1)))
+            w, tw = cut(full["w"], mesh, *classes(0)), cut(full["tw"], mesh, *rows(0))
+            with Messages() as sent:
+                loss: Any = torch_ops.cross_entropy(z, t, w, token_weight=tw, **options)
+                loss.sum().backward()
+            assert all(n <= 5 * N for n in sent.sizes()), f"mesh {i}: {sent.found}"
+            agree(theirs, loss, [z, w, tw], f"logits on mesh {i}, {reduction}")
+            where = [Replicate()] * mesh.ndim if reduction == "mean" else [*rows(0)]
+            assert [*loss.placements] == where, loss.placements
+
+
+@check
+def dtensor_heads_stay_where_they_are() -> None:
+    full, t, (x0, lw0, lb0, w0) = arrays(8), targets(8), (arrays(8)[n] for n in ("x", "lw", "lb", "w"))
+    for (i, (mesh, rows, classes)), memory in itertools.product(enumerate(meshes()), ("fast", "lean")):
+        call: Any = functools.partial(torch_ops.linear_cross_entropy, memory=memory, **EVERY)
+        theirs = plainly(lambda x, lw, lb, w: call(x, lw, t, linear_bias=lb, weight=w), x0, lw0, lb0, w0)  # noqa: B023
+        x = cut(x0, mesh, *rows(0))
+        lw, lb, w = (cut(v, mesh, *classes(0)) for v in (lw0, lb0, w0))
+        target = t if i % 2 else cut(t, mesh, *rows(0))
+        with Messages() as sent:
+            loss = call(x, lw, target, linear_bias=lb, weight=w)
+            loss.backward()
+        head = 0 if lw.placements == (Replicate(),) else 1  # dW of a head that every rank has is summed over rows
+        assert not head or all(n <= 5 * N for n in sent.sizes()) or i == 2, f"mesh {i}: {sent.found}"
+        agree(theirs, loss, [x, lw, lb, w], f"head on mesh {i}, {memory}")
+    # Rows and classes on one mesh dimension, as FSDP leaves them between forward passes: rows are gathered.
+    mesh = meshes()[0][0]
+    theirs = plainly(lambda x, lw: torch_ops.linear_cross_entropy(x, lw, t), x0, lw0)
+    x, lw = cut(x0, mesh, Shard(0)), cut(lw0, mesh, Shard(0))
+    loss = torch_ops.linear_cross_entropy(x, lw, cut(t, mesh, Shard(0)))
+    loss.backward()
+    agree(theirs, loss, [x, lw], "rows and classes on one dimension")
+    # Tensor parallel: plain activations, the same on every rank
+    plain, lw = x0.clone().requires_grad_(), cut(lw0, mesh, Shard(0))
+    loss = torch_ops.linear_cross_entropy(plain, lw, t)
+    loss.backward()
+    same(plain.grad, theirs[1][0], "gradient of plain activations")
+    # A batch of this rank's own is no replicated tensor.
+    if dist.get_world_size() > 1:
+        other = (t + dist.get_rank()).clamp(max=7)
+        raises(ValueError, "target must be the same", lambda: torch_ops.linear_cross_entropy(x0, lw, other))
+    raises(
+        IndexError,
+        "got ",
+        lambda: torch_ops.cross_entropy(cut(full["z"], mesh, Shard(0)), t.index_fill(0, torch.tensor(0), 9)),
+    )
+
+
+class Model(torch.nn.Module):
+    def __init__(self, memory: str = "fast") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Linear(D, D, dtype=F64)
+        self.head = torch_ops.nn.LinearCrossEntropyLoss(D, 8, bias=True, dtype=F64, label_smoothing=0.1, memory=memory)
+        self.loss = torch_ops.nn.CrossEntropyLoss(z_loss=0.1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden = self.body(x)
+        return self.head(hidden, t) + self.loss(hidden, t % D)
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """As many rows on every rank, none ignored: the mean of their means is the mean of all."""
+    g = torch.Generator().manual_seed(5)
+    return [
+        (torch.randn(6, D, dtype=F64, generator=g), torch.randint(8, (6,), generator=g))
+        for _ in range(dist.get_world_size())
+    ]
+
+
+@check
+def ddp_and_fsdp_train_as_one_process() -> None:
+    given = batches()
+    for memory in ("fast", "lean"):
+        alone = Model(memory)
+        alone(torch.cat([x for x, _ in given]), torch.cat([t for _, t in given])).backward()
+        wanted = {n: p.grad for n, p in alone.named_parameters()}
+        for wrap in (torch.nn.parallel.DistributedDataParallel, fully_shard):
+            model: Any = wrap(Model(memory))
+            model(*given[dist.get_rank()]).backward()
+            for n, p in (model.module if hasattr(model, "module") else model).named_parameters():
+                g = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+                same(g, wanted[n], f"{wrap.__name__} {memory} {n}")
+
+
+@check
+def fsdp_with_its_own_unit_for_the_head() -> None:
+    """The head is unsharded by FSDP's hooks around its own forward, nowhere else."""
+    given, alone, model = batches(), Model(), Model()
+    alone(torch.cat([x for x, _ in given]), torch.cat([t for _, t in given])).backward()
+    fully_shard(model.head)
+    fully_shard(model)
+    assert isinstance(model.head.linear.weight, DTensor)
+    model(*given[dist.get_rank()]).backward()
+    for (n, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        grad: Any = p.grad
+        same(grad.full_tensor(), q.grad, f"fsdp {n}")
 
 
 def main() -> int:

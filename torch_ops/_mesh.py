@@ -58,7 +58,7 @@ def logits_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool) -> t
     by_class = [Shard(0) if i in classes else Replicate() for i in range(mesh.ndim)]
     place = _place(mesh, classes, rows)
     wanted = {"input": found, "target": found if soft else rows, "weight": by_class, "token_weight": rows}
-    return place, [_local(arrays[n], mesh, p, place) for n, p in wanted.items()]
+    return place, [_local(n, arrays[n], p, place) for n, p in wanted.items()]
 
 
 def head_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool, shift: int) -> tuple[Place, list[Any]]:
@@ -89,7 +89,7 @@ def head_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool, shift:
         "weight": by_class,
         "token_weight": rows,
     }
-    return place, [_local(arrays[n], mesh, p, place) for n, p in wanted.items()]
+    return place, [_local(n, arrays[n], p, place) for n, p in wanted.items()]
 
 
 def _mesh(op: str, arrays: dict[str, Any]) -> Any:
@@ -114,16 +114,15 @@ def _place(mesh: Any, classes: list[int], rows: list[Any]) -> Place:
     return Place(mesh.get_group(at), mesh.get_local_rank(at), groups, mesh, tuple(rows))
 
 
-def _local(x: Any, mesh: Any, wanted: list[Any], place: Place) -> Any:
+def _local(name: str, x: Any, wanted: list[Any], place: Place) -> Any:
     from torch.distributed.tensor import DTensor, Replicate
 
     if x is None:
         return None
-    here = x
+    mesh = place.mesh
     if not is_on_mesh(x) and any(type(p) is not Replicate for p in wanted):
-        here = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    if is_on_mesh(here):
-        moved = here if list(here.placements) == wanted else here.redistribute(mesh, wanted)
-        here = moved.to_local()
-    by_row = any(type(p) is not Replicate and p in place.rows for p in wanted)
-    return here if by_row or not here.requires_grad else shared(here, *place.row_groups)
+        x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if is_on_mesh(x):
+        x = (x if list(x.placements) == wanted else x.redistribute(mesh, wanted)).to_local()
+    of_all_rows = name in ("weight", "linear_weight", "linear_bias")
+    return shared(x, *place.row_groups) if of_all_rows and x.requires_grad else x
