@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import torch_ops
+from tests import cases
 
 F64 = torch.float64
 N, D = 7, 3
@@ -286,6 +288,45 @@ def gradient_is_written_over_the_logits() -> None:
         written = (z.detach() == dz).all() and bool(dz.any())
         assert written == inplace or not part.end - part.begin
         z = leaf * 1.0
+
+
+# Loud rows of test_ops' kind, for test_parallel.py to judge against the reference: (type, options, soft targets).
+LOUD: list[tuple[str, str, bool]] = [
+    ("float32", "plain", False),
+    ("float32", "smooth", False),
+    ("float32", "all", True),
+    ("float64", "all", False),
+    ("bfloat16", "plain", True),
+]
+LOUD_SIZES = {1: (257,), 2: (200, 57), 3: (100, 1, 156)}
+
+
+def loud(dtype: str, soft: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({input, target}, upstream gradients by name)."""
+    rows = cases.rows(257, dtype)
+    number = len(rows.names)
+    ups = {"value": rows.dloss, "lse": rows.dloss[::-1].copy(), "entropy": np.linspace(-2.0, 2.0, number)}
+    return {"input": rows.x, "target": cases.soft(257, dtype, number) if soft else rows.target}, ups
+
+
+@check
+def loud_rows_for_the_reference() -> None:
+    part, kept = Part(LOUD_SIZES[dist.get_world_size()]), {}
+    for dtype, name, soft in LOUD:
+        given, ups = loud(dtype, soft)
+        kind: Any = getattr(torch, dtype)
+        z = part.of("z", torch.from_numpy(given["input"])).to(kind).requires_grad_()
+        t = torch.from_numpy(given["target"])
+        t = part.of("y", t).to(kind) if soft else t
+        stats: Any = ("lse", "entropy", "argmax")
+        options: Any = cases.OPTIONS[name]
+        loss, found = torch_ops.cross_entropy(z, t, reduction="none", stats=stats, group=group(), **options)
+        values = {"value": loss, **found}
+        along = [torch.from_numpy(u).to(values[n].dtype) for n, u in ups.items()]
+        (dz,) = torch.autograd.grad([values[n] for n in ups], z, along)
+        for n, v in (*values.items(), ("gradient", dz)):
+            kept[f"{dtype} {name} {soft} {n}"] = v.detach().to(F64 if v.is_floating_point() else v.dtype).numpy()
+    np.savez(f"{sys.argv[3]}.{dist.get_rank()}.npz", **kept)
 
 
 class Messages(TorchDispatchMode):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from softmax_ext import contract
 from torch_ops._collectives import gathered, maximum, minimum, summed
+from torch_ops._plain import _shifted
 from torch_ops._rows import IGNORED, INVALID
 from torch_ops._targets import _can_look
 
@@ -89,10 +90,11 @@ def merge(shard: Shard, extent: Extent) -> Merged:
         ignored = shard.target == IGNORED
         m, rest, dead = m.masked_fill(ignored, 0.0), rest.masked_fill(ignored, 0.0), dead & ~ignored
     top = maximum(m.masked_fill(dead | m.isnan(), -math.inf), extent.group)
-    # The value comes from m and rest, which are more exact than lse; lse - lse is 0 and has lse's derivatives.
-    log_e = m - top.where(top.isfinite(), 0.0) + torch.log1p(rest) + (lse - lse.detach())
-    log_e = log_e.masked_fill(dead, 0.0)
-    e = log_e.exp().masked_fill(dead, 0.0)
+    # Values come from m and rest, which are more exact than lse; lse - lse is 0 and has lse's derivatives.
+    along = lse - lse.detach()
+    d, share = _shifted(m, top.where(top.isfinite(), 0.0))
+    log_e = (d + torch.log1p(rest) + along).masked_fill(dead, 0.0)
+    e = (share * (1.0 + rest) * along.exp()).masked_fill(dead, 0.0)
     held = (m == top) & ~dead
     own = {"rest": (rest + (e - e.detach())).where(held, e), "held": held.to(e.dtype)}
 
