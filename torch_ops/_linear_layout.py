@@ -66,7 +66,13 @@ def lay_out(
     return Layout(x, index, linear_weight, linear_bias, target, token_weight, (*lead, *inner))
 
 
-def total(of: Layout, weight: Tensor | None, by: Coefficients, plan: tuple[object, ...]) -> Tensor:
+def total(
+    of: Layout,
+    weight: Tensor | None,
+    by: Coefficients,
+    plan: tuple[object, ...],
+    sum_of: Callable[..., Tensor] = head_sum,
+) -> Tensor:
     """The sum of the rows' losses over rows and positions."""
     parts = []
     for p, (lw, lb, target) in enumerate(_heads(of)):
@@ -78,7 +84,7 @@ def total(of: Layout, weight: Tensor | None, by: Coefficients, plan: tuple[objec
         if kept is not None:
             target, index = target.index_select(0, kept), _both(index, kept)
             of_row = [c if c is None else c.index_select(0, kept) for c in of_row]
-        parts.append(head_sum(of.x, lw, lb, target, weight, *of_row, index, *plan))
+        parts.append(sum_of(of.x, lw, lb, target, weight, *of_row, index, *plan))
     if not parts:
         return _nothing(of, by.share.dtype)
     return torch.stack(parts).sum() if len(parts) != 1 else parts[0]

@@ -21,9 +21,12 @@ from torch_ops._collectives import maximum, summed
 from torch_ops._linear import head_rows
 from torch_ops._linear_layout import each_row, lay_out, total
 from torch_ops._linear_ops import Plan
+from torch_ops._linear_sum import head_sum
 from torch_ops._mesh import Place, head_place, is_on_mesh, logits_place
 from torch_ops._reduction import Coefficients, coefficients, combine, reduce, statistics
-from torch_ops._sharded import HeadDoor, LogitsDoor, sharded_rows
+from torch_ops._shard_head import HeadDoor
+from torch_ops._shard_logits import LogitsDoor
+from torch_ops._sharded import names_of, sharded_rows
 from torch_ops._shards import Extent, extent
 from torch_ops._targets import _can_look, canonical
 from torch_ops.cross_entropy import _may_overwrite, _row
@@ -39,7 +42,9 @@ def cross_entropy(
     if place is None:
         place, (x, target, weight, token_weight) = logits_place(op, arrays, axis=axis, soft=soft)
     shape = (*shape[:axis], *shape[axis + 1 :])
-    here = _extent(op, place, x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :]), target)
+    here = _extent(
+        op, place, x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :]), target, arrays["input"].shape[axis]
+    )
     classes = x.shape[axis] if here is None else here.classes
     if not soft:
         target = _canonical(op, target, classes, options.ignored, place)
@@ -50,7 +55,7 @@ def cross_entropy(
         per_row = sharded_rows(LogitsDoor(plan, here, axis, inplace), x, target, w)
     else:
         values = _row(x, target, w, axis, *plan[:4], False)
-        per_row = dict(zip(_names(plan), values, strict=False))
+        per_row = dict(zip(names_of(plan), values, strict=False))
     by = _coefficients(per_row["nll"], target, weight, token_weight, options, classes, here)
     loss = combine(per_row, target, by)
     if options.reduction != "none":
@@ -77,7 +82,7 @@ def linear_cross_entropy(
         place, found = head_place(op, arrays, axis=1 if inner else len(lead), soft=soft, shift=shift)
     x, lw, target, lb, weight, token_weight = found
     shape = (*lead[:-1], max(lead[-1] - shift, 0)) if shift else (*lead, *inner)
-    here = _extent(op, place, lw.shape[0], math.prod(x.shape[:-1]), target)
+    here = _extent(op, place, lw.shape[0], math.prod(x.shape[:-1]), target, arrays["linear_weight"].shape[0])
     classes = lw.shape[0] if here is None else here.classes
     if not soft:
         target = _canonical(op, target, classes, options.ignored, place)
@@ -87,16 +92,12 @@ def linear_cross_entropy(
     w = weight.to(kind) if weight is not None and (soft or plan.smooth) else None
     ones = torch.ones((), dtype=kind, device=x.device).expand(of.n, math.prod(inner))
     by = _coefficients(ones, of.target, weight, of.token_weight, options, classes, here)
-    if here is None and options.reduction != "none" and not options.stats and memory == "fast":
-        loss = _reduce(total(of, w, by, plan), by, options, place)
+    door = None if here is None else HeadDoor(plan, here)
+    in_step = here is None or here.widest is not None or chunk_size is not None  # the ranks' chunks are the same rows
+    if options.reduction != "none" and not options.stats and memory == "fast" and in_step:
+        loss = _reduce(total(of, w, by, plan, head_sum if door is None else door.sum), by, options, place)
         return _results(loss, {}, options, place, here, shape)
-    names = _names(plan)
-
-    def of_shards(*head: Any) -> list[Tensor]:
-        values, none = sharded_rows(HeadDoor(Plan(*head[5:]), here), *head[:5]), ones[:0]  # pyright: ignore
-        return [*(values[n] for n in names), none, none, *([values["argmax"]] if plan.argmax else [])]
-
-    per_row = each_row(of, w, names, plan, head_rows if here is None else of_shards)
+    per_row = each_row(of, w, names_of(plan), plan, head_rows if door is None else door.rows)
     loss = combine(per_row, of.target, by)
     loss = loss.reshape(of.shape) if options.reduction == "none" else _reduce(loss.sum(), by, options, place)
     stats = statistics(per_row, lambda: per_row["argmax"], of.target, options, 1)
@@ -120,8 +121,11 @@ def _place(op: str, arrays: dict[str, Any], group: Any) -> Place | None:
     return None if on_mesh else Place(group, dist.get_rank(group), ())
 
 
-def _extent(op: str, place: Place, count: int, number: int, target: Tensor) -> Extent | None:
-    return None if place.group is None else extent(op, place.group, place.position, count, number, target)
+def _extent(op: str, place: Place, count: int, number: int, target: Tensor, classes: int) -> Extent | None:
+    if place.group is None:
+        return None
+    widest = None if place.mesh is None else -(-classes // dist.get_world_size(place.group))
+    return extent(op, place.group, place.position, count, number, target, widest)
 
 
 def _canonical(op: str, target: Tensor, classes: int, ignored: int, place: Place) -> Tensor:
@@ -145,10 +149,6 @@ def _plan(options: LossOptions, kind: torch.dtype, *, lean: bool, chunk_size: in
     scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)
     stats = options.stats
     return Plan(scale, cap, options.label_smoothing > 0.0, "entropy" in stats, "argmax" in stats, lean, chunk_size)
-
-
-def _names(plan: Plan) -> list[str]:
-    return ["nll", "lse", *["smooth"] * plan.smooth, *["entropy"] * plan.entropy]
 
 
 def _coefficients(

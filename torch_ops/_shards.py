@@ -31,6 +31,7 @@ class Extent(NamedTuple):
     begin: Any
     count: int
     classes: Any
+    widest: int | None  # the most classes of a rank, where known
     agreed: Tensor | None  # whether all ranks were given the same rows; None where an error would have said so
 
     def local(self, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +40,9 @@ class Extent(NamedTuple):
         return inside, (target - self.begin).where(inside, target.clamp(max=0))
 
 
-def extent(op: str, group: Any, position: int, count: int, rows: int, target: Tensor) -> Extent:
+def extent(
+    op: str, group: Any, position: int, count: int, rows: int, target: Tensor, widest: int | None = None
+) -> Extent:
     """The shard of this rank, after one message of four integers to each other rank."""
     # A shift, another rank's batch: rows that differ would give numbers that are nobody's loss.
     told = torch.zeros((), dtype=torch.int64, device=target.device)
@@ -50,7 +53,7 @@ def extent(op: str, group: Any, position: int, count: int, rows: int, target: Te
     table = gathered(torch.stack([*mine, told]), group)
     if not _can_look(table):
         begin = table[:, 1].where(table[:, 0] < position, 0).sum()
-        return Extent(group, begin, count, table[:, 1].sum(), (table[:, 2:] == table[0, 2:]).all())
+        return Extent(group, begin, count, table[:, 1].sum(), widest, (table[:, 2:] == table[0, 2:]).all())
     each = table.tolist()
     if len({r for _, _, r, _ in each}) > 1:
         found = ", ".join(str(r) for _, _, r, _ in each)
@@ -58,7 +61,8 @@ def extent(op: str, group: Any, position: int, count: int, rows: int, target: Te
     if len({t for *_, t in each}) > 1:
         contract.fail_value(op, "target", "be the same on every rank of group", "different ones")
     begin = sum(c for p, c, _, _ in each if p < position)
-    return Extent(group, begin, count, sum(c for _, c, _, _ in each), None)
+    counts = [c for _, c, _, _ in each]
+    return Extent(group, begin, count, sum(counts), max(counts), None)
 
 
 class Shard(NamedTuple):

@@ -175,7 +175,7 @@ def linear_cross_entropy(
     if group is not None or is_on_mesh(*arrays):
         from torch_ops import _parallel
 
-        named = dict(zip(_ARRAYS, arrays, strict=True))
+        named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
         return _parallel.linear_cross_entropy(named, options, group, soft=soft, **static)
 
     classes, kind = linear_weight.shape[0], torch.promote_types(input.dtype, torch.float32)
