@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_ops
 from tests import cases
@@ -333,22 +334,79 @@ def loud_rows_for_the_reference() -> None:
     np.savez(f"{sys.argv[3]}.{dist.get_rank()}.npz", **kept)
 
 
+# The flop counter lacks it.
+ADDED: Any = {torch.ops.aten.addmm_: lambda _, a, b, *__, **___: 2 * a[0] * a[1] * b[1]}
+
+
 class Messages(TorchDispatchMode):
-    """(name, elements, of that the largest) of every message between ranks."""
+    """(name, elements) of every message between ranks, and the elements of the largest tensor any op made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[tuple[str, int]] = []
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         if "c10d" in name and "wait_tensor" not in name:
             self.found.append((name.split(".")[1], max(v.numel() for v in tree_leaves(args) if isinstance(v, Tensor))))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        self.largest = max(self.largest, *(v.numel() for v in tree_leaves(out) if isinstance(v, Tensor)), 0)
+        return out
 
     def sizes(self) -> list[int]:
-        """Elements of each message, without those that only tell the ranks apart."""
+        """Elements of each message, without the one that tells the ranks apart."""
         return sorted(n for _, n in self.found if n > 8)
+
+
+@check
+def messages_matmuls_and_memory_are_those_of_the_documentation() -> None:
+    rows, each, features, chunk = 64, 96, 4, 8
+    g = torch.Generator().manual_seed(1)
+    make = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    part = Part((each,) * dist.get_world_size())
+    t = torch.randint(each * dist.get_world_size(), (rows,), generator=g)
+    x, lw = make(rows, features), part.of("lw", make(each * dist.get_world_size(), features))
+    z, w = make(rows, each), part.of("w", make(each * dist.get_world_size()).abs())
+    leaf = z.clone().requires_grad_()
+    for given, forward in (({}, [3]), ({"z_loss": 0.1, "label_smoothing": 0.1}, [5]), ({"weight": w}, [3, 1])):
+        with Messages() as sent:
+            loss: Any = torch_ops.cross_entropy(leaf, t, group=group(), **given)  # pyright: ignore
+        assert sent.sizes() == sorted([rows * n for n in (1, *forward)]), sent.found
+        with Messages() as sent:
+            torch.autograd.grad(loss, leaf)
+        assert not sent.found, sent.found
+    for memory, reduction, matmuls, pieces in (("fast", "mean", 6, 8), ("fast", "none", 8, 1), ("lean", "mean", 8, 1)):
+        leaves = x.clone().requires_grad_(), lw.clone().requires_grad_()
+        with Messages() as sent, FlopCounterMode(display=False, custom_mapping=ADDED) as flops:
+            options: Any = {"memory": memory, "chunk_size": chunk, "reduction": reduction, "group": group()}
+            torch.autograd.grad(torch_ops.linear_cross_entropy(*leaves, t, **options).sum(), leaves)
+        forward = [rows // pieces * n for n in (1, 3) for _ in range(pieces)]
+        what = f"{memory}, {reduction}"
+        assert sent.sizes() == sorted([n for n in forward if n > 8] + [rows * features]), f"{what}: {sent.found}"
+        assert flops.get_total_flops() == matmuls * rows * each * features, f"{what}: {flops.get_total_flops()}"
+        assert sent.largest <= max(chunk * each, chunk * rows), f"{what}: {sent.largest}"
+
+
+@check
+def half_precision_heads_are_as_exact_as_their_type() -> None:
+    sizes = SIZES[dist.get_world_size()][0]
+    part, t, full = Part(sizes), targets(sum(sizes)), arrays(sum(sizes))
+    for kind, memory in itertools.product((torch.bfloat16, torch.float16), ("fast", "lean")):
+        rounded = {n: full[n].to(kind) for n in ("x", "lw", "lb")}
+        given = {**EVERY, "memory": memory, "chunk_size": 3}
+        theirs = plainly(lambda *head: head_loss(t, given, None)(*head)[0], *(v.double() for v in rounded.values()))  # noqa: B023
+        leaves = {n: part.of(n, v).clone().requires_grad_() for n, v in rounded.items()}
+        (loss,) = head_loss(t, given, group())(**leaves)
+        assert loss.dtype == torch.float32
+        found = torch.autograd.grad(loss, [*leaves.values()])
+        what = f"{kind} {memory}"
+        same(loss.double(), theirs[0], what, torch.finfo(kind).eps * 8)
+        for (n, leaf), a, b in zip(leaves.items(), found, theirs[1], strict=True):
+            assert a.dtype == leaf.dtype
+            error = (a.double() - part.of(n, b)).norm() / b.norm()
+            assert error <= 4 * torch.finfo(kind).eps, f"{what} {n}: {error}"
+            assert not part.of(n, b).any() or a.any(), f"{what} {n}: zeros"
 
 
 def cut(full: Tensor, mesh: DeviceMesh, *where: Any) -> DTensor:
