@@ -33,6 +33,25 @@ def _ranks(world: int, store: Path) -> None:
     assert not said, "\n".join(said)
 
 
+def test_table_on_paper_follows_from_its_formulas() -> None:
+    text = (ROOT / "docs" / "parallel.md").read_text()
+    lines = text[text.index("| ranks | classes |") :].split("\n\n")[0].splitlines()[2:]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in found] == ["1", "2", "4", "8", "16", "64", "256", "1024"]
+    n, d, v, e, f = 8192, 4096, 128256, 2, 4
+
+    def mib(size: float) -> str:
+        return f"{size / 2**20:,.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.2g}"
+
+    for row in found:
+        r = int(row[0])
+        ring = 2 * (r - 1) / r
+        numbers = [v * d / r * (e + f), min(n * v / r * e, 2**28), ring * 4 * n * f, ring * n * d * f]
+        numbers += [ring / 2 * v * d * e, ring * v * d * f]
+        sizes = [mib(s) for s in numbers]
+        assert row[1:] == [str(-(-v // r)), *sizes[:2], f"{6 * n * d * v / r / 1e12:.3g}", *sizes[2:]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_agree_with_one_device(world: int, tmp_path: Path) -> None:
