@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard softmax_ext/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --group frameworks
-	$(BIN)/python -m pip install --quiet --group test --group demo --editable .
+	$(BIN)/python -m pip install --quiet --group test --group demo --group integrations --editable .
 	touch $@
 
 # The accuracy table of the README.
