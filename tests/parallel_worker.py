@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +35,7 @@ EVERY: dict[str, Any] = {"label_smoothing": 0.2, "logit_scale": 1.3, "softcap": 
 # Classes of each rank: unequal, one each, none somewhere.
 SIZES = {1: [(5,)], 2: [(5, 3), (1, 1), (4, 0), (0, 1)], 3: [(4, 1, 3), (1, 1, 1), (2, 0, 5)]}
 # Where each array is cut by class.
-CUT = {"z": 1, "lw": 0, "lb": 0, "y": 1, "w": 0}
+CUT = {"z": 1, "row": 0, "lw": 0, "lb": 0, "y": 1, "w": 0}
 
 
 def check(fn: Callable[[], None]) -> Callable[[], None]:
@@ -244,6 +244,36 @@ def a_shard_of_minus_infinities_takes_no_part() -> None:
             compare(head_loss(whole, given, None), head_loss(mine, given, group()), head, part, what)
             head["x"][1] = head["x"][4] = torch.nan  # with class indices the second is ignored
             compare(head_loss(whole, given, None), head_loss(mine, given, group()), head, part, what, orders=1)
+
+
+@check
+def every_shape_of_the_unsharded_losses() -> None:
+    sizes = SIZES[dist.get_world_size()][0]
+    classes, part, full = sum(sizes), Part(sizes), arrays(sum(sizes))
+    z = torch.stack([full["z"], -full["z"], full["z"] + 1.0], 2)
+    t = torch.stack([targets(classes), targets(classes).flip(0), targets(classes).roll(1)], 1)
+    lw = torch.stack([full["lw"], -full["lw"]], 1)
+    x = torch.stack([full["x"], full["x"].flip(0)])
+    calls: list[tuple[Any, dict[str, Tensor]]] = [
+        (lambda over: lambda z: outputs(torch_ops.cross_entropy(z, t, group=over, **EVERY)), {"z": z}),
+        (lambda over: lambda row: outputs(torch_ops.cross_entropy(row, t[0, 0], group=over)), {"row": full["z"][0]}),
+        (lambda over: lambda row: outputs(torch_ops.cross_entropy(row, t[0, :1], group=over)), {"row": full["z"][0]}),
+    ]
+    for memory, reduction in (("fast", "mean"), ("lean", "none")):
+        call: Any = functools.partial(torch_ops.linear_cross_entropy, memory=memory, reduction=reduction, chunk_size=3)
+        calls += [
+            (
+                lambda over, f=call: lambda x, lw: outputs(f(x, lw, t.T[:2], shift=1, group=over)),
+                {"x": x, "lw": full["lw"]},
+            ),
+            (lambda over, f=call: lambda x, lw: outputs(f(x, lw, t[:, :2], group=over)), {"x": full["x"], "lw": lw}),
+            (
+                lambda over, f=call: lambda x, lw: outputs(f(x, lw, t[0, :1], group=over)),
+                {"x": full["x"][0], "lw": full["lw"]},
+            ),
+        ]
+    for i, (call, given) in enumerate(calls):
+        compare(call(None), call(group()), given, part, f"shape {i}", orders=1 + (i < 4))
 
 
 def raises(error: type[Exception], words: str, fn: Callable[[], Any]) -> None:
@@ -501,6 +531,33 @@ def dtensor_heads_stay_where_they_are() -> None:
         "got ",
         lambda: torch_ops.cross_entropy(cut(full["z"], mesh, Shard(0)), t.index_fill(0, torch.tensor(0), 9)),
     )
+
+
+@check
+def placements_without_sense_are_refused() -> None:
+    world = dist.get_world_size()
+    mesh, flat = (init_device_mesh("cpu", shape) for shape in ((world, 1), (world,)))
+    full, t = arrays(8), targets(8)
+    two = [Shard(1), Shard(1)]
+    z = DTensor.from_local(full["z"], flat, [Partial()])
+    head: Any = functools.partial(torch_ops.linear_cross_entropy, target=t)
+    x = cut(torch.stack([full["x"]] * 2), flat, Shard(1))
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        ("input must be replicated or sharded, its classes on", lambda: torch_ops.cross_entropy(z, t)),
+        ("input must be replicated or sharded", lambda: torch_ops.cross_entropy(cut(full["z"], mesh, *two), t)),
+        ("linear_weight must be replicated or sharded by", lambda: head(full["x"], cut(full["lw"], flat, Shard(1)))),
+        ("shift must be 0 with rows sharded", lambda: head(x, full["lw"], target=torch.stack([t] * 2), shift=1)),
+        (
+            "linear_weight must be on one device mesh",
+            lambda: head(cut(full["x"], mesh, Replicate(), Replicate()), cut(full["lw"], flat, Shard(0))),
+        ),
+        (
+            "group must be None with DTensor",
+            lambda: torch_ops.cross_entropy(cut(full["z"], flat, Shard(1)), t, group=group()),
+        ),
+    ]
+    for words, call in refused:
+        raises(ValueError, words, call)
 
 
 class Model(torch.nn.Module):
