@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +84,7 @@ class Shard:
 
 def shard_of(op: str, axis_name: Any, classes: int) -> Shard:
     """The shard of a device that holds `classes` of the classes sharded over the mesh axes `axis_name`."""
-    names = contract.axis_names(op, axis_name)
-    try:
-        devices = lax.axis_size(names) if names else 1
-    except NameError:
-        raise contract.axis_unbound(op, axis_name) from None
-    return Shard(names, classes, devices * classes)
+    names, mesh = contract.axis_names(op, axis_name), jax.sharding.get_abstract_mesh()
+    if not set(names) <= set(mesh.manual_axes):
+        raise contract.axis_unbound(op, axis_name)
+    return Shard(names, classes, math.prod(mesh.shape[name] for name in names) * classes)

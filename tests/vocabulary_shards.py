@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
+import time
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ops
@@ -68,17 +71,24 @@ class Case:
             return jax_ops.cross_entropy(a["z"], target, **given)
         return jax_ops.linear_cross_entropy(a["x"], a["w"], target, linear_bias=a.get("b"), **given)
 
+    def truth(self, a: dict[str, Any], t: Any) -> Any:
+        """The same of all the logits at once, on one device."""
+        z = a["z"] if "z" in a else a["x"] @ a["w"].T + a.get("b", 0.0)
+        options = {k: v for k, v in self.options.items() if k not in ("chunk_size", "memory")}
+        return Case("cross_entropy", "", self.soft, **options).call(a | {"z": z}, t)
+
 
 CASES = {
     "logits": Case("cross_entropy", "z"),
     "logits, all": Case("cross_entropy", "z cw tw", **FULL, stats=STATS),
     "logits, soft": Case("cross_entropy", "z y cw tw", True, **FULL, stats=("entropy",)),
-    "fast": Case("linear_cross_entropy", "x w", chunk_size=3),
+    "fast": Case("linear_cross_entropy", "x w"),
     "fast, all": Case("linear_cross_entropy", "x w b cw tw", **FULL, chunk_size=4),
-    "fast, soft": Case("linear_cross_entropy", "x w b y cw tw", True, **FULL, chunk_size=4),
-    "fast, rows": Case("linear_cross_entropy", "x w b cw tw", **FULL, chunk_size=4, stats=STATS, reduction="none"),
-    "lean": Case("linear_cross_entropy", "x w b cw tw", **FULL, chunk_size=1, stats=STATS, memory="lean"),
-    "lean, soft": Case("linear_cross_entropy", "x w b y cw tw", True, **FULL, memory="lean", stats=("lse",)),
+    "fast, soft": Case("linear_cross_entropy", "x w b y cw tw", True, **FULL),
+    "rows, all": Case("linear_cross_entropy", "x w b cw tw", **FULL, chunk_size=4, stats=STATS, reduction="none"),
+    "rows, soft": Case("linear_cross_entropy", "x w y cw", True, **FULL, chunk_size=4, stats=("entropy",)),
+    "lean, all": Case("linear_cross_entropy", "x w b cw tw", **FULL, chunk_size=1, stats=STATS, memory="lean"),
+    "lean, soft": Case("linear_cross_entropy", "x w y", True, **FULL, memory="lean", stats=("entropy",)),
 }
 
 
@@ -97,32 +107,207 @@ def along(a: dict[str, Any]) -> dict[str, Any]:
     return {name: jnp.cos(3.0 * v) for name, v in a.items()}
 
 
-def derivatives(f: Callable[[dict[str, Any]], Any], a: dict[str, Any]) -> dict[str, Any]:
-    g = jax.grad(lambda a: total(f(a)))
-    out = {"value": f(a), "grad": g(a), "jvp": jax.jvp(lambda a: total(f(a)), (a,), (along(a),))[1]}
-    return out | {"hvp": jax.jvp(g, (a,), (along(a),))[1]}
+def compiled(f: Callable[..., Any], *args: Any) -> tuple[Any, list[tuple[str, list[tuple[int, ...]]]]]:
+    """The answer, and what the devices tell each other for it: (collective, shapes)."""
+    program = jax.jit(f).lower(*args).compile()
+    found = []
+    for line in (program.as_text() or "").splitlines():
+        words = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
+        if m := re.search(rf"= (.*?) ({words})(-start)?\(", line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", m[1])
+            found.append((m[2], [tuple(int(i) for i in shape.split(",") if i) for shape in shapes]))
+    return program(*args), found
+
+
+def derivatives(f: Callable[[Any], Any], second: bool) -> Callable[[Any], Any]:
+    loss = lambda a: total(f(a))  # noqa: E731
+
+    def run(a: Any) -> Any:
+        out = {"value": f(a), "grad": jax.grad(loss)(a)}
+        if second:
+            out |= {"jvp": jax.jvp(loss, (a,), (along(a),))[1]}
+            out |= {"hvp": jax.jvp(jax.grad(loss), (a,), (along(a),))[1]}
+        return out
+
+    return run
+
+
+# Case, whether a shard_map checks what varies, and second derivatives too.
+RUNS = [
+    ("logits", True, False),
+    ("logits, all", True, True),
+    ("logits, all", False, False),
+    ("logits, soft", True, False),
+    ("fast", True, False),
+    ("fast, all", True, True),
+    ("fast, all", False, True),
+    ("fast, soft", True, False),
+    ("rows, all", False, False),
+    ("rows, soft", True, False),
+    ("lean, all", True, True),
+    ("lean, soft", False, False),
+]
+
+
+def unsharded_is_sharded(mesh: Any) -> None:
+    truths: dict[Any, Any] = {}
+    for name, check, second in RUNS:
+        case = CASES[name]
+        a = case.arrays()
+        given: dict[str, Any] = {"mesh": mesh, "in_specs": (case.specs("v"),), "out_specs": P(), "check_vma": check}
+        f = jax.shard_map(lambda a, case=case: case.call(a, TARGET, "v"), **given)
+        if (name, second) not in truths:
+            truths[name, second] = jax.jit(derivatives(lambda a, case=case: case.truth(a, TARGET), second))(a)
+        ours, messages = compiled(derivatives(f, second), a)
+        same(ours, truths[name, second], f"{name}, check_vma={check}: ")
+        assert {kind for kind, _ in messages} == {"all-reduce"}, messages
+        if len(case.names) <= 2:
+            expected = [[(N,)], [(4, N)]] + [[(N, D)]] * ("x" in case.names)
+            assert [shapes for _, shapes in messages] == expected, messages
+
+
+def gradient_inside(grid: Any) -> None:
+    """Rows over one axis, those of its first half all ignored; classes over the other."""
+    t = np.where(np.arange(N) < N // 2, -100, TARGET)
+    case = Case("linear_cross_entropy", "x w b cw tw", **FULL, reduction="sum", chunk_size=2)
+    a, specs = case.arrays(), case.specs("v", "b")
+    loss = lambda a: case.truth(a, t)  # noqa: E731
+    truth = jax.jit(lambda a: (jax.grad(loss)(a), jax.jvp(jax.grad(loss), (a,), (along(a),))[1]))(a)
+    for check in (True, False):
+
+        def inside(a: Any, v: Any, t: Any, check: bool = check) -> Any:
+            def gradient(a: Any) -> Any:
+                # JAX's own rule where it does not check: gradients are of the sum of the devices' losses, and the
+                # parts of them that devices have of what they hold alike are summed by hand.
+                share = 1.0 if check else 1.0 / jax.lax.axis_size("v")
+                g = jax.grad(lambda a: share * case.call(a, t, "v"))(a)
+                alike = {k: tuple({"b", "v"} - {*specs[k]}) for k in g}
+                return g if check else {k: jax.lax.psum(g[k], alike[k]) if alike[k] else g[k] for k in g}
+
+            return gradient(a), jax.jvp(gradient, (a,), (v,))[1]
+
+        given: dict[str, Any] = {"mesh": grid, "in_specs": (specs, specs, P("b")), "out_specs": (specs, specs)}
+        ours = jax.jit(jax.shard_map(inside, **given, check_vma=check))(a, along(a), jnp.asarray(t))
+        same(ours, truth, f"inside, check_vma={check}: ")
+
+
+def classes_over_two_axes(grid: Any) -> None:
+    case = CASES["logits, all"]
+    a = case.arrays()
+    f = jax.shard_map(
+        lambda a: case.call(a, TARGET, ("v", "b")), mesh=grid, in_specs=(case.specs(("v", "b")),), out_specs=P()
+    )
+    truth = jax.jit(lambda a: (case.truth(a, TARGET), jax.grad(lambda a: total(case.truth(a, TARGET)))(a)))(a)
+    same(jax.jit(lambda a: (f(a), jax.grad(lambda a: total(f(a)))(a)))(a), truth, "two axes: ")
+
+
+def one_class_each(mesh: Any) -> None:
+    """And a target that names no class: a NaN row, and NaN where it enters gradients."""
+    few = 8
+    for names, t in (("x w b tw", np.array([1, 7, -100, 3, 5, 7])), ("z cw tw", np.array([1, 7, -100, 3, 99, 7]))):
+        head = "x" in names
+        options: dict[str, Any] = {**FULL, "stats": STATS, "reduction": "none"} | ({"memory": "lean"} if head else {})
+        case = Case("linear_cross_entropy" if head else "cross_entropy", names, **options)
+        cut: dict[str, Any] = {"w": (slice(few),), "b": (slice(few),), "cw": (slice(few),), "z": (..., slice(few))}
+        a = {k: v[cut.get(k, ...)] for k, v in case.arrays().items()}
+        f = jax.shard_map(lambda a: case.call(a, t, "v"), mesh=mesh, in_specs=(case.specs("v"),), out_specs=P())  # noqa: B023
+        ours = jax.jit(lambda a: (f(a), jax.grad(lambda a: total(f(a)))(a)))(a)  # noqa: B023
+        truth = jax.jit(lambda a: (case.truth(a, t), jax.grad(lambda a: total(case.truth(a, t)))(a)))(a)  # noqa: B023
+        assert np.isnan(np.asarray(ours[0][0])).tolist() == (t == 99).tolist()
+        for p, q in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
+            np.testing.assert_allclose(p, q, rtol=1e-11, atol=1e-11)
+
+
+def loud_rows(mesh: Any) -> None:
+    """float32 against float64: confident rows, dead shards, bad rows, ties."""
+    z = np.zeros((10, V), np.float32)
+    z[0, 5] = 60  # a confident row, its target elsewhere in all of the others
+    z[1] = -np.inf
+    z[2, 3] = np.nan
+    z[3, 9] = np.inf
+    z[4, : V // 2] = -np.inf  # four devices have no part in it
+    z[5] = 1e4
+    z[5, 7] += 60
+    z[6, [2, 9]] = 5  # ties on two devices
+    z[7, [2, 11]] = np.inf, np.nan
+    z[8, [4, 12]] = 30, 3  # the target's device has a share of exp(-27) of the row
+    z[9] = -np.inf, *np.linspace(-3, 3, V - 1)
+    t = np.array([5, 1, 1, 1, 9, 7, 2, 0, 12, 0])
+    case = Case("cross_entropy", "z", reduction="none", stats=("argmax", "entropy", "lse"))
+    f = jax.shard_map(lambda a: case.call(a, t, "v"), mesh=mesh, in_specs=(case.specs("v"),), out_specs=P())
+    up = np.linspace(0.5, 1.5, 10)
+
+    def run(f: Any) -> Any:
+        def all_of(a: Any) -> Any:
+            gradients = (jax.grad(lambda a, i=i: (f(a)[i] * up).sum())(a)["z"] for i in (0, 1))
+            return jax.tree.leaves(f(a)), *gradients
+
+        return all_of
+
+    both = lambda a: (case.truth(a, t)[0], case.truth(a, t)[1]["entropy"])  # noqa: E731
+    ours = jax.jit(run(lambda a: (lambda o: (o[0], o[1]["entropy"]))(f(a))))({"z": jnp.asarray(z)})
+    truth = jax.jit(run(both))({"z": jnp.asarray(z, jnp.float64)})
+    for p, q in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
+        assert p.dtype != np.float64
+        np.testing.assert_allclose(p, q, rtol=2e-6)  # of each entry: exp(-60) too
+    bad = np.isin(np.arange(10), [1, 2, 3, 7])
+    np.testing.assert_array_equal(np.isnan(np.asarray(ours[1])).any(1), bad)
+    assert ours[1][0, 5] != 0.0
+    np.testing.assert_array_equal(jax.jit(f)({"z": jnp.asarray(z)})[1]["argmax"], [5, 0, 3, 9, 8, 7, 2, 11, 4, 15])
+
+
+def plain_jit(mesh: Any) -> None:
+    """No axis_name, no shard_map: the arrays alone are sharded, and XLA does the rest."""
+    jax_ops._linear._TILE = 2000  # pyright: ignore  # of rows and classes several pieces, as at real sizes
+    n, d, v = 64, 16, 48
+    x, w, b = (jnp.asarray(R.normal(size=s), jnp.float32) for s in ((n, d), (v, d), (v,)))
+    t = jnp.asarray(R.integers(v, size=n)).at[3].set(-100)
+    w_s, b_s = (jax.device_put(a, NamedSharding(mesh, P("v"))) for a in (w, b))
+    z = x @ w.T
+    z_s = jax.device_put(z, NamedSharding(mesh, P(None, "v")))
+
+    def check(f: Any, args: Any, sharded: Any, *, gathers: bool = False) -> None:
+        ours, messages = compiled(f, *sharded)
+        same(ours, jax.jit(f)(*args), "plain jit: ", 3e-5)
+        assert gathers == any(kind == "all-gather" for kind, _ in messages), messages
+        if not gathers:
+            assert {kind for kind, _ in messages} == {"all-reduce"}, messages
+            shapes = {shape for _, shapes in messages for shape in shapes}
+            assert shapes <= {(), (n,), (n, 1), (16,), (16, 1), (16, d), (n, d)}, messages
+
+    def loss(z: Any, t: Any) -> Any:
+        value, stats = jax_ops.cross_entropy(z, t, **FULL, stats=("entropy",))
+        return value + stats["entropy"].sum()
+
+    check(jax.value_and_grad(loss), (z, t), (z_s, t))
+    for k in ({"chunk_size": 16}, {"reduction": "none"}, {"memory": "lean"}, {"memory": "lean", "chunk_size": 12}):
+
+        def head(x: Any, w: Any, b: Any, t: Any, k: Any = k) -> Any:
+            return jax_ops.linear_cross_entropy(x, w, t, linear_bias=b, **k).sum()
+
+        # Slices of the classes are cut across the devices: of all modes this one alone gathers the weight.
+        check(jax.value_and_grad(head, (0, 1, 2)), (x, w, b, t), (x, w_s, b_s, t), gathers=k.get("chunk_size") == 12)
 
 
 def main() -> None:
-    import sys
-
     jax.config.update("jax_enable_x64", True)
-    mesh = jax.make_mesh((8,), ("v",), axis_types=(AxisType.Auto,))
-    for name, case in CASES.items():
-        if len(sys.argv) > 1 and sys.argv[1] not in name:
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), ("v",), axis_types=(auto,))
+    grid = jax.make_mesh((2, 4), ("b", "v"), axis_types=(auto, auto))
+    assert jax.device_count() == 8
+    started = time.process_time()
+    for check, where in (
+        (unsharded_is_sharded, mesh),
+        (gradient_inside, grid),
+        (classes_over_two_axes, grid),
+        (one_class_each, mesh),
+        (loud_rows, mesh),
+        (plain_jit, mesh),
+    ):
+        if sys.argv[1:] and check.__name__ not in sys.argv[1:]:
             continue
-        a = case.arrays()
-        truth = jax.jit(lambda a, case=case: derivatives(lambda a: case.call(a, TARGET), a))(a)
-        for check in (True, False):
-            print(name, check, flush=True)
-            sharded = jax.shard_map(
-                lambda a, case=case: case.call(a, TARGET, "v"),
-                mesh=mesh,
-                in_specs=(case.specs("v"),),
-                out_specs=P(),
-                check_vma=check,
-            )
-            same(jax.jit(lambda a, f=sharded: derivatives(f, a))(a), truth, f"{name}, check_vma={check}: ")
+        check(where)
+        print(f"{check.__name__}: {time.process_time() - started:.0f} s of processor time so far", flush=True)
     print("all sharded checks ran")
 
 
