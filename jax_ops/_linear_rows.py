@@ -32,7 +32,7 @@ def per_row(
     names: tuple[str, ...],
 ) -> tuple[Array, ...]:
     """The numbers asked for of each row, differentiable in all floats. Four matmuls with first derivatives."""
-    arrays = shard.own(*same_axes(x, w, b, target, weight, but=shard.names))
+    arrays = shard.own(*same_axes(shard.wide(x), w, b, target, weight, but=shard.names))
     return _per_row(cut, shard, scale, softcap, names)(*arrays)
 
 
@@ -60,6 +60,8 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
 
     def rules(wanted: tuple[bool, ...]) -> Any:
         def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any) -> Any:
+            x = x.astype(w.dtype)
+
             def step(out: dict[str, Array], part: Part) -> dict[str, Array]:
                 t = cut.take(target, part)
                 z = linear.logits(linear.kept_rows(cut.take(x, part), _kept(t)), w, b)
@@ -111,7 +113,7 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
             more = zip(("target", "weight"), (target, weight), wanted[3:], strict=True)
             sums |= {name: jnp.zeros_like(a) for name, a, on in more if on}
             sums = cut.loop(step, sums)
-            arrays = zip(("x", "w", "b", "target", "weight"), saved[:5], strict=True)
+            arrays = zip(("x", "w", "b", "target", "weight"), (shard.wide(x), *saved[1:5]), strict=True)
             return tuple(sums[name].astype(a.dtype) if name in sums else None for name, a in arrays)
 
         return fwd, bwd

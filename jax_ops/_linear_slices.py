@@ -32,7 +32,7 @@ def per_row(
     names: tuple[str, ...],
 ) -> tuple[Array, ...]:
     """The numbers asked for of each row, differentiable in all floats. Four matmuls with first derivatives."""
-    arrays = shard.own(*same_axes(x, w, b, target, weight, but=shard.names))
+    arrays = shard.own(*same_axes(shard.wide(x), w, b, target, weight, but=shard.names))
     return _per_row(cut, shard, scale, softcap, names)(*arrays)
 
 
@@ -67,6 +67,7 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
         return linear.logits(x, wk, _bias(cut, b, part, w)), wk, *_local(cut, shard, target, part), weight_k
 
     def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any) -> Any:
+        x = x.astype(w.dtype)
         masked = linear.kept_rows(x, _kept(target))
 
         def step(state: slices.State, part: Part) -> slices.State:
@@ -110,7 +111,7 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
                         sums["b"] = cut.put(sums["b"], dz.sum(0), part)
                 return sums
 
-            arrays = dict(zip(("x", "w", "b", "target", "weight"), saved[:5], strict=True))
+            arrays = dict(zip(("x", "w", "b", "target", "weight"), (shard.wide(x), *saved[1:5]), strict=True))
             sums = {
                 name: jnp.zeros_like(arrays[name])
                 for name, on in zip(("target", "weight"), wanted[3:], strict=True)

@@ -38,7 +38,7 @@ def total(
     The upstream gradients of the rows are known but for one common factor: the gradients are those of the sum,
     which the backward pass multiplies by it. Three matmuls.
     """
-    arrays = same_axes(x, w, b, target, weight, nll, smooth, square, but=shard.names)
+    arrays = same_axes(shard.wide(x), w, b, target, weight, nll, smooth, square, but=shard.names)
     arrays = (*shard.own(*arrays[:5]), *arrays[5:])
     return _total(cut, shard, scale, softcap, tuple(None if a is None else str(a.dtype) for a in arrays))(*arrays)
 
@@ -53,6 +53,7 @@ def _total(
         soft_wanted, weight_wanted = wanted[3:5]
 
         def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any, nll: Any, smooth: Any, square: Any) -> Any:
+            x = x.astype(w.dtype)
             computed = ("nll", "lse", *(("smooth",) if smooth is not None else ()), "m", "rest")
             names = tuple(name for name, c in (("nll", nll), ("smooth", smooth)) if c is not None)
             weights = 0.0 if smooth is None else shard.weight_sum(weight)

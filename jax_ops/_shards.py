@@ -27,6 +27,10 @@ class Shard:
         """The arrays as each device's own: their gradients are summed over the devices that hold them alike."""
         return tuple(a if a is None or not jnp.issubdtype(a.dtype, jnp.inexact) else self._cast(a) for a in arrays)
 
+    def wide(self, x: Array) -> Array:
+        """x in the type that its gradient is summed over the devices in; the op itself takes it back."""
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if self.names else x
+
     def sum(self, x: Array) -> Array:
         """The sum over the devices, which all of them get."""
         return lax.psum(self._cast(x), self.names) if self.names else x
@@ -36,7 +40,7 @@ class Shard:
         return self.total if weight is None else self.sum(weight.sum())
 
     def largest(self, x: Array) -> Array:
-        """The maximum over the devices of numbers that are not NaN, held constant."""
+        """The maximum over the devices, held constant; whether it is NaN where a device has one is not said."""
         return lax.pmax(self._cast(lax.stop_gradient(x)), self.names) if self.names else lax.stop_gradient(x)
 
     def first_largest(self, top: Array, at: Array) -> Array:

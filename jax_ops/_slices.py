@@ -91,8 +91,7 @@ def over(state: State, shard: Shard) -> State:
     """What the slices of all devices say together, in two messages: a maximum and one sum, of a few numbers a row."""
     if not shard.names:
         return state
-    # The maximum need not be told of NaN, which the sums carry.
-    m = shard.largest(jnp.where(jnp.isnan(state["m"]), -jnp.inf, state["m"]))
+    m = shard.largest(state["m"])  # with or without the NaN of one slice: its row's sums carry that
     more, e, by = _moved(state, m)
     top = state["m"] == m
     # Among ties for the maximum all but one count in full: adding their number less 1 is exact.

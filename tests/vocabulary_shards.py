@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ops
+from softmax_ext import reference
 
 N, D, V = 6, 4, 16
 R = np.random.default_rng(7)
@@ -119,15 +120,18 @@ def compiled(f: Callable[..., Any], *args: Any) -> tuple[Any, list[tuple[str, li
     return program(*args), found
 
 
-def derivatives(f: Callable[[Any], Any], second: bool) -> Callable[[Any], Any]:
-    loss = lambda a: total(f(a))  # noqa: E731
+def derivatives(f: Callable[[Any], Any], second: bool = False) -> Callable[[Any], Any]:
+    """All of f's results, the gradient of one number of them, and its derivatives along a direction."""
+
+    def loss(a: Any) -> Any:
+        out = f(a)
+        return total(out), out
 
     def run(a: Any) -> Any:
-        out = {"value": f(a), "grad": jax.grad(loss)(a)}
-        if second:
-            out |= {"jvp": jax.jvp(loss, (a,), (along(a),))[1]}
-            out |= {"hvp": jax.jvp(jax.grad(loss), (a,), (along(a),))[1]}
-        return out
+        if not second:
+            return jax.grad(loss, has_aux=True)(a)
+        gradient, along_it, out = jax.jvp(lambda a: jax.grad(loss, has_aux=True)(a), (a,), (along(a),), has_aux=True)
+        return gradient, along_it, out, jax.jvp(lambda a: loss(a)[0], (a,), (along(a),))[1]
 
     return run
 
@@ -172,7 +176,7 @@ def gradient_inside(grid: Any) -> None:
     case = Case("linear_cross_entropy", "x w b cw tw", **FULL, reduction="sum", chunk_size=2)
     a, specs = case.arrays(), case.specs("v", "b")
     loss = lambda a: case.truth(a, t)  # noqa: E731
-    truth = jax.jit(lambda a: (jax.grad(loss)(a), jax.jvp(jax.grad(loss), (a,), (along(a),))[1]))(a)
+    truth = jax.jit(lambda a: jax.jvp(jax.grad(loss), (a,), (along(a),)))(a)
     for check in (True, False):
 
         def inside(a: Any, v: Any, t: Any, check: bool = check) -> Any:
@@ -184,7 +188,7 @@ def gradient_inside(grid: Any) -> None:
                 alike = {k: tuple({"b", "v"} - {*specs[k]}) for k in g}
                 return g if check else {k: jax.lax.psum(g[k], alike[k]) if alike[k] else g[k] for k in g}
 
-            return gradient(a), jax.jvp(gradient, (a,), (v,))[1]
+            return jax.jvp(gradient, (a,), (v,))
 
         given: dict[str, Any] = {"mesh": grid, "in_specs": (specs, specs, P("b")), "out_specs": (specs, specs)}
         ours = jax.jit(jax.shard_map(inside, **given, check_vma=check))(a, along(a), jnp.asarray(t))
@@ -197,8 +201,8 @@ def classes_over_two_axes(grid: Any) -> None:
     f = jax.shard_map(
         lambda a: case.call(a, TARGET, ("v", "b")), mesh=grid, in_specs=(case.specs(("v", "b")),), out_specs=P()
     )
-    truth = jax.jit(lambda a: (case.truth(a, TARGET), jax.grad(lambda a: total(case.truth(a, TARGET)))(a)))(a)
-    same(jax.jit(lambda a: (f(a), jax.grad(lambda a: total(f(a)))(a)))(a), truth, "two axes: ")
+    truth = jax.jit(derivatives(lambda a: case.truth(a, TARGET)))(a)
+    same(jax.jit(derivatives(f))(a), truth, "two axes: ")
 
 
 def one_class_each(mesh: Any) -> None:
@@ -211,9 +215,9 @@ def one_class_each(mesh: Any) -> None:
         cut: dict[str, Any] = {"w": (slice(few),), "b": (slice(few),), "cw": (slice(few),), "z": (..., slice(few))}
         a = {k: v[cut.get(k, ...)] for k, v in case.arrays().items()}
         f = jax.shard_map(lambda a: case.call(a, t, "v"), mesh=mesh, in_specs=(case.specs("v"),), out_specs=P())  # noqa: B023
-        ours = jax.jit(lambda a: (f(a), jax.grad(lambda a: total(f(a)))(a)))(a)  # noqa: B023
-        truth = jax.jit(lambda a: (case.truth(a, t), jax.grad(lambda a: total(case.truth(a, t)))(a)))(a)  # noqa: B023
-        assert np.isnan(np.asarray(ours[0][0])).tolist() == (t == 99).tolist()
+        ours = jax.jit(derivatives(f))(a)
+        truth = jax.jit(derivatives(lambda a: case.truth(a, t)))(a)  # noqa: B023
+        assert np.isnan(np.asarray(ours[1][0])).tolist() == (t == 99).tolist()
         for p, q in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
             np.testing.assert_allclose(p, q, rtol=1e-11, atol=1e-11)
 
@@ -225,7 +229,7 @@ def loud_rows(mesh: Any) -> None:
     z[1] = -np.inf
     z[2, 3] = np.nan
     z[3, 9] = np.inf
-    z[4, : V // 2] = -np.inf  # four devices have no part in it
+    z[4] = np.where(np.arange(V) < V // 2, -np.inf, -200.0)  # four devices have no part in it
     z[5] = 1e4
     z[5, 7] += 60
     z[6, [2, 9]] = 5  # ties on two devices
@@ -254,6 +258,26 @@ def loud_rows(mesh: Any) -> None:
     np.testing.assert_array_equal(np.isnan(np.asarray(ours[1])).any(1), bad)
     assert ours[1][0, 5] != 0.0
     np.testing.assert_array_equal(jax.jit(f)({"z": jnp.asarray(z)})[1]["argmax"], [5, 0, 3, 9, 8, 7, 2, 11, 4, 15])
+
+
+def half_precision(mesh: Any) -> None:
+    """bfloat16: the input's gradient is summed over the devices in float32, and rounded once after."""
+    n, d, v = 16, 8, 64
+    t = R.integers(v, size=n)
+    x, w = jnp.asarray(R.normal(size=(n, d)), "bfloat16"), jnp.asarray(R.normal(size=(v, d)), "bfloat16")
+    truth = reference.linear_cross_entropy_grad(np.asarray(x, float), np.asarray(w, float), t, reduction="sum")
+    for k in ({"reduction": "none"}, {"reduction": "sum"}, {"reduction": "sum", "memory": "lean"}):
+
+        def head(x: Any, w: Any, k: Any = k) -> Any:
+            return jax_ops.linear_cross_entropy(x, w, t, axis_name="v", **k)
+
+        f = jax.shard_map(head, mesh=mesh, in_specs=(P(), P("v")), out_specs=P())
+        ours, messages = compiled(jax.grad(lambda x, w, f=f: f(x, w).sum(), (0, 1)), x, w)
+        for name, p, q in zip("xw", ours, truth[:2], strict=True):
+            assert p.dtype == "bfloat16"
+            # one rounding of the result, and those of the float32 terms it is the sum of
+            np.testing.assert_allclose(np.asarray(p, float), q, rtol=2.0**-8, atol=1e-5, err_msg=f"d{name}, {k}")
+        assert [(n, d)] in [shapes for _, shapes in messages], messages
 
 
 def plain_jit(mesh: Any) -> None:
@@ -302,6 +326,7 @@ def main() -> None:
         (classes_over_two_axes, grid),
         (one_class_each, mesh),
         (loud_rows, mesh),
+        (half_precision, mesh),
         (plain_jit, mesh),
     ):
         if sys.argv[1:] and check.__name__ not in sys.argv[1:]:
