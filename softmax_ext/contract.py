@@ -306,6 +306,12 @@ def target_out_of_range(op: str, classes: int, ignored: int, value: int, row: in
     return ArgumentIndexError(_sentence(op, "target", rule, f"{value} at row {row}"))
 
 
+def target_out_of_range_elsewhere(op: str, classes: int, ignored: int) -> IndexError:
+    """The error for a class index that names no class, in rows that another rank has."""
+    rule = f"be in [0, {classes}) or ignore_index ({ignored})"
+    return ArgumentIndexError(_sentence(op, "target", rule, "another value on another rank"))
+
+
 def is_integer(value: Any) -> bool:
     """A Python or NumPy integer scalar, not a bool; arrays and tracers are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
