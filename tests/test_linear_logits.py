@@ -78,7 +78,7 @@ COMPUTED: dict[str, Expression] = {
     "all but one class": lambda z, _: ce(z[..., :-1], FEW),
     "one class": lambda z, _: z[..., 2].sum(),
     "every second class": lambda z, _: ce(z[..., ::2], T.clamp(max=3)),
-    "other rows": lambda z, _: z.view(-1, 35).logsumexp(1).sum(),
+    "other rows": lambda z, _: z.view(5, -1).logsumexp(1).sum() + z.view(-1, 35).logsumexp(1).sum(),
     "flat": lambda z, _: z.flatten().square().sum() + z.flatten(1).sin().sum(),
     "centred": lambda z, _: ce(z - z.mean(-1, keepdim=True)),
     "from above": lambda z, _: ce(1.0 - z),
@@ -93,7 +93,7 @@ COMPUTED: dict[str, Expression] = {
 
 def layers() -> list[DeferringLinear]:
     torch.manual_seed(5)
-    return [DeferringLinear(D, V, bias=bias, dtype=torch.float64) for bias in (True, False)]
+    return [DeferringLinear(D, V, dtype=torch.float64) for _ in range(2)]
 
 
 def run(expression: Expression, made_in: Pass | None) -> tuple[Tensor, list[Tensor]]:

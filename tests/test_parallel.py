@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
+import torch_ops
 from tests import cases, checks, parallel_worker
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +54,39 @@ def test_table_on_paper_follows_from_its_formulas() -> None:
         numbers += [ring / 2 * v * d * e, ring * v * d * f]
         sizes = [mib(s) for s in numbers]
         assert row[1:] == [str(-(-v // r)), *sizes[:2], f"{6 * n * d * v / r / 1e12:.3g}", *sizes[2:]]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """This process as the one rank of a group."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", parallel_worker.CHECKS, ids=lambda c: c.__name__)
+def test_a_group_of_one(check: Any, alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "0", "1", str(tmp_path / "rows")])
+    check()
+
+
+@pytest.mark.slow
+def test_compiled_functions_leave_their_graph_for_it(alone: None) -> None:
+    torch._dynamo.reset()
+    x, w, t = torch.randn(4, 3).requires_grad_(), torch.randn(5, 3).requires_grad_(), torch.tensor([0, 1, 2, -100])
+    calls: list[Any] = [
+        lambda x, w: torch_ops.linear_cross_entropy(2.0 * x, w, t, group=dist.group.WORLD) * 3.0,
+        lambda x, w: torch_ops.cross_entropy(x @ w.T, t, group=dist.group.WORLD) * 3.0,
+    ]
+    for call in calls:
+        loss, wanted = torch.compile(call, backend="aot_eager")(x, w), call(x, w)
+        torch.testing.assert_close(loss, wanted)
+        ours, theirs = (torch.autograd.grad(v, (x, w)) for v in (loss, wanted))
+        torch.testing.assert_close(ours, theirs)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="sends messages between ranks outside the graph"):
+            torch.compile(call, backend="aot_eager", fullgraph=True)(x, w)
 
 
 @pytest.mark.slow

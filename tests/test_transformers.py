@@ -204,6 +204,7 @@ def test_undo_and_do_twice() -> None:
     assert (type(model).__name__, repr(type(model))) == (kind.__name__, repr(kind))
     assert inspect.signature(model.forward) == inspect.signature(plain.forward)
     assert model.state_dict().keys() == state.keys()
+    assert model(input_ids=TOKENS, labels=LABELS).logits is None
     restore_loss(model)
     assert type(model) is kind
     assert type(model.lm_head) is nn.Linear
@@ -273,6 +274,9 @@ def test_adapters_on_the_head(options: Any) -> None:
         same(ours, theirs)
         assert ours[0].logits is None
         assert ours[2] < B * L * V / 2
+        deferring = [m for m in fused.modules() if isinstance(m, _linear_logits.DeferringLinear)]
+        assert deferring
+        assert all(m.out_features == V for m in deferring)
     restore_loss(fused)
     assert fused(input_ids=TOKENS, labels=LABELS).logits is not None
 
