@@ -223,6 +223,8 @@ def _primitives(f: Any, *args: Any) -> list[tuple[str, int, Any]]:
                     walk(sub.jaxpr, inner)
                 elif hasattr(sub, "eqns"):
                     walk(sub, inner)
+            if eqn.primitive.name == "softmax_ext_either":
+                walk(jax.make_jaxpr(eqn.params["whole"])(*[v.aval for v in eqn.invars]).jaxpr, inner)
 
     walk(jax.make_jaxpr(f)(*args).jaxpr, 1)
     return found
@@ -514,6 +516,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import jax_ops
 
 assert jax.device_count() == 8
+jax_ops._linear._TILE = 2000  # of rows and classes several pieces, as at real sizes
 r = np.random.default_rng(0)
 n, d, v = 64, 8, 24
 x, w, b = (jnp.asarray(r.normal(size=s), jnp.float32) for s in ((n, d), (v, d), (v,)))

@@ -6,7 +6,7 @@ n judged rows of x (those that `index` names, in their order), P positions of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,13 @@ def lay_out(
     return Layout(x, index, linear_weight, linear_bias, target, token_weight, (*lead, *inner))
 
 
-def total(of: Layout, weight: Tensor | None, by: Coefficients, plan: tuple[object, ...]) -> Tensor:
+def total(
+    of: Layout,
+    weight: Tensor | None,
+    by: Coefficients,
+    plan: tuple[object, ...],
+    sum_of: Callable[..., Tensor] = head_sum,
+) -> Tensor:
     """The sum of the rows' losses over rows and positions."""
     parts = []
     for p, (lw, lb, target) in enumerate(_heads(of)):
@@ -78,13 +84,19 @@ def total(of: Layout, weight: Tensor | None, by: Coefficients, plan: tuple[objec
         if kept is not None:
             target, index = target.index_select(0, kept), _both(index, kept)
             of_row = [c if c is None else c.index_select(0, kept) for c in of_row]
-        parts.append(head_sum(of.x, lw, lb, target, weight, *of_row, index, *plan))
+        parts.append(sum_of(of.x, lw, lb, target, weight, *of_row, index, *plan))
     if not parts:
         return _nothing(of, by.share.dtype)
     return torch.stack(parts).sum() if len(parts) != 1 else parts[0]
 
 
-def each_row(of: Layout, weight: Tensor | None, names: list[str], plan: tuple[object, ...]) -> dict[str, Tensor]:
+def each_row(
+    of: Layout,
+    weight: Tensor | None,
+    names: list[str],
+    plan: tuple[object, ...],
+    rows: Callable[..., Sequence[Tensor]] = head_rows,
+) -> dict[str, Tensor]:
     """The rows' numbers by name, (n, P)."""
     columns = []
     for lw, lb, target in _heads(of):
@@ -92,7 +104,7 @@ def each_row(of: Layout, weight: Tensor | None, names: list[str], plan: tuple[ob
         index = _both(of.index, kept)
         x = of.x if index is None else of.x.index_select(0, index)
         target = target if kept is None else target.index_select(0, kept)
-        values = head_rows(x, lw, lb, target, weight, *plan)
+        values = rows(x, lw, lb, target, weight, *plan)
         values = [v for i, v in enumerate(values) if i < len(names) or i == len(names) + 2]  # all but m and rest
         if kept is not None:
             values = [v.new_zeros(of.n).index_copy(0, kept, v) for v in values]

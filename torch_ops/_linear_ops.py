@@ -79,7 +79,7 @@ def _fwd(*args: Any) -> list[Tensor]:
 
 def _bwd(*args: Any) -> list[Tensor]:
     arrays, needs, plan = list(args[:12]), args[12], Plan(*args[13:])
-    peak, arrays[8:] = _levelled(arrays, arrays[8:])
+    peak, arrays[8:] = levelled(arrays, arrays[8:])
     door = classes if plan.lean else tokens
     layout = {"scale": plan.scale, "softcap": plan.softcap, "chunk_size": plan.chunk_size}
     found: list[Tensor | None] = door.head_bwd(*arrays[:8], arrays[8:], needs=needs, **layout)  # pyright: ignore
@@ -90,7 +90,7 @@ def _fwd_bwd(*args: Any) -> list[Tensor]:
     arrays, needs, plan = list(args[:9]), args[9], Plan(*args[10:])
     layout = {"scale": plan.scale, "softcap": plan.softcap, "chunk_size": plan.chunk_size}
     a, s, c = arrays[5:8]
-    peak, (arrays[5], _, arrays[6], _) = _levelled(arrays, [a, None if c is None else 2.0 * c, s, None])
+    peak, (arrays[5], _, arrays[6], _) = levelled(arrays, [a, None if c is None else 2.0 * c, s, None])
     if peak is not None and c is not None:
         arrays[7] = c / peak
     values, grads = tokens.head_fwd_bwd(*arrays, needs=needs, **layout)
@@ -107,7 +107,7 @@ def _fwd_bwd_one_type(*args: Any) -> list[Tensor]:
     return [*out[:first], *(g.to(kind) for g in out[first:])]
 
 
-def _levelled(arrays: Sequence[Any], upstream: list[Any]) -> tuple[Tensor | None, list[Any]]:
+def levelled(arrays: Sequence[Any], upstream: list[Any]) -> tuple[Tensor | None, list[Any]]:
     """(a power of 2, [d_nll, d_lse, d_smooth, d_entropy] by it), in float16.
 
     G by 1/N would flush to 0, and G of large weights, or its product with many rows of x, would overflow: the power

@@ -29,8 +29,8 @@ def head_sum(
 ) -> Tensor:
     """sum_i a_i nll_i + s_i smooth_i + c_i lse_i^2 over the rows of x that `index` names (None: all)."""
     arrays = (x, linear_weight, linear_bias, target, weight)
-    if _one_pass(*arrays, a, s, c):
-        return LinearSum.apply(*arrays, a, s, c, index, Plan(*plan))  # pyright: ignore[reportReturnType]
+    if one_pass(*arrays, a, s, c):
+        return LinearSum.apply(*arrays, a, s, c, index, Plan(*plan), None)  # pyright: ignore[reportReturnType]
     x = x if index is None else x.index_select(0, index)
     return weighted(head_rows(x, *arrays[1:], *plan), a, s, c)
 
@@ -48,17 +48,18 @@ def weighted(values: Any, a: Tensor | None, s: Tensor | None, c: Tensor | None) 
 class LinearSum(Function):
     """head_sum with its gradients formed in the forward pass: three matmuls, and G in the logits' memory.
 
+    A door other than head_fwd_bwd and head_rows (None) has classes on other ranks.
     Saves dX, dW (unrounded) and db beside its inputs; the backward pass scales them: in half precision a factor
     of 1/N on G itself would flush most of it to 0.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *arrays, plan = args
+        *arrays, plan, door = args
         a, s, c = arrays[5:8]
         needs = tuple(x is not None and x.requires_grad for x in arrays[:3])
-        values, grads = head_fwd_bwd(arrays, needs, plan)
-        ctx.plan = plan
+        values, grads = head_fwd_bwd(arrays, needs, plan) if door is None else door.forward_backward(arrays, needs)
+        ctx.plan, ctx.door = plan, door
         ctx.save_for_backward(*arrays, *grads, *values)
         return weighted(values, a, s, c)
 
@@ -73,10 +74,11 @@ class LinearSum(Function):
             x, lw, lb, a, s, c = inputs
             arrays = [v for v in (x, lw, lb, a, s, c) if v is not None and v.requires_grad]
             with_index = x if index is None else x.index_select(0, index)
-            total = weighted(head_rows(with_index, lw, lb, target, w, *ctx.plan), a, s, c)
+            rows = head_rows if ctx.door is None else ctx.door.rows
+            total = weighted(rows(with_index, lw, lb, target, w, *ctx.plan), a, s, c)
             found = iter(torch.autograd.grad(total, arrays, g, create_graph=True))
             grads = [next(found) if v is not None and v.requires_grad else None for v in (x, lw, lb, a, s, c)]
-            return *grads[:3], None, None, *grads[3:], None, None
+            return *grads[:3], None, None, *grads[3:], None, None, None
         d_x, d_w, d_b = (
             d if d is None else scaled(d, g, like.dtype) for d, like in zip((dx, dw, db), (x, lw, lb), strict=True)
         )
@@ -86,10 +88,10 @@ class LinearSum(Function):
                 (nll, smooth, lse if c is None else lse.square()), ctx.needs_input_grad[5:8], strict=True
             )
         )
-        return d_x, d_w, d_b, None, None, d_a, d_s, d_c, None, None
+        return d_x, d_w, d_b, None, None, d_a, d_s, d_c, None, None, None
 
 
-def _one_pass(
+def one_pass(
     x: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ from torch_ops._arrays import (
     is_untracked,
 )
 from torch_ops._curvature import Curvature, RowBwd
+from torch_ops._mesh import is_on_mesh
 from torch_ops._reduction import coefficients, combine, reduce, statistics
 from torch_ops._targets import canonical
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @overload
@@ -43,6 +47,7 @@ def cross_entropy(
     on_all_ignored: str = "nan",
     stats: tuple[()] = (),
     inplace_backward: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor: ...
 @overload
 def cross_entropy(
@@ -60,6 +65,7 @@ def cross_entropy(
     on_all_ignored: str = "nan",
     stats: Sequence[Literal["lse", "logprob", "entropy", "argmax"]],
     inplace_backward: bool = False,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def cross_entropy(
     input: Tensor,
@@ -76,6 +82,7 @@ def cross_entropy(
     on_all_ignored: str = "nan",
     stats: Sequence[str] = (),
     inplace_backward: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy between softmax(input) and targets, in nats.
 
@@ -98,6 +105,9 @@ def cross_entropy(
         stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
         inplace_backward: let the backward pass write the gradient over `input` (dense, not a leaf), so that
             no second (N, V) buffer exists.
+        group: the ranks that `input`, `weight` and soft targets are sharded over by class, in rank order, any
+            number of classes each; class indices are those of the whole vocabulary, rows and results the same on
+            every rank. DTensor arguments need no group: their mesh has it.
 
     Returns:
         The loss, float32 for half-precision logits: a scalar, or row-shaped with reduction "none". With `stats`
@@ -141,21 +151,29 @@ def cross_entropy(
             weight,
             token_weight=token_weight,
             inplace_backward=inplace_backward,
+            group=group,
             **dict(zip(_NAMES, given, strict=True)),
         )
-    if weight is None and token_weight is None and type(inplace_backward) is bool and _is_default(given):
+    alone = weight is None and token_weight is None and group is None
+    if alone and type(inplace_backward) is bool and _is_default(given):
         loss = _mean(input, target, inplace_backward)
         if loss is not None:
             return loss
     options = contract.LossOptions(*given)
     enter_graph()
     if isinstance(input, Tensor) and isinstance(target, Tensor) and input.dim() == 1 and target.shape == (1,):
-        target = target if target.is_floating_point() or input.shape == (1,) else target[0]  # as F.cross_entropy
+        whole = input.shape == (1,) and group is None
+        target = target if target.is_floating_point() or whole else target[0]  # as F.cross_entropy
     facts, target_facts, *weights = [None if a is None else describe(a) for a in (input, target, weight, token_weight)]
     facts = contract.at_least_1d("cross_entropy", "input", facts)
     dim = 1 if input.dim() > 1 else 0
     soft = contract.loss("cross_entropy", facts, target_facts, *weights, options=options, axis=dim)
     contract.flag("cross_entropy", "inplace_backward", inplace_backward)
+    if group is not None or is_on_mesh(*arrays):
+        from torch_ops import _parallel
+
+        named = {"input": input, "target": target, "weight": weight, "token_weight": token_weight}
+        return _parallel.cross_entropy(named, options, group, axis=dim, soft=soft, inplace=inplace_backward)
 
     kind = torch.promote_types(input.dtype, torch.float32)
     scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)

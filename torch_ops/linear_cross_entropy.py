@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,8 +13,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 from softmax_ext import contract
 from torch_ops._arrays import describe, enter_graph
 from torch_ops._linear_layout import each_row, lay_out, total
+from torch_ops._mesh import is_on_mesh
 from torch_ops._reduction import coefficients, combine, reduce, statistics
 from torch_ops._targets import canonical
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @overload
@@ -37,6 +41,7 @@ def linear_cross_entropy(
     shift: int = 0,
     memory: Literal["fast", "lean"] = "fast",
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor: ...
 @overload
 def linear_cross_entropy(
@@ -58,6 +63,7 @@ def linear_cross_entropy(
     shift: int = 0,
     memory: Literal["fast", "lean"] = "fast",
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def linear_cross_entropy(
     input: Tensor,
@@ -78,6 +84,7 @@ def linear_cross_entropy(
     shift: int = 0,
     memory: Literal["fast", "lean"] = "fast",
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy between softmax(input @ linear_weight.T + linear_bias) and targets, in nats.
 
@@ -103,6 +110,9 @@ def linear_cross_entropy(
         shift: k judges input[..., :-k, :] by target[..., k:], and by token_weight likewise: 1 for the next token.
         memory: "fast" works by chunks of rows, "lean" by slices of the vocabulary; see Memory.
         chunk_size: rows (fast) or classes (lean) at a time; None takes the most that fit the workspace.
+        group: the ranks that `linear_weight`, `linear_bias`, `weight` and soft targets are sharded over by class, in
+            rank order, any number of classes each; class indices are those of the whole vocabulary; input, results
+            and the input's gradient are the same on every rank. DTensor arguments need no group: their mesh has it.
 
     Returns:
         The loss, float32 for half-precision inputs: a scalar, or row-shaped with reduction "none". With `stats`
@@ -153,15 +163,21 @@ def linear_cross_entropy(
             shift=shift,
             memory=memory,
             chunk_size=chunk_size,
+            group=group,
             **vars(options),
         )
     enter_graph()
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
-    target = _one_row(input, linear_weight, target)
+    target = _one_row(input, linear_weight, target, group)
     arrays = (input, linear_weight, target, linear_bias, weight, token_weight)
     facts = [None if a is None else describe(a) for a in arrays]
     static = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
     soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **static)
+    if group is not None or is_on_mesh(*arrays):
+        from torch_ops import _parallel
+
+        named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
+        return _parallel.linear_cross_entropy(named, options, group, soft=soft, **static)
 
     classes, kind = linear_weight.shape[0], torch.promote_types(input.dtype, torch.float32)
     scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)
@@ -185,6 +201,9 @@ def linear_cross_entropy(
     return loss, {name: value.reshape(of.shape) for name, value in found.items()}
 
 
+_ARRAYS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight")
+
+
 def _autocast(x: Any, *more: Any) -> tuple[Any, ...]:
     """The arrays in the type F.linear would compute in under the autocast that is on."""
     arrays = (x, *more)
@@ -198,8 +217,9 @@ def _autocast(x: Any, *more: Any) -> tuple[Any, ...]:
     )
 
 
-def _one_row(x: Any, linear_weight: Any, target: Any) -> Any:
+def _one_row(x: Any, linear_weight: Any, target: Any, group: Any) -> Any:
     """The target of a 1-d input, which may be (1,) as in F.cross_entropy."""
     if not all(isinstance(a, Tensor) for a in (x, linear_weight, target)) or x.dim() != 1 or target.shape != (1,):
         return target
-    return target if target.is_floating_point() or linear_weight.shape[:1] == (1,) else target[0]
+    whole = linear_weight.shape[:1] == (1,) and group is None
+    return target if target.is_floating_point() or whole else target[0]

@@ -1,0 +1,195 @@
+"""The losses on more than one device: classes sharded over a group, rows over others; DTensor or plain tensors.
+
+The same steps as in cross_entropy.py and linear_cross_entropy.py, with a message to the other ranks where a step needs
+numbers that are theirs. Arguments have passed the contract.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from softmax_ext import contract
+from softmax_ext.contract import LossOptions
+from torch_ops import _rows as rows
+from torch_ops._collectives import maximum, summed
+from torch_ops._linear import head_rows
+from torch_ops._linear_layout import each_row, lay_out, total
+from torch_ops._linear_ops import Plan
+from torch_ops._linear_sum import head_sum
+from torch_ops._mesh import Place, head_place, is_on_mesh, logits_place
+from torch_ops._reduction import Coefficients, coefficients, combine, reduce, statistics
+from torch_ops._shard_head import HeadDoor
+from torch_ops._shard_logits import LogitsDoor
+from torch_ops._sharded import names_of, sharded_rows
+from torch_ops._shards import Extent, extent
+from torch_ops._targets import _can_look, canonical
+from torch_ops.cross_entropy import _may_overwrite, _row
+
+
+def cross_entropy(
+    arrays: dict[str, Any], options: LossOptions, group: Any, *, axis: int, soft: bool, inplace: bool
+) -> Any:
+    """The loss of logits with class dimension `axis`."""
+    op, shape = "cross_entropy", arrays["input"].shape
+    place, (x, target, weight, token_weight) = _place(op, arrays, group), arrays.values()
+    inplace = inplace and place is not None and _may_overwrite(x)
+    if place is None:
+        place, (x, target, weight, token_weight) = logits_place(op, arrays, axis=axis, soft=soft)
+    shape = (*shape[:axis], *shape[axis + 1 :])
+    here = _extent(
+        op, place, x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :]), target, arrays["input"].shape[axis]
+    )
+    classes = x.shape[axis] if here is None else here.classes
+    if not soft:
+        target = _canonical(op, target, classes, options.ignored, place)
+    kind = torch.promote_types(x.dtype, torch.float32)
+    plan = _plan(options, kind, lean=False, chunk_size=None)
+    w = weight.to(kind) if weight is not None and (soft or plan.smooth) else None  # nothing else of a row needs it
+    if here is not None:
+        per_row = sharded_rows(LogitsDoor(plan, here, axis, inplace), x, target, w)
+    else:
+        values = _row(x, target, w, axis, *plan[:4], False)
+        per_row = dict(zip(names_of(plan), values, strict=False))
+    by = _coefficients(per_row["nll"], target, weight, token_weight, options, classes, here)
+    loss = combine(per_row, target, by)
+    if options.reduction != "none":
+        loss = _reduce(loss.sum(), by, options, place)
+    capped = lambda: rows.capped(x.detach(), plan.scale, plan.softcap)  # noqa: E731
+    found = statistics(per_row, capped, target, options, axis)
+    return _results(loss, found, options, place, here, shape)
+
+
+def linear_cross_entropy(
+    arrays: dict[str, Any],
+    options: LossOptions,
+    group: Any,
+    *,
+    soft: bool,
+    shift: int,
+    memory: str,
+    chunk_size: int | None,
+) -> Any:
+    """The loss of a linear layer's logits."""
+    op, lead, inner = "linear_cross_entropy", arrays["input"].shape[:-1], arrays["linear_weight"].shape[1:-1]
+    place, found = _place(op, arrays, group), [*arrays.values()]
+    if place is None:
+        place, found = head_place(op, arrays, axis=1 if inner else len(lead), soft=soft, shift=shift)
+    x, lw, target, lb, weight, token_weight = found
+    shape = (*lead[:-1], max(lead[-1] - shift, 0)) if shift else (*lead, *inner)
+    here = _extent(op, place, lw.shape[0], math.prod(x.shape[:-1]), target, arrays["linear_weight"].shape[0])
+    classes = lw.shape[0] if here is None else here.classes
+    if not soft:
+        target = _canonical(op, target, classes, options.ignored, place)
+    kind = torch.promote_types(x.dtype, torch.float32)
+    plan = _plan(options, kind, lean=memory == "lean", chunk_size=chunk_size)
+    of = lay_out(x, lw, lb, target, token_weight, soft=soft, shift=shift)
+    w = weight.to(kind) if weight is not None and (soft or plan.smooth) else None
+    ones = torch.ones((), dtype=kind, device=x.device).expand(of.n, math.prod(inner))
+    by = _coefficients(ones, of.target, weight, of.token_weight, options, classes, here)
+    door = None if here is None else HeadDoor(plan, here)
+    in_step = here is None or here.widest is not None or chunk_size is not None  # the ranks' chunks are the same rows
+    if options.reduction != "none" and not options.stats and memory == "fast" and in_step:
+        loss = _reduce(total(of, w, by, plan, head_sum if door is None else door.sum), by, options, place)
+        return _results(loss, {}, options, place, here, shape)
+    per_row = each_row(of, w, names_of(plan), plan, head_rows if door is None else door.rows)
+    loss = combine(per_row, of.target, by)
+    loss = loss.reshape(of.shape) if options.reduction == "none" else _reduce(loss.sum(), by, options, place)
+    stats = statistics(per_row, lambda: per_row["argmax"], of.target, options, 1)
+    stats = {name: value.reshape(of.shape) for name, value in stats.items()}
+    return _results(loss, stats, options, place, here, shape)
+
+
+def _place(op: str, arrays: dict[str, Any], group: Any) -> Place | None:
+    """The place of plain tensors of a group; None for DTensor arguments, who know their own."""
+    if group is not None and (not isinstance(group, getattr(dist, "ProcessGroup", ())) or dist.get_rank(group) < 0):
+        rule = "be a torch.distributed.ProcessGroup that this process belongs to, or None"
+        got = repr(group) if group is None or isinstance(group, int | str) else f"{type(group).__name__} object"
+        contract.fail_type(op, "group", rule, got)
+    on_mesh = is_on_mesh(*arrays.values())
+    if group is not None and on_mesh:
+        contract.fail_value(op, "group", "be None with DTensor arguments, which have their own", "a ProcessGroup")
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    if transformed or forward_ad._current_level >= 0:
+        rule = "not be inside torch.func or forward-mode transforms, which messages between ranks cannot pass"
+        contract.fail_value(op, "input" if on_mesh else "group", rule, "such a call")
+    return None if on_mesh else Place(group, dist.get_rank(group), ())
+
+
+def _extent(op: str, place: Place, count: int, number: int, target: Tensor, classes: int) -> Extent | None:
+    if place.group is None:
+        return None
+    widest = None if place.mesh is None else -(-classes // dist.get_world_size(place.group))
+    return extent(op, place.group, place.position, count, number, target, widest)
+
+
+def _canonical(op: str, target: Tensor, classes: int, ignored: int, place: Place) -> Tensor:
+    """Canonical targets; where another rank's rows hold an invalid one, this rank raises with it."""
+    if not place.row_groups or not _can_look(target):
+        return canonical(op, target, classes, ignored)
+    error, found = None, target
+    try:
+        found = canonical(op, target, classes, ignored)
+    except IndexError as mistake:
+        error = mistake
+    wrong = torch.tensor(float(error is not None))
+    for group in place.row_groups:
+        wrong = maximum(wrong, group)
+    if error is not None or wrong:
+        raise error or contract.target_out_of_range_elsewhere(op, classes, ignored)
+    return found
+
+
+def _plan(options: LossOptions, kind: torch.dtype, *, lean: bool, chunk_size: int | None) -> Plan:
+    scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)
+    stats = options.stats
+    return Plan(scale, cap, options.label_smoothing > 0.0, "entropy" in stats, "argmax" in stats, lean, chunk_size)
+
+
+def _coefficients(
+    ones: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    options: LossOptions,
+    classes: Any,
+    here: Extent | None,
+) -> Coefficients:
+    """What each row's numbers are multiplied by; the weight of a target's class comes from the rank that has it."""
+    if here is None:
+        return coefficients(ones, target, weight, token_weight, options, classes)
+    by = coefficients(ones, target, None, token_weight, options, 1)
+    if by.smooth is not None:
+        by = by._replace(smooth=by.smooth / (max(classes, 1) if isinstance(classes, int) else classes.clamp(min=1)))
+    if weight is None or target.is_floating_point():
+        return by
+    inside, at = here.local(target)
+    w = weight.to(ones.dtype)
+    own = w[at.clamp(min=0).unsqueeze(0)].squeeze(0) if here.count else w.sum().expand(at.shape)
+    of_row = summed(own.where(inside, 0.0), here.group)
+    return by._replace(nll=None if by.nll is None else by.nll * of_row, share=by.share * of_row)
+
+
+def _reduce(loss: Tensor, by: Coefficients, options: LossOptions, place: Place) -> Tensor:
+    """The sum or mean over the rows of all ranks."""
+    loss = summed(loss, *place.row_groups)
+    if options.reduction == "mean" and place.row_groups:
+        kept = by.kept.any().to(loss.dtype)
+        for group in place.row_groups:
+            kept = maximum(kept, group)
+        by = by._replace(share=summed(by.share.sum(), *place.row_groups), kept=kept > 0)
+    return reduce(loss, by, options)
+
+
+def _results(
+    loss: Tensor, stats: dict[str, Tensor], options: LossOptions, place: Place, here: Extent | None, shape: Any
+) -> Any:
+    if here is not None and here.agreed is not None:
+        loss = loss.where(here.agreed, math.nan)
+    loss = place.result(loss, shape if options.reduction == "none" else ())
+    return (loss, {name: place.result(v, shape) for name, v in stats.items()}) if options.stats else loss

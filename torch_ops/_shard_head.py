@@ -1,0 +1,150 @@
+"""The rows of one shard of a linear head, for `sharded_rows`, and their weighted sum with its gradients on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ops import _rows as rows
+from torch_ops._chunks import join, spans, that_fit
+from torch_ops._collectives import shared, summed
+from torch_ops._linear import head_rows
+from torch_ops._linear_ops import Plan, head_bwd, head_fwd, levelled
+from torch_ops._linear_parts import (
+    PIECE_OF_WEIGHT,
+    ClassGradient,
+    formed_in,
+    ignored_rows,
+    logits,
+    scaled,
+    without,
+)
+from torch_ops._linear_rows import _products
+from torch_ops._linear_slices import _Slices
+from torch_ops._linear_sum import LinearSum, one_pass, weighted
+from torch_ops._sharded import all_minus_infinity, merged, sharded_rows, without_classes
+from torch_ops._shards import Extent, own_upstream
+
+
+class HeadDoor:
+    """Rows of a linear head; arrays: x, linear_weight, linear_bias, target, weight. x is replicated."""
+
+    dim = 1
+
+    def __init__(self, plan: Plan, extent: Extent) -> None:
+        self.plan, self.extent = plan, extent
+
+    def forward(self, *arrays: Any) -> tuple[list[Tensor], Tensor]:
+        """The shard's rows as the head's loops have them."""
+        x, lw, lb, target, weight = arrays
+        if not self.extent.count:
+            return without_classes(_nothing(x, lw, lb), self.plan)
+        values = head_fwd((x, lw, lb, self._target(target), weight), self.plan)
+        dead = values[self.plan.values] == -math.inf
+        if x.device.type == "cpu" and dead.any():  # told from rows that hold NaN, as in _linear_slices
+            found = torch.zeros_like(dead[dead])
+            for _, _, z in _Slices(x[dead], lw, lb, target[dead], None):
+                found |= z.isnan().any(1)
+            dead[dead.clone()] = ~found
+        return values, dead
+
+    def again(self, dead: Tensor, *arrays: Any) -> Sequence[Tensor]:
+        """The shard's rows as the head has them."""
+        x, lw, lb, target, weight = arrays
+        plan, x = self.plan._replace(argmax=False), shared(x, self.extent.group)
+        if not self.extent.count:
+            return without_classes(_nothing(x, lw, lb), plan)[0]
+        if not target.is_floating_point():
+            return head_rows(x, lw, lb, self._target(target).masked_fill(dead, rows.IGNORED), weight, *plan)
+        if x.device.type != "cpu" or not dead.any():
+            return head_rows(x, lw, lb, target, weight, *plan)
+        live = (~dead).nonzero().squeeze(1)
+        few = head_rows(x.index_select(0, live), lw, lb, target.index_select(0, live), weight, *plan)
+        return [v.new_zeros(dead.shape).index_copy(0, live, v) for v in few]
+
+    def backward(
+        self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool], alone: bool
+    ) -> list[Tensor]:
+        """The head's loops', told m, rest and the shard's entropy of whole rows; dX is summed over the ranks."""
+        x, lw, lb, target, weight = arrays
+        if self.extent.count:
+            ups = [upstream.get(name) for name in ("nll", "lse", "smooth", "entropy")]
+            found = head_bwd((x, lw, lb, self._target(target), weight, *whole, *ups), needs, self.plan)
+        else:
+            found = [torch.zeros_like(a) for a, need in zip(arrays, needs, strict=True) if need]
+        return [summed(found[0], self.extent.group), *found[1:]] if needs[0] else found
+
+    def rows(self, x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, weight: Any, *_: Any) -> list[Tensor]:
+        """As head_rows: (nll, lse, [smooth], [entropy], m, rest, [argmax]), but that m and rest are not told."""
+        values = sharded_rows(self, x, lw, lb, target, weight)
+        untold = values["lse"].detach()
+        at = self.plan.values
+        return [*list(values.values())[:at], untold, untold, *list(values.values())[at:]]
+
+    def sum(self, *args: Any) -> Tensor:
+        """As head_sum."""
+        x, lw, lb, target, weight, a, s, c, index, *plan = args
+        if one_pass(x, lw, lb, target, weight, a, s, c):
+            return LinearSum.apply(*args[:9], Plan(*plan), self)  # pyright: ignore[reportReturnType]
+        x = x if index is None else x.index_select(0, index)
+        return weighted(self.rows(x, lw, lb, target, weight), a, s, c)
+
+    def forward_backward(self, arrays: Sequence[Any], needs: Sequence[bool]) -> tuple[list[Any], list[Tensor | None]]:
+        """As head_fwd_bwd: the ranks go by the same chunks of rows, and tell each other each chunk's numbers."""
+        x, lw, lb, target, weight, a, s, c, index = arrays
+        peak, (a, _, s, _) = levelled((x, lw, lb, target, weight), [a, None if c is None else 2.0 * c, s, None])
+        c = c if peak is None or c is None else c / peak
+        # The longest chunk is that of the rank with the most classes, whichever type a rank's CPU forms logits in.
+        kind, widest_type = formed_in(x, target), torch.promote_types(x.dtype, torch.float32)
+        beside = 0 if x.dtype == widest_type else 2 * PIECE_OF_WEIGHT * widest_type.itemsize
+        size = that_fit(self.plan.chunk_size, self.extent.widest or 0, widest_type.itemsize, beside)
+        chunks = spans(target.shape[0], size)
+        buffer = x.new_empty(max(j - i for i, j in chunks), self.extent.count, dtype=kind)
+        dx = torch.zeros_like(x, dtype=kind, memory_format=torch.contiguous_format) if needs[0] else None
+        shared_by_rows = ClassGradient(lw, lb, needs[1], needs[2], len(chunks) > 1 or kind != x.dtype)
+        ignored = ignored_rows(target)
+        layout: dict[str, Any] = {"dim": 1, "scale": self.plan.scale, "softcap": self.plan.softcap}
+        parts = []
+        for i, j in chunks:
+            at = None if index is None else index[i:j]
+            xi = without(x[i:j] if at is None else x.index_select(0, at), ignored, i, j).to(kind)
+            t, z = target[i:j], buffer[: j - i]
+            if self.extent.count:
+                logits(xi, lw, lb, z)
+                local: Any = rows.cross_entropy_fwd(
+                    z, self._target(t), weight, **layout, smooth=s is not None, entropy=False
+                )
+                dead = all_minus_infinity(z, local[-2], 1)
+            else:
+                local, dead = without_classes(_nothing(xi, lw, lb), self.plan)
+            whole = merged(self, local, dead, (t, weight))
+            values = whole.values
+            if self.extent.count and any(needs):
+                ai, si, ci = (v if v is None else v[i:j] for v in (a, s, c))
+                ups = {"nll": ai, "lse": None if ci is None else 2.0 * ci * values["lse"], "smooth": si}
+                own = own_upstream(ups, t, whole.elsewhere, self.extent)
+                given = (z, self._target(t), weight, whole.m, whole.rest, own["nll"], own["lse"], own["smooth"], None)
+                rows.cross_entropy_bwd(*given, **layout, out=z)
+                _products(z, xi, lw, dx, shared_by_rows, ignored, i, j, at)
+            parts.append([values["nll"], values["lse"], *([values["smooth"]] if s is not None else [])])
+        grads = [dx, *shared_by_rows.unrounded()]
+        if peak is not None:  # out of float16's range, perhaps, until they are scaled
+            grads = [g if g is None else scaled(g, peak, peak.dtype) for g in grads]
+        if grads[0] is not None:
+            grads[0] = summed(grads[0], self.extent.group)
+        values = join(parts)
+        return [*values, *[None] * (3 - len(values))], grads
+
+    def _target(self, target: Tensor) -> Tensor:
+        return target if target.is_floating_point() else self.extent.local(target)[1]
+
+
+def _nothing(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """Zeros (n,), connected to a head of no classes."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    zeros = x[:, :0].sum(1, dtype=kind) + linear_weight.sum(dtype=kind)
+    return zeros if linear_bias is None else zeros + linear_bias.sum(dtype=kind)

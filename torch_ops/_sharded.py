@@ -1,0 +1,166 @@
+"""Rows whose classes lie on the ranks of a group: the first derivative by hand, others through differentiable sums.
+
+The first derivative is a row function's, given m and rest of whole rows: as exact as that of one device. A derivative
+of it is taken of the same numbers made from each shard's own rows (which have every order) and sums over the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from torch_ops._linear_ops import Plan
+from torch_ops._shards import Extent, Merged, Shard, first_of_all, merge, own_upstream
+
+
+class Door(Protocol):
+    """How the rows of one shard come about: from logits, or from a linear head."""
+
+    plan: Plan
+    extent: Extent
+
+    def forward(self, *arrays: Any) -> tuple[list[Tensor], Tensor]:
+        """([nll, lse, [smooth], [entropy], m, rest, [argmax]], which rows are all -inf), of the shard alone."""
+        ...
+
+    def again(self, dead: Tensor, *arrays: Any) -> Sequence[Tensor]:
+        """The same but for argmax, to be differentiated; of `dead` rows nothing is used."""
+        ...
+
+    def backward(
+        self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool], alone: bool
+    ) -> list[Tensor]:
+        """Those needed of the arrays' gradients; `alone`: nothing else is made of the arrays."""
+        ...
+
+
+def sharded_rows(door: Door, *arrays: Any) -> dict[str, Tensor]:
+    """nll, lse, [smooth], [entropy], [argmax] of whole rows by name, replicated."""
+    names = [*names_of(door.plan), *["argmax"] * door.plan.argmax]
+    return dict(zip(names, ShardedRows.apply(door, *arrays), strict=True))  # pyright: ignore
+
+
+class ShardedRows(Function):
+    """(nll, lse, [smooth], [entropy], [argmax]) of each row. Saves its inputs and some row numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, door: Door, *arrays: Any) -> tuple[Tensor, ...]:
+        local, dead = door.forward(*arrays)
+        whole = merged(door, local, dead, arrays)
+        found = [*whole.values.values()]
+        if door.plan.argmax:
+            m, rest = local[door.plan.values :][:2]
+            value = m.masked_fill(rest.isnan() & ~dead, math.nan)
+            found.append(first_of_all(value, local[-1], door.extent))
+            ctx.mark_non_differentiable(found[-1])
+        ctx.set_materialize_grads(False)
+        ctx.door = door
+        h = whole.values.get("entropy")
+        numbers = (whole.m, whole.rest, h, *(whole.elsewhere.get(n) for n in names_of(door.plan)))
+        ctx.save_for_backward(*arrays, dead, *numbers)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        needs, out = ctx.needs_input_grad[1:], [None] * len(ctx.needs_input_grad)
+        upstream = grads[: ctx.door.plan.values]
+        if any(u is not None for u in upstream):
+            alone = not torch.is_grad_enabled()
+            found: Any = ShardedBwd.apply(ctx.door, needs, alone, *ctx.saved_tensors, *upstream)
+            for i, g in zip((i for i, need in enumerate(needs) if need), found, strict=True):
+                out[i + 1] = g
+        return tuple(out)
+
+
+class ShardedBwd(Function):
+    """Those needed of the arrays' gradients as a function of everything: linear in the upstreams."""
+
+    @staticmethod
+    def forward(ctx: Any, door: Door, needs: Sequence[bool], alone: bool, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.door, ctx.needs = door, needs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        names, count = names_of(door.plan), len(needs)
+        arrays, (_, m, rest, h, *others) = tensors[:count], tensors[count : -len(names)]
+        elsewhere = {n: v for n, v in zip(names, others, strict=True) if v is not None}
+        upstream = dict(zip(names, tensors[-len(names) :], strict=True))
+        own = own_upstream(upstream, arrays[-2], elsewhere, door.extent)
+        if h is not None:
+            h = h - elsewhere["entropy"]
+        return tuple(door.backward(arrays, own, (m, rest, h), needs, alone))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        door, count, names = ctx.door, len(ctx.needs), names_of(ctx.door.plan)
+        out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        dead, m = ctx.saved_tensors[count : count + 2]
+        again = torch.is_grad_enabled()
+        places = [*range(count), *range(len(ctx.saved_tensors) - len(names), len(ctx.saved_tensors))]
+        with torch.enable_grad():
+            # Under names of their own: where one is made from another, the way between is the outer gradient's to go.
+            given: list[Any] = [ctx.saved_tensors[i] for i in places]
+            given = [v if v is None else v.view_as(v) if again else v.detach() for v in given]
+            differentiable = [ctx.needs_input_grad[i + 3] for i in places]
+            for v, need in zip(given, [*ctx.needs, *differentiable[count:]], strict=True):
+                if need and not v.requires_grad:
+                    v.requires_grad_()
+            arrays, upstream = given[:count], dict(zip(names, given[count:], strict=True))
+            values = merged(door, door.again(dead & (m != -math.inf), *arrays), dead & (m != -math.inf), arrays).values
+            ends = [n for n, u in upstream.items() if u is not None]
+            wrt = [v for v, need in zip(arrays, ctx.needs, strict=True) if need]
+            first = torch.autograd.grad(
+                [values[n] for n in ends], wrt, [upstream[n] for n in ends], create_graph=True, allow_unused=True
+            )
+            moved = [(g, c) for g, c in zip(first, cotangents, strict=True) if g is not None and c is not None]
+            wrt = [(i, v) for i, v, need in zip(places, given, differentiable, strict=True) if need]
+            if moved and wrt:
+                ways = [g for g, _ in moved], [v for _, v in wrt], [c for _, c in moved]
+                found = torch.autograd.grad(*ways, create_graph=again, allow_unused=True)
+                for (i, _), g in zip(wrt, found, strict=True):
+                    out[i + 3] = g
+        return tuple(out)
+
+
+def merged(door: Door, local: Sequence[Tensor], dead: Tensor, arrays: Sequence[Any]) -> Merged:
+    target, weight, plan = arrays[-2], arrays[-1], door.plan
+    m, rest = local[plan.values : plan.values + 2]
+    dim = getattr(door, "dim", 1)
+    mass = _mass(target, weight, dim, m.dtype) if target.is_floating_point() else None
+    of_row = None
+    if plan.smooth:
+        of_row = m.new_full((), door.extent.count) if weight is None else weight.sum()
+    shard = Shard(dict(zip(names_of(plan), local, strict=False)), m, rest, dead, target, mass, of_row)
+    return merge(shard, door.extent)
+
+
+def names_of(plan: Plan) -> list[str]:
+    return ["nll", "lse", *["smooth"] * plan.smooth, *["entropy"] * plan.entropy]
+
+
+def _mass(target: Tensor, weight: Tensor | None, dim: int, kind: torch.dtype) -> Tensor:
+    """sum_j w_j y_j of each row."""
+    if weight is None:
+        return target.sum(dim, dtype=kind)
+    return target.movedim(dim, -1).to(kind) @ weight
+
+
+def without_classes(zeros: Tensor, plan: Plan) -> tuple[list[Tensor], Tensor]:
+    """The rows of a shard without classes: nothing of them is used, but the ranks' messages stay in step."""
+    zeros = zeros.to(torch.promote_types(zeros.dtype, torch.float32))
+    m, rest = torch.full_like(zeros, -math.inf), torch.full_like(zeros, math.nan)
+    values = [zeros] * plan.values + [m, rest] + [torch.zeros_like(zeros, dtype=torch.int64)] * plan.argmax
+    return values, torch.ones_like(zeros, dtype=torch.bool)
+
+
+def all_minus_infinity(logits: Tensor, m: Tensor, dim: int) -> Tensor:
+    """Rows whose logits are all -inf, told from rows that also hold NaN."""
+    dead = m == -math.inf
+    # The native kernels' maximum passes over NaN. A look costs nothing here; elsewhere the plain maximum is NaN.
+    if logits.device.type == "cpu" and dead.any():
+        dead &= ~logits.isnan().any(dim)
+    return dead
