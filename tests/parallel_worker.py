@@ -27,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torch_ops
 from tests import cases
+from torch_ops import _linear_layout, _parallel, _shards, _targets
+from torch_ops._collectives import summed
 
 F64 = torch.float64
 N, D = 7, 3
@@ -187,9 +189,9 @@ def head_equals_the_unsharded_loss() -> None:
             given = {**options, "reduction": reduction, "stats": stats, "memory": memory, "chunk_size": 3}
             t = None if soft else targets(sum(sizes))
             what = f"head {sizes} {name} soft={soft} {memory} weighted={weighted}"
-            # Second derivatives take seconds: of everything once, of the rest where a rank has no class.
-            some = len(each) > 2 and sizes == each[2] and not soft and weighted
-            orders = 1 + (some or (sizes == each[0] and name == "everything"))
+            # Second derivatives take seconds: of everything on two ranks, on three where one has no class.
+            second = sizes == each[0] and name == "everything" if len(sizes) == 2 else sizes == each[-1]
+            orders = 1 + (len(sizes) > 1 and second and weighted)
             whole, mine = head_loss(t, given, None), head_loss(t, given, group())
             compare(whole, mine, {n: full[n] for n in names}, Part(sizes), what, orders=orders)
 
@@ -244,6 +246,10 @@ def a_shard_of_minus_infinities_takes_no_part() -> None:
             compare(head_loss(whole, given, None), head_loss(mine, given, group()), head, part, what)
             head["x"][1] = head["x"][4] = torch.nan  # with class indices the second is ignored
             compare(head_loss(whole, given, None), head_loss(mine, given, group()), head, part, what, orders=1)
+            # All of a shard's logits NaN: it takes part, and no row has a distribution.
+            head = {n: full[n].clone() for n in ("x", "lw")}
+            head["lw"][dead] = torch.nan
+            compare(head_loss(whole, given, None), head_loss(mine, given, group()), head, part, what, orders=1)
 
 
 @check
@@ -254,14 +260,14 @@ def every_shape_of_the_unsharded_losses() -> None:
     t = torch.stack([targets(classes), targets(classes).flip(0), targets(classes).roll(1)], 1)
     lw = torch.stack([full["lw"], -full["lw"]], 1)
     x = torch.stack([full["x"], full["x"].flip(0)])
+    one: Any = torch_ops.linear_cross_entropy
     calls: list[tuple[Any, dict[str, Tensor]]] = [
         (lambda over: lambda z: outputs(torch_ops.cross_entropy(z, t, group=over, **EVERY)), {"z": z}),
         (lambda over: lambda row: outputs(torch_ops.cross_entropy(row, t[0, 0], group=over)), {"row": full["z"][0]}),
         (lambda over: lambda row: outputs(torch_ops.cross_entropy(row, t[0, :1], group=over)), {"row": full["z"][0]}),
     ]
     for memory, reduction in (("fast", "mean"), ("lean", "none")):
-        head: Any = torch_ops.linear_cross_entropy
-        call: Any = functools.partial(head, memory=memory, reduction=reduction, chunk_size=3)
+        call: Any = functools.partial(one, memory=memory, reduction=reduction, chunk_size=3)
         calls += [
             (
                 lambda over, f=call: lambda x, lw: outputs(f(x, lw, t.T[:2], shift=1, group=over)),
@@ -423,6 +429,15 @@ def messages_matmuls_and_memory_are_those_of_the_documentation() -> None:
 
 
 @check
+def sums_of_half_precision_are_rounded_once() -> None:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    own = torch.full((2 * world,), 2.0**-8, dtype=torch.bfloat16)
+    own[rank::world] = 1.0
+    expected = torch.full((2 * world,), 1.0 + (world - 1) * 2.0**-8).bfloat16()
+    assert torch.equal(summed(own, group()), expected)
+
+
+@check
 def half_precision_heads_are_as_exact_as_their_type() -> None:
     sizes = SIZES[dist.get_world_size()][0]
     part, t, full = Part(sizes), targets(sum(sizes)), arrays(sum(sizes))
@@ -559,6 +574,38 @@ def placements_without_sense_are_refused() -> None:
     ]
     for words, call in refused:
         raises(ValueError, words, call)
+
+
+@check
+def nothing_is_looked_at_where_that_is_a_sync() -> None:
+    """What a CUDA device is given: the shards' places and the mistakes stay tensors."""
+    doors: list[Any] = [_shards, _targets, _linear_layout, _parallel]
+    looks = [door._can_look for door in doors]
+    try:
+        for door in doors:
+            door._can_look = lambda target: False
+        for sizes in SIZES[dist.get_world_size()]:
+            classes, part, full = sum(sizes), Part(sizes), arrays(sum(sizes))
+            given = {**EVERY, "stats": ("lse", "entropy", "argmax")}
+            few = {n: full[n] for n in ("z", "w", "tw")}
+            t = targets(classes)
+            compare(
+                logits_loss(t, given, None), logits_loss(t, given, group()), few, part, f"no look {sizes}", orders=1
+            )
+            head = {n: full[n] for n in ("x", "lw", "lb", "w")}
+            for options in ({"memory": "fast"}, {"memory": "fast", "chunk_size": 3}, {"memory": "lean"}):
+                options |= {"reduction": "mean", **EVERY}
+                whole, mine = head_loss(t, options, None), head_loss(t, options, group())
+                compare(whole, mine, head, part, f"no look {sizes} {options}", orders=1)
+            bad = t.index_fill(0, torch.tensor(3), classes)
+            loss = torch_ops.cross_entropy(part.of("z", full["z"]), bad, group=group(), reduction="none")
+            assert loss.isnan().tolist() == [i == 3 for i in range(N)], loss
+            other = (t + dist.get_rank()).clamp(max=classes - 1)
+            loss = torch_ops.cross_entropy(part.of("z", full["z"]), other, group=group())
+            assert loss.isnan() or dist.get_world_size() == 1 or classes < 3
+    finally:
+        for door, look in zip(doors, looks, strict=True):
+            door._can_look = look
 
 
 class Model(torch.nn.Module):

@@ -91,3 +91,15 @@ def test_a_weight_without_positions(memory: str, reduction: str) -> None:
     found = torch.autograd.grad(head(x, w, target, reduction="sum", memory=memory), [x, w])
     assert not found[0].any()
     assert found[1].shape == w.shape
+
+
+@pytest.mark.parametrize("slices", [(0, 2), (0, 4), (2, 6)])
+def test_classes_that_are_nan_in_whole_slices(slices: tuple[int, int]) -> None:
+    """A first slice of NaN is not a slice that was never seen."""
+    x, w = torch.randn(3, 2, requires_grad=True), torch.randn(8, 2)
+    w[slice(*slices)] = torch.nan
+    loss, stats = head(x, w, torch.tensor([0, 5, 7]), memory="lean", chunk_size=2, reduction="none", stats=("entropy",))
+    (dx,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.isnan().all()
+    assert stats["entropy"].isnan().all()
+    assert dx.isnan().all()

@@ -186,7 +186,8 @@ class _Merged:
         *named, mk, rk = values
         names = ["nll", "lse", *["smooth"] * self.smooth, *["entropy"] * self.entropy]
         now = dict(zip(names, named, strict=True))
-        first, higher = self.m == -math.inf, mk > self.m
+        first = self.rest == -1.0  # not m == -inf: that may be a slice of NaN
+        higher = first | (mk > self.m)
         m = torch.where(higher, mk, self.m)
         other = torch.where(higher, torch.exp(self.m - mk) * (1.0 + self.rest), torch.exp(mk - self.m) * (1.0 + rk))
         rest = torch.where(higher, rk, self.rest) + torch.where(first, 0.0, other)

@@ -164,8 +164,9 @@ def _coefficients(
     if here is None:
         return coefficients(ones, target, weight, token_weight, options, classes)
     by = coefficients(ones, target, None, token_weight, options, 1)
-    if by.smooth is not None:
-        by = by._replace(smooth=by.smooth / (max(classes, 1) if isinstance(classes, int) else classes.clamp(min=1)))
+    if by.smooth is not None:  # a tensor V is no Python number: of the rows' shape and type
+        v = max(classes, 1) if isinstance(classes, int) else classes.clamp(min=1).to(ones.dtype).expand_as(ones)
+        by = by._replace(smooth=by.smooth / v)
     if weight is None or target.is_floating_point():
         return by
     inside, at = here.local(target)
