@@ -260,7 +260,8 @@ def every_shape_of_the_unsharded_losses() -> None:
         (lambda over: lambda row: outputs(torch_ops.cross_entropy(row, t[0, :1], group=over)), {"row": full["z"][0]}),
     ]
     for memory, reduction in (("fast", "mean"), ("lean", "none")):
-        call: Any = functools.partial(torch_ops.linear_cross_entropy, memory=memory, reduction=reduction, chunk_size=3)
+        head: Any = torch_ops.linear_cross_entropy
+        call: Any = functools.partial(head, memory=memory, reduction=reduction, chunk_size=3)
         calls += [
             (
                 lambda over, f=call: lambda x, lw: outputs(f(x, lw, t.T[:2], shift=1, group=over)),
