@@ -89,3 +89,8 @@ def test_a_number_that_nobody_measured_is_seen() -> None:
     assert _is_measured("319 MB", [319350788.0])
     assert not _is_measured("1.25", [1.2593])
     assert not _is_measured("12 %", [0.1251])
+
+
+def test_every_page_is_in_the_menu() -> None:
+    menu = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert menu == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
