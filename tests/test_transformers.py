@@ -397,7 +397,7 @@ MISTAKES: list[tuple[Callable[..., Any], Any, dict[str, Any], type[Exception], s
 ]
 
 
-@pytest.mark.parametrize(("call", "model", "options", "error", "message"), MISTAKES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("call", "model", "options", "error", "message"), MISTAKES, ids=[m[-1] for m in MISTAKES])
 def test_mistakes(call: Any, model: Any, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{call.__name__}: {re.escape(message)}\\.$"):
         call(make() if model is None else model, **options)
