@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test check inner sanitize wheel wheel-test accuracy bench bench-head gpu gpu-test gpu-bench clean
+.PHONY: demo test check inner sanitize wheel wheel-test docs accuracy bench bench-head scaling figures gpu gpu-test \
+  gpu-bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m softmax_ext
@@ -12,11 +13,11 @@ demo: $(STAMP)
 
 test: $(STAMP) check sanitize
 	$(BIN)/python -m softmax_ext
-	$(BIN)/python -m pytest -n 2 --doors torch,jax --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 --dist worksteal --doors torch,jax --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 	$(MAKE) --no-print-directory wheel-test
 
-# The static half of `make test`: style and types.
-check: $(STAMP)
+# The static half of `make test`: style, types and pages.
+check: $(STAMP) docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
@@ -43,7 +44,7 @@ wheel-test: wheel
 
 # The quick loop while editing: everything but the tests marked slow.
 inner: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
 # Frameworks first and exactly pinned: a later package that asks for any torch then finds one.
 # A compiler is found or not: without one the package installs and runs on plain framework ops.
@@ -51,10 +52,14 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard softmax_ext/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --group frameworks
-	$(BIN)/python -m pip install --quiet --group test --group demo --editable .
+	$(BIN)/python -m pip install --quiet --group test --group demo --group integrations --group docs --editable .
 	touch $@
 
-# The accuracy table of the README.
+# Pages from docs/ and the docstrings, into build/docs; a warning is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Errors of every op and type, kept in benchmarks/results.
 accuracy: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy
 
@@ -65,6 +70,14 @@ bench: $(STAMP)
 # A language model's head at full size, in minutes and 24 GiB: BENCH="--shape 820x2304@256000" takes a tenth of the time.
 bench-head: $(STAMP)
 	$(BIN)/python -m benchmarks.head_memory $(BENCH)
+
+# How time and memory grow with N, V and D, on one core and on all; minutes on an idle machine.
+scaling: $(STAMP)
+	$(BIN)/python -m benchmarks.scaling $(BENCH)
+
+# Tables and pictures of README and docs, from what the commands above have kept.
+figures: $(STAMP)
+	$(BIN)/python -m benchmarks.figures
 
 # On a machine with a GPU: the device tests and the benchmark, about 10 minutes each. Installs nothing: $(PYTHON) is
 # an interpreter that has PyTorch, Triton and pytest (and JAX), from the repository's root.

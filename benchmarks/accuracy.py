@@ -1,13 +1,22 @@
-"""`make accuracy`: worst error in ulp against the float64 reference, ours beside the frameworks' own ops.
+"""`make accuracy`: errors in ulp against the float64 reference, ours beside the frameworks' own ops.
 
-float32 inputs; the truth is computed in extended precision from the same rounded inputs. One ulp here is 2^-23
-relative to the true value; numbers below 2^-124, next to float32's smallest normal number, count as 0 (kernels
-flush subnormals). The loss is one number per row; the gradient is that of the summed loss, class index targets.
+The truth is computed in extended precision from the same rounded inputs. One ulp is that of the inputs' type: 2^-23
+(float32), 2^-7 (bfloat16) or 2^-10 (float16) relative to the true value. Numbers below 2^-124, next to float32's
+smallest normal number, count as 0 (kernels flush subnormals); float16's subnormals are 2^-24 apart. The loss is one
+number per row; the gradient is that of the summed loss, class index targets. The mean is over the entries of a case,
+then over cases.
+
+Then the relative error of dL/dlinear_weight against the number of chunks (`benchmarks.weight_error`). All figures are
+kept in benchmarks/results and drawn in docs/accuracy.png.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +29,83 @@ from rich.table import Table
 
 import jax_ops
 import torch_ops
+from benchmarks import records, weight_error
+from benchmarks.accuracy_plot import draw
+from benchmarks.cases import rounded
 from softmax_ext import reference
 
 ROWS = 16
-FLOOR = 2.0**-124
 SIZES = (10, 1000, 32000)
 QUANTITIES = ("softmax", "log_softmax", "loss", "gradient")
+# Of each type: an ulp relative to the true value, the number below which ulps no longer shrink, and that below which
+# an answer counts as 0.
+UNITS = {
+    "float32": (2.0**-23, 2.0**-124, 2.0**-124),
+    "bfloat16": (2.0**-7, 2.0**-124, 2.0**-124),
+    "float16": (2.0**-10, 2.0**-14, 0.0),
+}
+ALL = "all"
+RESULTS = Path("benchmarks", "results")
+PICTURE = Path("docs", "accuracy.png")
 Values = dict[str, np.ndarray]
 
 
-def cases() -> dict[str, np.ndarray]:
-    """Named float32 logits, loud in different ways."""
+@dataclass(frozen=True)
+class Error:
+    """One call's errors on one case, or on all of them."""
+
+    quantity: str
+    dtype: str
+    call: str
+    case: str
+    worst_ulp: float
+    mean_ulp: float
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Measure, print, keep and draw."""
+    parser = argparse.ArgumentParser("python -m benchmarks.accuracy", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs (default: %(default)s)")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="(default: %(default)s)")
+    options = parser.parse_args(given)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    errors = list(measure())
+    for dtype in UNITS:
+        console.print(table(errors, dtype))
+    weights = weight_error.measure()
+    console.print(weight_error.table(weights))
+    records.write(Error, errors, options.results / "accuracy.csv")
+    records.write(weight_error.WeightError, weights, options.results / "weight_error.csv")
+    draw(options.picture, errors, weights)
+    console.print(f"kept in {options.results}, drawn in {options.picture}")
+    return 0
+
+
+def measure(sizes: Sequence[int] = SIZES) -> Iterator[Error]:
+    """Every call on every case, then on all cases together."""
+    for dtype in UNITS:
+        found: dict[tuple[str, str], list[Error]] = {}
+        for case, x in cases(dtype, sizes).items():
+            t = np.arange(ROWS) % x.shape[1]
+            t[: ROWS // 2] = x.argmax(1)[: ROWS // 2]  # half the rows are right already
+            true = truth(x, t)
+            for call, run in CALLS.items():
+                values = run(x, t, dtype)
+                for q in QUANTITIES:
+                    off = ulps(values[q], true[q], dtype)
+                    error = Error(q, dtype, call, case, _short(off.max()), _short(off.mean()))
+                    found.setdefault((q, call), []).append(error)
+        for (q, call), errors in found.items():
+            yield from errors
+            worst, mean = max(e.worst_ulp for e in errors), float(np.mean([e.mean_ulp for e in errors]))
+            yield Error(q, dtype, call, ALL, worst, _short(mean))
+
+
+def cases(dtype: str, sizes: Sequence[int] = SIZES) -> dict[str, np.ndarray]:
+    """Named logits, loud in different ways; float32 whatever the type, whose values they are."""
     rng = np.random.default_rng(0)
     found: dict[str, np.ndarray] = {}
-    for v in SIZES:
+    for v in sizes:
         x = rng.standard_normal((ROWS, v)).astype(np.float32)
         for scale in (1, 5, 20):
             found[f"randn x {scale}, V = {v}"] = x * np.float32(scale)
@@ -41,7 +113,7 @@ def cases() -> dict[str, np.ndarray]:
         spike = x.copy()
         spike[np.arange(ROWS), rng.integers(0, v, ROWS)] += 40
         found[f"one spike of 40, V = {v}"] = spike
-    return found
+    return {name: rounded(x, dtype) for name, x in found.items()}
 
 
 def truth(x: np.ndarray, t: np.ndarray) -> Values:
@@ -57,12 +129,12 @@ def truth(x: np.ndarray, t: np.ndarray) -> Values:
 def with_torch(softmax: Callable, log_softmax: Callable, loss: Callable) -> Callable[..., Values]:
     """The four quantities by three PyTorch functions."""
 
-    def values(x: np.ndarray, t: np.ndarray) -> Values:
-        logits, target = torch.from_numpy(x).requires_grad_(), torch.from_numpy(t)
+    def values(x: np.ndarray, t: np.ndarray, dtype: str) -> Values:
+        logits, target = torch.from_numpy(x).to(getattr(torch, dtype)).requires_grad_(), torch.from_numpy(t)
         rows = loss(logits, target, reduction="none")
         (gradient,) = torch.autograd.grad(rows.sum(), logits)
         found = (softmax(logits, -1), log_softmax(logits, -1), rows, gradient)
-        return {name: v.detach().numpy() for name, v in zip(QUANTITIES, found, strict=True)}
+        return {name: v.detach().float().numpy() for name, v in zip(QUANTITIES, found, strict=True)}
 
     return values
 
@@ -71,49 +143,54 @@ def with_jax(softmax: Callable, log_softmax: Callable, loss: Callable) -> Callab
     """The four quantities by three JAX functions, under jit."""
 
     @jax.jit
-    def values(x: jax.Array, t: jax.Array) -> tuple[jax.Array, ...]:
+    def values(x: jax.Array, t: jax.Array) -> list[jax.Array]:
         gradient = jax.grad(lambda x: loss(x, t).sum())(x)
-        return softmax(x), log_softmax(x), loss(x, t), gradient
+        return [v.astype(jnp.float32) for v in (softmax(x), log_softmax(x), loss(x, t), gradient)]
 
-    return lambda x, t: {
-        name: np.asarray(v) for name, v in zip(QUANTITIES, values(jnp.asarray(x), jnp.asarray(t)), strict=True)
+    return lambda x, t, dtype: {
+        name: np.asarray(v) for name, v in zip(QUANTITIES, values(jnp.asarray(x, dtype), jnp.asarray(t)), strict=True)
     }
 
 
-RIVALS: dict[str, Callable[..., Values]] = {
+CALLS: dict[str, Callable[..., Values]] = {
     "torch_ops": with_torch(torch_ops.softmax, torch_ops.log_softmax, torch_ops.cross_entropy),
-    "jax_ops": with_jax(jax_ops.softmax, jax_ops.log_softmax, jax_ops.softmax_cross_entropy_with_integer_labels),
+    "jax_ops": with_jax(
+        jax_ops.softmax, jax_ops.log_softmax, lambda x, t: jax_ops.cross_entropy(x, t, reduction="none")
+    ),
     "torch": with_torch(torch.softmax, torch.log_softmax, F.cross_entropy),
     "jax, optax": with_jax(jax.nn.softmax, jax.nn.log_softmax, optax.softmax_cross_entropy_with_integer_labels),
 }
 
 
-def ulp(ours: np.ndarray, true: np.ndarray) -> float:
-    """Worst error in ulp of the true value; a NaN anywhere is infinitely wrong."""
-    ours, true = (np.where(np.abs(v) < FLOOR, 0.0, v) for v in (ours.astype(np.float64), true))
-    worst = float(np.max(np.abs(ours - true) / (2.0**-23 * np.maximum(np.abs(true), FLOOR))))
-    return worst if np.isfinite(worst) else np.inf
+def ulps(found: np.ndarray, true: np.ndarray, dtype: str) -> np.ndarray:
+    """Errors in ulp of the true values; NaN is infinitely wrong."""
+    unit, least, zero = UNITS[dtype]
+    found = found.astype(np.float64)
+    off = np.abs(found - true) / (unit * np.maximum(np.abs(true), least))
+    off = np.where((np.abs(true) < zero) & (np.abs(found) <= zero), 0.0, off)
+    return np.where(np.isnan(off), np.inf, off)
 
 
-def main() -> None:
-    """Print the worst case over all inputs, and which input it was."""
-    worst = {(q, r): (0.0, "") for q in QUANTITIES for r in RIVALS}
-    for case, x in cases().items():
-        t = np.arange(ROWS) % x.shape[1]
-        t[: ROWS // 2] = x.argmax(1)[: ROWS // 2]  # half the rows are right already
-        true = truth(x, t)
-        for rival, run in RIVALS.items():
-            found = run(x, t)
-            for q in QUANTITIES:
-                worst[q, rival] = max(worst[q, rival], (ulp(found[q], true[q]), case))
-    table = Table(title="worst float32 error in ulp (and where)")
-    table.add_column("")
-    for rival in RIVALS:
-        table.add_column(rival)
+def _short(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def table(errors: Sequence[Error], dtype: str) -> Table:
+    """One type: worst (mean) over all cases, and the worst one."""
+    found = Table(title=f"{dtype}: worst (mean) error in ulp, and where the worst is", title_justify="left")
+    found.add_column("")
+    for call in CALLS:
+        found.add_column(call)
     for q in QUANTITIES:
-        table.add_row(q, *(f"{worst[q, r][0]:.3g}  ({worst[q, r][1]})" for r in RIVALS))
-    Console(width=160).print(table)
+        cells = []
+        for call in CALLS:
+            mine = [e for e in errors if (e.quantity, e.dtype, e.call) == (q, dtype, call)]
+            whole = next(e for e in mine if e.case == ALL)
+            where = max((e for e in mine if e.case != ALL), key=lambda e: e.worst_ulp).case
+            cells.append(f"{whole.worst_ulp:.3g} ({whole.mean_ulp:.2g})\n{where}")
+        found.add_row(q, *cells)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

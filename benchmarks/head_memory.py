@@ -1,11 +1,9 @@
-"""`make bench-head`: a head too large for its logits, once in each memory mode; and what chunks do to accuracy.
+"""`make bench-head`: a head too large for its logits, once in each memory mode.
 
-First Gemma-2 2B's head with its loss and the gradients of input and linear_weight, each mode in a process of its own:
+Gemma-2 2B's head with its loss and the gradients of input and linear_weight, each mode in a process of its own:
 seconds, bytes of arrays beyond inputs and gradients (as in `make bench`), the process's peak, and the error of
 dL/dinput in a few rows against float64. Beside them what the built-in path would need beyond inputs and gradients:
 in PyTorch by the shapes, in JAX by its compiler; it is not run. Minutes, and 24 GiB of memory.
-
-Then the relative error of dL/dlinear_weight, bfloat16, against float64: of a small head in 1 chunk and in 128.
 """
 
 from __future__ import annotations
@@ -30,8 +28,6 @@ from benchmarks.heads import BLOCK, HeadCase, head_of
 GEMMA2_2B = "8192x2304@256000"
 MODES = ("fast", "lean")
 DOORS = ("torch", "jax")
-SMALL = HeadCase((1024, 64, 512), "bfloat16")
-CHUNKS = (1, 128)
 SAMPLE = 4  # rows
 FAR = 0.03  # a row's relative error in bfloat16: p alone is off by the roundoff of a logit near 6
 Result = dict[str, Any]
@@ -75,7 +71,6 @@ def main(given: Sequence[str] | None = None) -> int:
         needs = built_in_bytes(case) if door == "torch" else in_a_process(door, "built-in", case).get("workspace")
         table.add_row(door, "built-in, not run", "", "?" if needs is None else _gib(needs))
     console.print(table)
-    console.print(accuracy(options.door))
     return 0 if ended_well else 1
 
 
@@ -194,76 +189,6 @@ def _resident() -> tuple[int, int]:
     lines = status.read_text().splitlines() if status.exists() else []
     fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (s.partition(":") for s in lines) if "kB" in rest}
     return fields.get("VmRSS", 0), fields.get("VmHWM", 0)
-
-
-def accuracy(doors: Sequence[str], case: HeadCase = SMALL) -> Table:
-    """Relative errors of the small head's dL/dlinear_weight."""
-    table = Table(title=f"dL/dlinear_weight off by, {case} {case.dtype}", title_justify="left")
-    for name in ("", *(f"{count} chunk{'s' * (count > 1)}" for count in CHUNKS)):
-        table.add_column(name, justify="right" if name else "left")
-    for name, errors in weight_errors(doors, case).items():
-        table.add_row(name, *(f"{error:.3e}" for error in errors))
-    return table
-
-
-def weight_errors(doors: Sequence[str], case: HeadCase = SMALL) -> dict[str, list[float]]:
-    """|dW - truth| / |truth| by name, for each number of chunks."""
-    truth, _ = case.truth("d_linear_weight")
-    calls = {name: call for door in doors for name, call in {"torch": _by_torch, "jax": _by_jax}[door](case).items()}
-
-    def error(dw: np.ndarray) -> float:
-        return float(np.linalg.norm(case.lines("d_linear_weight", dw) - truth) / np.linalg.norm(truth))
-
-    return {name: [error(call(count)) for count in CHUNKS] for name, call in calls.items()}
-
-
-def _by_torch(case: HeadCase) -> dict[str, Any]:
-    import torch
-    import torch.nn.functional as F
-
-    import torch_ops
-    from benchmarks import torch_heads
-
-    on = torch_heads.Inputs(case)
-
-    def ours(mode: Any, size: int, count: int) -> np.ndarray:
-        loss: Any = partial(torch_ops.linear_cross_entropy, memory=mode, chunk_size=-(-size // count))
-        return torch_heads.numpy(torch_heads.gradients(loss, on)[2])
-
-    def theirs(options: dict[str, Any], count: int) -> np.ndarray:
-        loss = torch_heads.chunked(batch_chunk_size=-(-case.rows // count), **options)
-        return torch_heads.numpy(torch_heads.gradients(loss, on)[2])
-
-    def micro_batches(count: int) -> np.ndarray:
-        w = on.linear_weight.detach().clone().requires_grad_()
-        for x, t in zip(on.input.detach().chunk(count), on.target.chunk(count), strict=True):
-            (F.cross_entropy(F.linear(x, w), t, reduction="sum") / case.rows).backward()
-        assert w.grad is not None
-        return torch_heads.numpy(w.grad)
-
-    found = {
-        "torch, ours, fast": partial(ours, "fast", case.rows),
-        "torch, ours, lean": partial(ours, "lean", case.classes),
-    }
-    if torch_heads.skipped() is None:
-        found["F.linear_cross_entropy"] = partial(theirs, {})
-        half = {"acc_policy": "accurate", "acc_dtype": getattr(torch, case.dtype)}
-        found["F.linear_cross_entropy, summed in bfloat16"] = partial(theirs, half)
-    return {**found, "F.cross_entropy, micro-batches summed in .grad": micro_batches}
-
-
-def _by_jax(case: HeadCase) -> dict[str, Any]:
-    import jax_ops
-    from benchmarks import jax_heads
-
-    on = jax_heads.Inputs(case)
-    arrays = (on.input, on.linear_weight, on.target)
-
-    def ours(mode: str, size: int, count: int) -> np.ndarray:
-        loss = partial(jax_ops.linear_cross_entropy, memory=mode, chunk_size=-(-size // count))
-        return jax_heads.numpy(jax_heads.compiled(loss, *arrays)(*arrays)[1][1])
-
-    return {"jax, ours, fast": partial(ours, "fast", case.rows), "jax, ours, lean": partial(ours, "lean", case.classes)}
 
 
 if __name__ == "__main__":

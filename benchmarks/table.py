@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from benchmarks import records
 from benchmarks.timing import Turns
 
 COPY, GEMMS, OURS = "copy", "three matmuls", "ours"
@@ -109,23 +109,12 @@ def keep(new: Sequence[Line], file: Path, *, refused: Iterable[tuple[Any, ...]] 
     """Put the lines in the file; a cell measured again, or refused, loses what it was."""
     replaced = {line.cell for line in new} | set(refused)
     known = [] if not file.exists() else [line for line in read(file) if line.cell not in replaced]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as out:
-        table = csv.DictWriter(out, [field.name for field in fields(Line)], lineterminator="\n")
-        table.writeheader()
-        table.writerows(asdict(line) for line in [*known, *new])
+    records.write(Line, [*known, *new], file)
 
 
 def read(file: Path) -> list[Line]:
     """The lines of a CSV."""
-    types = {"str": str, "int": int, "float": float, "int | None": _or_none(int), "float | None": _or_none(float)}
-    convert = {field.name: types[str(field.type)] for field in fields(Line)}
-    with file.open(newline="") as source:
-        return [Line(**{name: convert[name](text) for name, text in row.items()}) for row in csv.DictReader(source)]
-
-
-def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: kind(text) if text else None
+    return records.read(Line, file)
 
 
 def show(title: str, cells: Sequence[list[Line]], logits_bytes: int) -> Table:

@@ -1,1 +1,1 @@
-"""The demo: one small language model, two frameworks, three losses (`python -m examples.demo`)."""
+"""Files to copy from, and the demo: one small language model, two frameworks, three losses (`examples.demo`)."""

@@ -33,16 +33,20 @@ def describe(x: Any) -> Array:
     return Array(tuple(x.shape), str(dtype), kind)
 
 
-def same_axes(*arrays: Any) -> tuple[Any, ...]:
-    """The arrays, varying over the same mesh axes: inside shard_map a derivative has its argument's type."""
-    varying = [frozenset() if x is None else _varying(x) for x in arrays]
-    joint = frozenset().union(*varying)
+def same_axes(*arrays: Any, but: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """The arrays, varying over the same mesh axes: inside shard_map a derivative has its argument's type.
+
+    Of the axes `but` each keeps what it has.
+    """
+    axes = [frozenset() if x is None else varying(x) for x in arrays]
+    joint = frozenset().union(*axes) - set(but)
     return tuple(
-        x if x is None or has == joint else jax.lax.pcast(x, tuple(joint - has), to="varying")
-        for x, has in zip(arrays, varying, strict=True)
+        x if x is None or joint <= has else jax.lax.pcast(x, tuple(joint - has), to="varying")
+        for x, has in zip(arrays, axes, strict=True)
     )
 
 
-def _varying(x: jax.Array) -> frozenset[Any]:
+def varying(x: jax.Array) -> frozenset[Any]:
+    """The mesh axes x varies over, as far as a shard_map checks it."""
     kind: Any = jax.typeof(x)
     return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # renamed between releases

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_ops._alone import when_alone
 from jax_ops._autodiff import analytic
 from jax_ops._chunks import Cut, Part, cut
 
@@ -82,7 +83,7 @@ def _is_half(x: Array) -> bool:
 
 # Half-precision operands on the CPU: in float32, piece by piece of the classes. XLA's CPU backend (jaxlib 0.10.2) takes
 # 1.4 times as long over bfloat16 ones (1024 rows, V=49152, D=576: 825 ms of processor time against 600).
-def _half_logits_fwd(x: Array, w: Array) -> Any:
+def _half_logits_pieces(x: Array, w: Array) -> Array:
     def pieces(x: Array, w: Array) -> Array:
         classes, x = _pieces(w, x), x.astype(jnp.float32)
         z = jnp.zeros_like(x, shape=(x.shape[0], w.shape[0]))
@@ -92,7 +93,15 @@ def _half_logits_fwd(x: Array, w: Array) -> Any:
 
         return classes.loop(step, z)
 
-    return lax.platform_dependent(x, w, cpu=pieces, default=lambda x, w: _dot(x, w, 1, 1)), (x, w)
+    return lax.platform_dependent(x, w, cpu=pieces, default=_half_logits_whole)
+
+
+def _half_logits_whole(x: Array, w: Array) -> Array:
+    return _dot(x, w, 1, 1)
+
+
+def _half_logits_fwd(x: Array, w: Array) -> Any:
+    return when_alone(_half_logits_pieces, _half_logits_whole, x, w), (x, w)
 
 
 def _half_logits_bwd(saved: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
@@ -101,7 +110,7 @@ def _half_logits_bwd(saved: tuple[Array, Array], ct: Array) -> tuple[Array, Arra
     return input_bwd(ct, w).astype(x.dtype), d_w.astype(w.dtype)
 
 
-def _half_input_bwd_fwd(dz: Array, w: Array) -> Any:
+def _half_input_bwd_pieces(dz: Array, w: Array) -> Array:
     def pieces(dz: Array, w: Array) -> Array:
         classes = _pieces(w, dz)
 
@@ -110,7 +119,15 @@ def _half_input_bwd_fwd(dz: Array, w: Array) -> Any:
 
         return classes.loop(step, jnp.zeros_like(dz, shape=(dz.shape[0], w.shape[1])))
 
-    return lax.platform_dependent(dz, w, cpu=pieces, default=lambda dz, w: _dot(*_alike(dz, w), 1, 0)), (dz, w)
+    return lax.platform_dependent(dz, w, cpu=pieces, default=_half_input_bwd_whole)
+
+
+def _half_input_bwd_whole(dz: Array, w: Array) -> Array:
+    return _dot(*_alike(dz, w), 1, 0)
+
+
+def _half_input_bwd_fwd(dz: Array, w: Array) -> Any:
+    return when_alone(_half_input_bwd_pieces, _half_input_bwd_whole, dz, w), (dz, w)
 
 
 def _half_input_bwd_bwd(saved: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
@@ -145,11 +162,15 @@ def _pieces(w: Any, rows: Array) -> Cut:
     return cut(w.shape[0], _TILE // ((number + w.shape[1] or 1) * 4))
 
 
-def _biased_fwd(z: Array, b: Array) -> Any:
+def _biased_pieces(z: Array, b: Array) -> Array:
     # In pieces of few rows, each written over the one it came from: XLA's CPU backend (jaxlib 0.10.2) otherwise
     # copies the sum before a kernel writes over it.
     pieces = cut(z.shape[0], _TILE // max(z.shape[1] * 4, 1))
-    return pieces.loop(lambda z, part: pieces.put(z, pieces.take(z, part) + b, part), z), None
+    return pieces.loop(lambda z, part: pieces.put(z, pieces.take(z, part) + b, part), z)
+
+
+def _biased_fwd(z: Array, b: Array) -> Any:
+    return when_alone(_biased_pieces, jnp.add, z, b), None
 
 
 def _biased_bwd(_: None, ct: Array) -> tuple[Array, Array]:
@@ -159,7 +180,7 @@ def _biased_bwd(_: None, ct: Array) -> tuple[Array, Array]:
 _biased = analytic(_biased_fwd, _biased_bwd)
 
 
-def _weight_fwd(total: Array, dz: Array, x: Array, start: Array) -> Any:
+def _weight_pieces(total: Array, dz: Array, x: Array, start: Array) -> Array:
     # In pieces of few classes: their product and their dlogits in the operands' type stay in the cache, where one
     # product of all classes is as large as the weight itself (1024 rows, V=49152, D=576 float32, 2 cores: 0.8 of
     # the time, and 6 MiB where the other takes 108).
@@ -169,11 +190,23 @@ def _weight_fwd(total: Array, dz: Array, x: Array, start: Array) -> Any:
         product = _product(classes.take(dz, part, 1), x)
         if (fresh := classes.fresh(part)) is not None:
             product = jnp.where(fresh[:, None], product, 0.0)
-        at = start + classes.start(part)
-        product = product + lax.dynamic_slice_in_dim(total, at, product.shape[0])
-        return lax.dynamic_update_slice_in_dim(total, product, at, 0)
+        return _plus(total, product, start + classes.start(part))
 
-    return classes.loop(step, total), (dz, x, start)
+    return classes.loop(step, total)
+
+
+def _weight_whole(total: Array, dz: Array, x: Array, start: Array) -> Array:
+    product = _product(dz, x)
+    return total + product if product.shape == total.shape else _plus(total, product, start)
+
+
+def _plus(total: Array, product: Array, at: Array) -> Array:
+    product = product + lax.dynamic_slice_in_dim(total, at, product.shape[0])
+    return lax.dynamic_update_slice_in_dim(total, product, at, 0)
+
+
+def _weight_fwd(total: Array, dz: Array, x: Array, start: Array) -> Any:
+    return when_alone(_weight_pieces, _weight_whole, total, dz, x, start), (dz, x, start)
 
 
 def _weight_bwd(saved: tuple[Array, Array, Array], ct: Array) -> Any:

@@ -19,6 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_ops import _native as native
+from jax_ops._alone import alone
 
 _FLOATS = ("float32", "float64", "bfloat16", "float16")
 
@@ -157,15 +158,9 @@ def _serves(ctx: Any) -> bool:
     Not in an export, which has to run anywhere. Not where XLA itself partitions over several devices: it knows
     nothing of a custom call, and would gather all of the rows on every one of them.
     """
-    module = ctx.module_context
-    context = module.axis_context
-    if isinstance(context, mlir.SPMDAxisContext):
-        alone = set(context.manual_axes) == set(context.mesh.axis_names)
-    else:
-        alone = isinstance(context, mlir.ShardingContext) and context.num_devices == 1
     return (
-        alone
-        and not module.lowering_parameters.for_export
+        alone(ctx)
+        and not ctx.module_context.lowering_parameters.for_export
         and str(ctx.avals_in[0].dtype) in _FLOATS
         and all(0 not in aval.shape for aval in ctx.avals_in)
     )

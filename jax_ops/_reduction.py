@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_ops._rows import IGNORED, INVALID, is_soft
+from jax_ops._shards import Shard
 from softmax_ext.contract import LossOptions
 
 
@@ -31,7 +32,7 @@ def coefficients(
     weight: Array | None,
     token_weight: Array | None,
     options: LossOptions,
-    classes: int,
+    shard: Shard,
 ) -> Coefficients:
     """What each row's numbers are multiplied by; `ones` has the rows' shape and type, targets are canonical or soft.
 
@@ -43,13 +44,15 @@ def coefficients(
     tokens = nll = 1.0
     if token_weight is not None:
         tokens = jnp.where(kept, token_weight.astype(ones.dtype), 0.0)
-    if not soft and weight is not None and classes:
+    if not soft and weight is not None and shard.total:
+        t, inside = shard.local(target)
+        at = weight.astype(ones.dtype).at[t.clip(0, shard.classes - 1)]
         # Ignored rows read no weight, not even through 0 * inf.
-        at = weight.astype(ones.dtype).at[target.clip(0, classes - 1)]
-        nll = share = jnp.where(kept, at.get(mode="clip", out_sharding=jax.typeof(target).sharding), 0.0)
+        mine = kept if not shard.names else inside
+        nll = share = shard.sum(jnp.where(mine, at.get(mode="clip", out_sharding=jax.typeof(t).sharding), 0.0))
     return Coefficients(
         nll=(1.0 - s) * nll * tokens if s < 1.0 else None,
-        smooth=s / max(classes, 1) * tokens if s > 0.0 else None,
+        smooth=s / max(shard.total, 1) * tokens if s > 0.0 else None,
         square=options.z_loss * tokens if options.z_loss > 0.0 else None,
         share=share * tokens,
         kept=kept,

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_ops import _rows as rows
+from jax_ops import _sharded_rows
 from jax_ops._arrays import describe, same_axes, unwrap
 from jax_ops._autodiff import analytic
 from jax_ops._reduction import coefficients, combine, reduce, statistics
+from jax_ops._shards import Shard, shard_of
 from jax_ops._targets import canonical
 from softmax_ext import contract
 
@@ -34,6 +36,7 @@ def cross_entropy(
     token_weight: ArrayLike | None = None,
     on_all_ignored: str = "nan",
     stats: tuple[()] = (),
+    axis_name: str | Sequence[str] | None = None,
 ) -> jax.Array: ...
 @overload
 def cross_entropy(
@@ -51,6 +54,7 @@ def cross_entropy(
     token_weight: ArrayLike | None = None,
     on_all_ignored: str = "nan",
     stats: Sequence[Literal["lse", "logprob", "entropy", "argmax"]],
+    axis_name: str | Sequence[str] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 def cross_entropy(
     input: ArrayLike,
@@ -67,6 +71,7 @@ def cross_entropy(
     token_weight: ArrayLike | None = None,
     on_all_ignored: str = "nan",
     stats: Sequence[str] = (),
+    axis_name: str | Sequence[str] | None = None,
 ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
     """Cross-entropy between softmax(input) and targets, in nats.
 
@@ -88,6 +93,9 @@ def cross_entropy(
         token_weight: one weight per row, the shape of the class indices.
         on_all_ignored: what a mean over nothing gives: "nan", or "zero" (with zero gradients).
         stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
+        axis_name: inside `jax.shard_map`, the mesh axis (or axes) whose devices have an equal part of the classes
+            each, in their order: of logits, soft targets and weight. Class indices count all of the classes;
+            rows, losses and statistics are the same on every device.
 
     Returns:
         The loss, float32 for half-precision logits: a scalar, or row-shaped with reduction "none". With `stats`
@@ -119,17 +127,19 @@ def cross_entropy(
     axis = contract.dimension("cross_entropy", "axis", axis, len(about.shape))
     soft = contract.loss("cross_entropy", about, *facts[1:], options=options, axis=axis)
 
+    shard = shard_of("cross_entropy", axis_name, about.shape[axis])
+
     limits = jnp.finfo(jnp.promote_types(about.dtype, jnp.float32))
     scale, cap = options.fitted(float(limits.tiny), float(limits.max))
-    classes = about.shape[axis]
     if not soft:
-        arrays[1] = canonical(arrays[1], classes, options.ignored)
+        arrays[1] = canonical(arrays[1], shard.total, options.ignored)
     logits, t = jnp.asarray(arrays[0]), jnp.asarray(arrays[1])
     w, tw = (None if a is None else jnp.asarray(a) for a in arrays[2:])
     per_row = row(
         logits,
         t,
         w,
+        shard=shard,
         axis=axis,
         scale=scale,
         softcap=cap,
@@ -138,15 +148,14 @@ def cross_entropy(
         + ("smooth",) * (options.label_smoothing > 0.0)
         + ("entropy",) * ("entropy" in stats),
     )
-    by = coefficients(jnp.ones_like(per_row["nll"]), t, w, tw, options, classes)
+    by = coefficients(jnp.ones_like(per_row["nll"]), t, w, tw, options, shard)
     loss = combine(per_row, t, by)
     if options.reduction != "none":
         loss = reduce(loss.sum(), by, options)
     if not stats:
         return loss
     if "argmax" in stats:
-        z = rows.capped(jax.lax.stop_gradient(logits), scale, cap)
-        per_row["argmax"] = z.argmax(axis) if classes else jnp.full(per_row["nll"].shape, -1)
+        per_row["argmax"] = argmax(logits, shard=shard, axis=axis, scale=scale, softcap=cap)
     return loss, statistics(per_row, t, options)
 
 
@@ -155,6 +164,7 @@ def row(
     target: jax.Array,
     weight: jax.Array | None,
     *,
+    shard: Shard | None = None,
     axis: int,
     scale: float = 1.0,
     softcap: float | None = None,
@@ -165,8 +175,20 @@ def row(
         weight = None  # nothing in the row depends on it
     if weight is not None:
         weight = weight.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    arrays = same_axes(logits, target, weight)
-    return dict(zip(names, _row(axis, scale, softcap, names)(*arrays), strict=True))
+    if shard is not None and shard.names:
+        layout: dict[str, Any] = {"axis": axis, "scale": scale, "softcap": softcap}
+        out = _sharded_rows.per_row(logits, target, weight, shard=shard, **layout, names=names)
+    else:
+        out = _row(axis, scale, softcap, names)(*same_axes(logits, target, weight))
+    return dict(zip(names, out, strict=True))
+
+
+def argmax(logits: jax.Array, *, shard: Shard, axis: int, scale: float, softcap: float | None) -> jax.Array:
+    """The first class with the largest logit of each row; -1 where there are no classes."""
+    z = rows.capped(jax.lax.stop_gradient(logits), scale, softcap)
+    if not shard.total:
+        return jnp.full(z.sum(axis).shape, -1)
+    return shard.first_largest(z.max(axis), z.argmax(axis))
 
 
 @cache

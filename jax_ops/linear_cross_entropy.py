@@ -17,6 +17,7 @@ from jax_ops._chunks import cut
 from jax_ops._linear import wide
 from jax_ops._reduction import coefficients, combine, reduce, statistics
 from jax_ops._rows import IGNORED
+from jax_ops._shards import shard_of
 from jax_ops._targets import canonical
 from softmax_ext import contract
 
@@ -43,6 +44,7 @@ def linear_cross_entropy(
     shift: int = 0,
     memory: str = "fast",
     chunk_size: int | None = None,
+    axis_name: str | Sequence[str] | None = None,
 ) -> jax.Array: ...
 @overload
 def linear_cross_entropy(
@@ -64,6 +66,7 @@ def linear_cross_entropy(
     shift: int = 0,
     memory: str = "fast",
     chunk_size: int | None = None,
+    axis_name: str | Sequence[str] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 def linear_cross_entropy(
     input: ArrayLike,
@@ -84,6 +87,7 @@ def linear_cross_entropy(
     shift: int = 0,
     memory: str = "fast",
     chunk_size: int | None = None,
+    axis_name: str | Sequence[str] | None = None,
 ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
     """Cross-entropy between softmax(input linear_weightT + linear_bias) and targets, in nats.
 
@@ -110,6 +114,9 @@ def linear_cross_entropy(
         shift: k >= 0; the loss of input[..., :-k, :] and target[..., k:], token_weight likewise.
         memory: "fast" works by chunks of the rows, "lean" by slices of the classes, and keeps less.
         chunk_size: rows (fast) or classes (lean) at a time, at most; None picks what 256 MiB hold of logits.
+        axis_name: inside `jax.shard_map`, the mesh axis (or axes) whose devices have an equal part of the classes
+            each, in their order: of linear_weight, linear_bias, soft targets and weight. Class indices count all
+            of the classes; the input's rows, losses and statistics are the same on every device.
 
     Returns:
         The loss, float32 for half-precision input: a scalar, or row-shaped with reduction "none". With `stats`
@@ -146,7 +153,8 @@ def linear_cross_entropy(
     soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **more)
 
     x, w = map(jnp.asarray, arrays[:2])
-    t = jnp.asarray(arrays[2] if soft else canonical(arrays[2], w.shape[0], options.ignored))
+    shard = shard_of("linear_cross_entropy", axis_name, w.shape[0])
+    t = jnp.asarray(arrays[2] if soft else canonical(arrays[2], shard.total, options.ignored))
     b, class_weight, tokens = (None if a is None else jnp.asarray(a) for a in arrays[3:])
     x, t, tokens, outside = _shifted(x, t, tokens, shift)
     lead, classes, inner = x.shape[:-1], w.shape[0], w.shape[1:-1]
@@ -165,9 +173,9 @@ def linear_cross_entropy(
     size, others = (x.shape[0], classes) if memory == "fast" else (classes, x.shape[0])
     fits = WORKSPACE // max(kind.itemsize * others * positions, 1) if isinstance(others, int) else 4096
     chunks = cut(size, int(chunk_size or fits), strided=memory == "fast")
-    given = {"cut": chunks, "scale": scale, "softcap": cap}
+    given = {"cut": chunks, "shard": shard, "scale": scale, "softcap": cap}
 
-    by = coefficients(jnp.ones_like(x, shape=flat, dtype=kind), t, class_weight, tokens, options, classes)
+    by = coefficients(jnp.ones_like(x, shape=flat, dtype=kind), t, class_weight, tokens, options, shard)
     # Nothing in the rows depends on the class weights of integer targets.
     mixed = class_weight.astype(kind) if class_weight is not None and (soft or by.smooth is not None) else None
     over = partial(_over_positions, bool(inner), 1 if not soft else 2)
@@ -187,7 +195,7 @@ def linear_cross_entropy(
     rows = dict(zip(names, over(partial(module.per_row, names=names, **given), x, w, b, t, mixed), strict=True))
     loss = combine(rows, t, by)
     if "argmax" in stats:
-        rows["argmax"] = over(partial(module.argmax, **given), x, w, b) if classes else jnp.full(flat, -1)
+        rows["argmax"] = over(partial(module.argmax, **given), x, w, b) if shard.total else jnp.full(flat, -1)
     out = {name: value.reshape(shape)[outside] for name, value in statistics(rows, t, options).items()}
     loss = loss.reshape(shape)[outside] if options.reduction == "none" else reduce(loss.sum(), by, options)
     return (loss, out) if stats else loss

@@ -29,6 +29,10 @@ class ArgumentIndexError(ValueError, IndexError, RuntimeError):
     """A dimension or class index out of range."""
 
 
+class ArgumentNameError(ValueError, NameError):
+    """A name that nothing around the call binds: JAX calls an unknown mesh axis a NameError."""
+
+
 class ArgumentTypeError(TypeError, NotImplementedError):
     """An argument of the wrong type."""
 
@@ -182,6 +186,23 @@ def head_options(op: str, shift: Any, memory: Any, chunk_size: Any) -> None:
         _type(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
     if chunk_size is not None and chunk_size < 1:
         _value(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
+
+
+def axis_names(op: str, axis_name: Any) -> tuple[str, ...]:
+    """The mesh axes that classes are sharded over; none for None."""
+    names = (axis_name,) if isinstance(axis_name, str) else () if axis_name is None else axis_name
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        _type(op, "axis_name", "be the name of a mesh axis, a tuple of them or None", axis_name)
+    if len(set(names)) != len(names):
+        _value(op, "axis_name", "name each mesh axis once", axis_name)
+    return tuple(names)
+
+
+def axis_unbound(op: str, axis_name: Any) -> NameError:
+    """The error for a mesh axis that no shard_map around the call maps over."""
+    return ArgumentNameError(
+        _sentence(op, "axis_name", "name mesh axes of a jax.shard_map around the call", _words(axis_name))
+    )
 
 
 def _targets_and_weights(

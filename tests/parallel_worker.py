@@ -541,6 +541,9 @@ def dtensor_heads_stay_where_they_are() -> None:
     loss = torch_ops.linear_cross_entropy(plain, lw, t)
     loss.backward()
     same(plain.grad, theirs[1][0], "gradient of plain activations")
+    module = torch_ops.nn.LinearCrossEntropyLoss(D, 8, dtype=F64)
+    module.linear.weight = torch.nn.Parameter(cut(lw0, mesh, Shard(0)))
+    same(module(x0, t).full_tensor(), theirs[0], "a module whose weight is sharded")
     # A batch of this rank's own is no replicated tensor.
     if dist.get_world_size() > 1:
         other = (t + dist.get_rank()).clamp(max=7)
@@ -660,6 +663,16 @@ def fsdp_with_its_own_unit_for_the_head() -> None:
     for (n, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         grad: Any = p.grad
         same(grad.full_tensor(), q.grad, f"fsdp {n}")
+    # Outside: rows of every rank as a DTensor, and no whole head.
+    flat = model.head.linear.weight.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    rows, t = (DTensor.from_local(v, flat, [Shard(0)]) for v in given[dist.get_rank()])
+    with Messages() as sent:
+        loss: Any = torch_ops.linear_cross_entropy(rows, model.head.linear.weight, t)
+    assert max(sent.sizes()) <= 6 * dist.get_world_size() * D, sent.found
+    whole = torch_ops.linear_cross_entropy(
+        torch.cat([x for x, _ in given]), alone.head.linear.weight, torch.cat([t for _, t in given])
+    )
+    same(loss.full_tensor().detach(), whole.detach(), "a head outside its module")
 
 
 def main() -> int:

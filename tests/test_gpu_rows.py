@@ -12,7 +12,7 @@ What these tests and test_gpu_compiled.py cannot see, for want of a GPU (`make g
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,14 @@ def test_accuracy_of_loss_options(kind: str, name: str) -> None:
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(("kind", "name"), [("hard weighted", "all"), ("soft weighted", "smooth"), ("soft", "all")])
 def test_loss_options_block_by_block(kind: str, name: str) -> None:
-    arrays, r = test_ops.loss_arrays(kind, 100, "float32")
-    stats = ("lse", "entropy")
+    _loss(kind, 100, name)
+
+
+def _loss(kind: str, classes: int, name: str) -> None:
+    arrays, r = test_ops.loss_arrays(kind, classes, "float32")
     ups = {"value": r.dloss, "lse": r.dloss[::-1].copy(), "entropy": 0.5 * r.dloss}
-    test_ops.check(
-        FW, "cross_entropy", "float32", arrays, ups, reduction="none", stats=stats, **cases.OPTIONS[name]
-    )  # fmt: skip
+    options = {"reduction": "none", "stats": ("lse", "entropy"), **cases.OPTIONS[name]}
+    test_ops.check(FW, "cross_entropy", "float32", arrays, ups, **options)
 
 
 @pytest.mark.parametrize("at", [0, 9])
@@ -209,30 +211,62 @@ def test_offsets_are_64_bit() -> None:
     assert triton.__version__
 
 
-# A mutant of the kernels: what is replaced, and by what. Each is a mistake that was made somewhere.
-MUTANTS: dict[str, tuple[str, str, str]] = {
-    "padding enters the sums": ("gpu_rows", 'other=-float("inf")', "other=0.0"),
-    "older tiles keep their origin": ("gpu_rows", "(rest + top) * carry", "(rest + top)"),
-    "ties counted once": ("gpu_rows", "(times - 1.0) * new_top", "0.0 * new_top"),
-    "last block unread": ("gpu_rows", "range(0, V, COLS)", "range(0, V - COLS, COLS)"),
-    "sum term dropped": ("gpu_rows", "tl.sum(a * g, axis=1, keep_dims=True)", "0.0"),
-    "upstream's sum dropped": ("gpu_rows", "over(-tl.sum(g, axis=1, keep_dims=True)", "over(0.0 * m"),
-    "1 + rest instead of log1p": ("gpu_math", "ratio(lost, u, F)", "0.0 * u"),
-    "scale forgotten in the slope": ("gpu_math", "(1.0 + e)) * scale)", "(1.0 + e)))"),
-    "soft cap's derivative missing": ("gpu_math", "return dz * (4.0 * e", "return dz + 0.0 * (4.0 * e"),
-    "shift rounded": ("gpu_math", "tl.abs(shift) >= 256.0", "tl.abs(shift) >= 0.0"),
-    "one-hot dropped": ("gpu_cross_entropy", "others * p - d_nll * (q_high + q_low)", "(others + d_nll) * p"),
+WIDE = 1 << 20
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "accuracy": lambda: test_ops.test_accuracy(FW, "float32", 100),
+    "hard": lambda: _loss("hard weighted", 65, "all"),
+    "soft": lambda: _loss("soft weighted", 65, "all"),
+    "plain soft": lambda: _loss("soft", 33, "plain"),
+    "canonical": lambda: test_rows.test_canonical_targets(FW),
+    "confident": lambda: test_ops.test_confident_row_keeps_its_loss_and_gradient(FW, "float32", 0, "hard"),
+}
+# A mutant of the kernels: what is replaced, and by what; the check that must fail, and the widest block it is run with.
+# Each is a mistake that was made somewhere.
+MUTANTS: dict[str, tuple[str, str, str, str, int]] = {
+    "padding enters the sums": ("gpu_rows", 'other=-float("inf")', "other=0.0", "accuracy", WIDE),
+    "older tiles keep their origin": ("gpu_rows", "(rest + top) * carry", "(rest + top)", "canonical", WIDE),
+    "ties counted once": ("gpu_rows", "(times - 1.0) * new_top", "0.0 * new_top", "accuracy", WIDE),
+    "last block unread": ("gpu_rows", "range(0, V, COLS)", "range(0, V - COLS, COLS)", "accuracy", 32),
+    "sum term dropped": ("gpu_rows", "tl.sum(a * g, axis=1, keep_dims=True)", "0.0", "accuracy", WIDE),
+    "upstream's sum dropped": ("gpu_rows", "over(-tl.sum(g, axis=1, keep_dims=True)", "over(0.0 * m", "accuracy", WIDE),
+    "1 + rest instead of log1p": ("gpu_math", "ratio(lost, u, F)", "0.0 * u", "accuracy", WIDE),
+    "scale forgotten in the slope": ("gpu_math", "(1.0 + e)) * scale)", "(1.0 + e)))", "hard", WIDE),
+    "soft cap's derivative missing": ("gpu_math", "return dz * (4.0 * e", "return dz + 0.0 * (4.0 * e", "hard", WIDE),
+    "shift rounded": ("gpu_math", "tl.abs(shift) >= 256.0", "tl.abs(shift) >= 0.0", "accuracy", WIDE),
+    "one-hot dropped": (
+        "gpu_cross_entropy",
+        "others * p - d_nll * (q_high + q_low)",
+        "(others + d_nll) * p",
+        "confident",
+        WIDE,
+    ),
     "1 subtracted from p": (
         "gpu_cross_entropy",
         "tl.where(target_z == m, rest, (top - e_t) + rest)",
         "top + rest - e_t",
+        "confident",
+        WIDE,
     ),
-    "-inf times 0": ("gpu_cross_entropy", "tl.where(free, tl.zeros_like(d), mass * d)", "mass * d"),
-    "entropy's sum not moved": ("gpu_cross_entropy", "carry * (ed + moved * (old_top + old_rest))", "carry * ed"),
-    "soft targets sum to 1": ("gpu_cross_entropy", "others + d_nll * asum", "others + d_nll"),
-    "ignored row's loss": ("gpu_cross_entropy", "tl.where(ignored, zero, nll)", "nll"),
-    "invalid row's gradient": ("gpu_cross_entropy", "high + dead, at_target + dead", "high, at_target"),
-    "weights forgotten": ("gpu_cross_entropy", "a = a * w", "a = a * 1.0"),
+    "-inf times 0": ("gpu_cross_entropy", "tl.where(free, tl.zeros_like(d), mass * d)", "mass * d", "canonical", WIDE),
+    "entropy's sum not moved": (
+        "gpu_cross_entropy",
+        "carry * (ed + moved * (old_top + old_rest))",
+        "carry * ed",
+        "hard",
+        32,
+    ),
+    "soft targets sum to 1": ("gpu_cross_entropy", "others + d_nll * asum", "others + d_nll", "plain soft", WIDE),
+    "ignored row's loss": ("gpu_cross_entropy", "tl.where(ignored, zero, nll)", "nll", "canonical", WIDE),
+    "invalid row's gradient": (
+        "gpu_cross_entropy",
+        "high + dead, at_target + dead",
+        "high, at_target",
+        "canonical",
+        WIDE,
+    ),
+    "weights forgotten": ("gpu_cross_entropy", "a = a * w", "a = a * 1.0", "soft", WIDE),
 }
 
 
@@ -240,8 +274,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
 def test_no_mutant_passes(name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(ops.gpu.__file__).parent
     files = {stem: (folder / f"{stem}.py").read_text() for stem in ("gpu_math", "gpu_rows", "gpu_cross_entropy")}
+    caught, width = None, 32
     if name is not None:
-        stem, right, wrong = MUTANTS[name]
+        stem, right, wrong, caught, width = MUTANTS[name]
         assert right in files[stem], "the kernels no longer say this"
         files[stem] = files[stem].replace(right, wrong)
     tag = f"mutant_{abs(hash(name))}"
@@ -252,24 +287,10 @@ def test_no_mutant_passes(name: str | None, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(ops, "gpu", importlib.import_module(f"{tag}.gpu_rows"))
     monkeypatch.setattr(ops, "ce", importlib.import_module(f"{tag}.gpu_cross_entropy"))
     plan = ops.gpu.plan
-    monkeypatch.setattr(ops.gpu, "plan", lambda o, v, i, widest, *rest: plan(o, v, i, min(widest, width[0]), *rest))
-    width = [1 << 20]
-
-    def everything() -> None:
-        for width[0] in (1 << 20, 32):
-            test_ops.test_accuracy(FW, "float32", 100)
-            for kind in ("hard weighted", "soft weighted"):
-                arrays, r = test_ops.loss_arrays(kind, 65, "float32")
-                options = {"reduction": "none", "stats": ("lse", "entropy"), **cases.OPTIONS["all"]}
-                ups = {"value": r.dloss, "lse": r.dloss[::-1].copy(), "entropy": 0.5 * r.dloss}
-                test_ops.check(FW, "cross_entropy", "float32", arrays, ups, **options)
-            arrays, r = test_ops.loss_arrays("soft", 33, "float32")
-            test_ops.check(FW, "cross_entropy", "float32", arrays, {"value": r.dloss}, reduction="none")
-            test_rows.test_canonical_targets(FW)
-            test_ops.test_confident_row_keeps_its_loss_and_gradient(FW, "float32", 0, "hard")
-
-    if name is None:
-        everything()
-    else:
+    monkeypatch.setattr(ops.gpu, "plan", lambda o, v, i, widest, *rest: plan(o, v, i, min(widest, width), *rest))
+    if caught is not None:
         with pytest.raises(AssertionError):
-            everything()
+            CHECKS[caught]()
+        return
+    for check in CHECKS.values():
+        check()

@@ -74,8 +74,13 @@ def test_transform_agrees_with_the_builtins(by: str, memory: str, soft: Any, ent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transform", ["value", "grad", "jvp", "jacrev", "hessian", "hvp", "vmap", "vmap(grad)"])
-@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize(
+    ("memory", "transform"),
+    [
+        *(("fast", transform) for transform in ("value", "grad", "jvp", "jacrev", "hessian", "hvp", "vmap(grad)")),
+        *(("lean", transform) for transform in ("grad", "vmap", "hvp")),
+    ],
+)
 def test_transform_inside_a_compiled_function(memory: str, transform: str) -> None:
     torch._dynamo.reset()
     apply = TRANSFORMS[transform]
@@ -124,7 +129,10 @@ def test_gradcheck(case: Any) -> None:
 @pytest.mark.parametrize("case", CHECKED, ids=str)
 def test_gradgradcheck(case: Any) -> None:
     fn, names = _case(*case)
-    assert gradgradcheck(fn, _leaves(names), check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
+    # fast mode: along random directions, a tenth of the time
+    assert gradgradcheck(
+        fn, _leaves(names), check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True, fast_mode=True
+    )
 
 
 def test_1d_input_passes_batched_forward_gradcheck() -> None:
@@ -255,18 +263,56 @@ def test_20_second_backward_with_retain_graph(memory: Any, reduction: str) -> No
         _same(c.detach(), b / 2.0)
 
 
+@pytest.fixture(params=["half matmuls", "float32 matmuls"])
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of half precision, whichever this CPU takes: logits rounded to it, or formed in float32."""
+    slow = request.param == "float32 matmuls"
+    monkeypatch.setattr(_linear_parts, "_slow_halves", lambda _: slow)
+    return slow
+
+
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_autocast_as_the_linear_layer(memory: Any, dtype: torch.dtype) -> None:
+def test_autocast_as_the_linear_layer(memory: Any, dtype: torch.dtype, wide: bool) -> None:
     x, w, b = (IN[k].to(dtype).requires_grad_() for k in ("x", "lw", "lb"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = torch_ops.linear_cross_entropy(x, w, TARGET, linear_bias=b, memory=memory)
         logits = F.linear(x, w, b)
+    if wide and dtype != torch.float64:  # which autocast leaves alone
+        logits = F.linear(*(a.bfloat16().float() for a in (x, w, b)))
     want = torch_ops.cross_entropy(logits, TARGET)
     torch.testing.assert_close(loss, want)
     for leaf, a, c in zip((x, w, b), *(torch.autograd.grad(v, (x, w, b)) for v in (loss, want)), strict=True):
         assert a.dtype == leaf.dtype
         torch.testing.assert_close(a, c, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_either_way(memory: Any, dtype: torch.dtype, wide: bool, monkeypatch: Any) -> None:
+    """Against float64 on the rounded arguments, over several chunks, and several pieces of the weight."""
+    monkeypatch.setattr(_linear_parts, "PIECE_OF_WEIGHT", 8 * 16)
+    n, d, v = 40, 16, 90
+    g = torch.Generator().manual_seed(3)
+    x, w, b = (torch.randn(s, generator=g).to(dtype).requires_grad_() for s in ((n, d), (v, d), (v,)))
+    t = torch.randint(v, (n,), generator=g)
+    t[5] = -100
+    up = torch.rand(n, generator=g)
+    for reduction, chunk in product(("mean", "none"), (7, 90)):
+        options: dict[str, Any] = {"reduction": reduction, "memory": memory, "chunk_size": chunk}
+        loss = torch_ops.linear_cross_entropy(x, w, t, linear_bias=b, softcap=20.0, **options)
+        found = torch.autograd.grad((loss * up).sum() if reduction == "none" else loss, (x, w, b))
+        exact = [a.detach().double().requires_grad_() for a in (x, w, b)]
+        z = 20.0 * torch.tanh(F.linear(*exact) / 20.0)
+        truth = F.cross_entropy(z, t, reduction=reduction)
+        wanted = torch.autograd.grad((truth * up).sum() if reduction == "none" else truth, exact)
+        # A logit near 16 is rounded to 2^-5 in bfloat16, and p is then off by as much.
+        u = torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(loss.double(), truth, rtol=0, atol=1e-5 if wide else 32 * u)
+        for a, c in zip(found, wanted, strict=True):
+            assert a.dtype == dtype
+            bound = (1.01 if wide else 16) * u * c.abs() + (1e-6 if wide else 4 * u * c.abs().max())
+            assert ((a.double() - c).abs() <= bound).all(), (reduction, chunk)
 
 
 def test_subclasses_see_our_function() -> None:

@@ -100,12 +100,11 @@ def _fwd_bwd(*args: Any) -> list[Tensor]:
 
 
 def _fwd_bwd_one_type(*args: Any) -> list[Tensor]:
-    # Whether a half-precision dW was summed or is one product depends on the number of rows: a graph has one type.
+    # Whether half-precision gradients were summed or are one product depends on the number of rows and on the CPU: a
+    # graph has one type.
     out, kind = _fwd_bwd(*args), torch.promote_types(args[0].dtype, torch.float32)
-    if args[9][1]:
-        at = 2 + (args[6] is not None) + args[9][0]
-        out[at] = out[at].to(kind)
-    return out
+    first = 2 + (args[6] is not None)
+    return [*out[:first], *(g.to(kind) for g in out[first:])]
 
 
 def levelled(arrays: Sequence[Any], upstream: list[Any]) -> tuple[Tensor | None, list[Any]]:
@@ -159,6 +158,5 @@ def _(*args: Any) -> list[Tensor]:
 def _(*args: Any) -> list[Tensor]:
     x, weight, bias, target, s, needs = *args[:4], args[6], args[9]
     kind = torch.promote_types(x.dtype, torch.float32)
-    types = (kind if x.dtype == torch.float16 else x.dtype, kind, kind)
-    grads = [_dense_like(v, t) for v, t, need in zip((x, weight, bias), types, needs, strict=True) if need]
+    grads = [_dense_like(v, kind) for v, need in zip((x, weight, bias), needs, strict=True) if need]
     return _row_like(x, target.shape[0], 2 + (s is not None)) + grads

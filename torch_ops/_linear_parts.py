@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,9 +16,9 @@ from torch_ops._targets import _TRACING
 
 # Entries of a temporary that stands beside the logits: 2 MiB of bfloat16.
 _PIECE = 1 << 20
-# Entries of one product on its way into a wider sum: 8 MiB of bfloat16. Matmuls of fewer classes are slower (at
-# D = 2304 and 512 rows: 455 classes at a time take 1.7 times as long as 2048).
-PRODUCT = 1 << 22
+# Entries of a piece of dW on its way into a wider sum, or of W on its way to a wider matmul: 8 MiB of bfloat16.
+# Matmuls of fewer classes are slower (at D = 2304 and 512 rows: 455 classes at a time take 1.7 times as long as 2048).
+PIECE_OF_WEIGHT = 1 << 22
 
 
 def by_hand(*arrays: Tensor | None) -> bool:
@@ -35,11 +37,50 @@ def is_traced() -> bool:
     return any(torch._C._get_dispatch_mode(mode) for mode in _TRACING)
 
 
+def formed_in(x: Tensor, target: Tensor) -> torch.dtype:
+    """The type of a chunk's logits and its matmuls: the input's, or float32 where its own matmuls are slow.
+
+    PyTorch's bfloat16 matmuls take 1.9 times as long as float32 ones on a Xeon without AMX (N = 2048, D = 576,
+    V = 49152), and with AMX a quarter of the time. Soft targets stay beside logits of their own type.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    slow = half and x.device.type == "cpu" and not target.is_floating_point() and _slow_halves(x.dtype)
+    return torch.float32 if slow else x.dtype
+
+
+@cache
+def _slow_halves(dtype: torch.dtype) -> bool:
+    name = "amx_bf16" if dtype == torch.bfloat16 else "amx_fp16"
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return found.get("architecture") == "x86_64" and not found.get(name, True)
+
+
 def logits(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, out: Tensor) -> Tensor:
-    """X WT + b, written to `out`."""
-    if linear_bias is None:
-        return torch.mm(x, linear_weight.t(), out=out)
-    return torch.addmm(linear_bias, x, linear_weight.t(), out=out)
+    """X WT + b, formed in the type of `out` and written there."""
+    x = x.to(out.dtype)
+    for i, j, w in class_pieces(linear_weight, out.dtype):
+        if linear_bias is None:
+            torch.mm(x, w.t(), out=out[:, i:j])
+        else:
+            torch.addmm(linear_bias[i:j].to(out.dtype), x, w.t(), out=out[:, i:j])
+    return out
+
+
+def class_pieces(linear_weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(begin, end, W of these classes) in the type given: all of them, or pieces in one reused buffer."""
+    if linear_weight.dtype == dtype:
+        yield 0, linear_weight.shape[0], linear_weight
+        return
+    pieces = spans(linear_weight.shape[0], max(1, PIECE_OF_WEIGHT // max(1, linear_weight.shape[1])))
+    room = linear_weight.new_empty(max(j - i for i, j in pieces), linear_weight.shape[1], dtype=dtype)
+    for i, j in pieces:
+        yield i, j, room[: j - i].copy_(linear_weight[i:j])
+
+
+def add_input_gradient(dx: Tensor, dz: Tensor, linear_weight: Tensor) -> None:
+    """dX += dz W, where dX has the type of dz."""
+    for i, j, w in class_pieces(linear_weight, dz.dtype):
+        dx.addmm_(dz[:, i:j], w)
 
 
 def ignored_rows(target: Tensor) -> Tensor | None:
@@ -73,16 +114,15 @@ def first_maximum(z: Tensor, scale: float, softcap: float | None) -> tuple[Tenso
 class ClassGradient:
     """dW = sum over chunks of dzT x and db = sum of dz, in the compute type.
 
-    A half-precision product is rounded before it is added where the matmul cannot return float32; with one chunk
-    nothing is added, and the product is the sum.
+    Where matmuls of a half-precision type round their product, it is rounded before it is added. Not `summed`: there
+    is one chunk, and dW takes its product in its own type.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool, chunks: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool, summed: bool) -> None:
         self.kind = torch.promote_types(weight.dtype, torch.float32)
         self.dtype, self.first = weight.dtype, True
-        dtype = self.kind if chunks > 1 else weight.dtype
+        dtype = self.kind if summed else weight.dtype
         self.dw = weight.new_empty(weight.shape, dtype=dtype) if need_weight else None
-        self.product: Tensor | None = None
         self.db = torch.zeros_like(bias, dtype=self.kind) if need_bias and bias is not None else None
 
     def add(self, dz: Tensor, x: Tensor) -> None:
@@ -91,17 +131,10 @@ class ClassGradient:
             self.db += dz.sum(0, dtype=self.kind)
         if self.dw is None:
             return
-        if self.first and self.dw.dtype == dz.dtype:
-            torch.mm(dz.t(), x, out=self.dw)
-        elif self.dw.dtype == dz.dtype:
-            self.dw.addmm_(dz.t(), x)
+        if self.dw.dtype == dz.dtype:
+            torch.mm(dz.t(), x, out=self.dw) if self.first else self.dw.addmm_(dz.t(), x)
         else:
-            pieces = spans(dz.shape[1], max(1, PRODUCT // max(1, x.shape[1])))
-            if self.product is None:
-                self.product = dz.new_empty(max(j - i for i, j in pieces), x.shape[1])
-            for i, j in pieces:
-                product, total = torch.mm(dz[:, i:j].t(), x, out=self.product[: j - i]), self.dw[i:j]
-                total.copy_(product) if self.first else total.add_(product)
+            add_weight_gradient(self.dw, dz, x, first=self.first)
         self.first = False
 
     def unrounded(self) -> list[Tensor | None]:
@@ -111,6 +144,15 @@ class ClassGradient:
     def rounded(self) -> list[Tensor | None]:
         """[dW, db] in the parameters' type."""
         return [g if g is None else scaled(g, None, self.dtype) for g in (self.dw, self.db)]
+
+
+def add_weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
+    """dW += dzT x, or dW = dzT x, where dW has another type than dz: by pieces of the classes."""
+    pieces = spans(dz.shape[1], max(1, PIECE_OF_WEIGHT // max(1, x.shape[1])))
+    room = dz.new_empty(max(j - i for i, j in pieces), x.shape[1])
+    for i, j in pieces:
+        product = torch.mm(dz[:, i:j].t(), x, out=room[: j - i])
+        dw[i:j].copy_(product) if first else dw[i:j].add_(product)
 
 
 def scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch_ops import _rows as rows
 from torch_ops._chunks import join, spans, that_fit
 from torch_ops._linear_parts import (
-    PRODUCT,
+    PIECE_OF_WEIGHT,
     ClassGradient,
     MassGradient,
+    add_input_gradient,
     first_maximum,
+    formed_in,
     ignored_rows,
     logits,
     without,
@@ -35,7 +37,7 @@ def head_fwd(
     chunk_size: int | None,
 ) -> list[Tensor]:
     """[nll, lse, [smooth], [entropy], m, rest, [argmax]] of each row."""
-    buffer = _Buffer(x, linear_weight, chunk_size)
+    buffer = _Buffer(x, linear_weight, target, chunk_size)
     parts = []
     for i, j in buffer.spans:
         z = logits(x[i:j], linear_weight, linear_bias, buffer.rows(j - i))
@@ -64,13 +66,13 @@ def head_bwd(
     chunk_size: int | None,
 ) -> list[Tensor | None]:
     """[dX, dW, db, d_target, d_weight], those needed, from the rows' upstream gradients."""
-    buffer = _Buffer(x, linear_weight, chunk_size)
+    buffer = _Buffer(x, linear_weight, target, chunk_size)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-    shared = ClassGradient(linear_weight, linear_bias, needs[1], needs[2], len(buffer.spans))
+    shared = ClassGradient(linear_weight, linear_bias, needs[1], needs[2], len(buffer.spans) > 1)
     mass = MassGradient(target, weight, *needs[3:5])
     ignored = ignored_rows(target)
     for i, j in buffer.spans:
-        xi = without(x[i:j], ignored, i, j)
+        xi = without(x[i:j], ignored, i, j).to(buffer.data.dtype)
         z = logits(xi, linear_weight, linear_bias, buffer.rows(j - i))
         ups: list[Any] = [u if u is None else u[i:j] for u in upstream]
         mass.add(z, m[i:j], rest[i:j], ups, scale, softcap, slice(i, j), slice(None))
@@ -97,20 +99,21 @@ def head_fwd_bwd(
     needs: tuple[bool, ...],
     chunk_size: int | None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """([nll, lse, [smooth]], [dX, dW, db]) of sum_i a_i nll_i + s_i smooth_i + c_i lse_i^2; dW, db unrounded.
+    """([nll, lse, [smooth]], [dX, dW, db]) of sum_i a_i nll_i + s_i smooth_i + c_i lse_i^2, as they were summed.
 
     `index` names the rows of x that are judged; each chunk gathers its own.
     """
     n = x.shape[0] if index is None else index.shape[0]
-    buffer = _Buffer(x, linear_weight, chunk_size, n)
+    buffer = _Buffer(x, linear_weight, target, chunk_size, n)
     make = torch.empty_like if index is None else torch.zeros_like
-    dx = make(x, memory_format=torch.contiguous_format) if needs[0] else None
-    shared = ClassGradient(linear_weight, linear_bias, needs[1], needs[2], len(buffer.spans))
+    dx = make(x, dtype=buffer.data.dtype, memory_format=torch.contiguous_format) if needs[0] else None
+    summed = len(buffer.spans) > 1 or buffer.data.dtype != x.dtype
+    shared = ClassGradient(linear_weight, linear_bias, needs[1], needs[2], summed)
     ignored = ignored_rows(target)
     parts = []
     for i, j in buffer.spans:
         at = None if index is None else index[i:j]
-        xi = without(x[i:j] if at is None else x.index_select(0, at), ignored, i, j)
+        xi = without(x[i:j] if at is None else x.index_select(0, at), ignored, i, j).to(buffer.data.dtype)
         z = logits(xi, linear_weight, linear_bias, buffer.rows(j - i))
         ai, si, ci = (v if v is None else v[i:j] for v in (a, s, c))
         t, layout, kinds = target[i:j], {"dim": 1, "scale": scale, "softcap": softcap}, {"smooth": s is not None}
@@ -129,11 +132,14 @@ def head_fwd_bwd(
 class _Buffer:
     """The chunk's logits, in memory that every chunk writes over."""
 
-    def __init__(self, x: Tensor, linear_weight: Tensor, chunk_size: int | None, n: int | None = None) -> None:
-        n, classes = x.shape[0] if n is None else n, linear_weight.shape[0]
-        beside = 0 if x.dtype in (torch.float32, torch.float64) else PRODUCT * x.itemsize
-        self.spans = spans(n, that_fit(chunk_size, classes, x.itemsize, beside))
-        self.data = x.new_empty(max(j - i for i, j in self.spans), classes)
+    def __init__(
+        self, x: Tensor, linear_weight: Tensor, target: Tensor, chunk_size: int | None, n: int | None = None
+    ) -> None:
+        n, classes, kind = x.shape[0] if n is None else n, linear_weight.shape[0], formed_in(x, target)
+        # Two pieces at most: W's before it is multiplied, dW's before it is added.
+        beside = 0 if x.dtype in (torch.float32, torch.float64) else 2 * PIECE_OF_WEIGHT * kind.itemsize
+        self.spans = spans(n, that_fit(chunk_size, classes, kind.itemsize, beside))
+        self.data = x.new_empty(max(j - i for i, j in self.spans), classes, dtype=kind)
 
     def rows(self, count: int) -> Tensor:
         return self.data[:count]
@@ -152,9 +158,15 @@ def _products(
 ) -> None:
     """dX_i = dz W, dW += dzT x, db += sum_i dz."""
     if dx is not None:
-        out = torch.mm(dz, linear_weight) if at is not None else torch.mm(dz, linear_weight, out=dx[i:j])
+        out = dx[i:j] if at is None and dx.dtype == dz.dtype else dz.new_empty(dz.shape[0], dx.shape[1])
+        if linear_weight.dtype == dz.dtype:
+            torch.mm(dz, linear_weight, out=out)
+        else:
+            add_input_gradient(out.zero_(), dz, linear_weight)
         if ignored is not None:
             out.masked_fill_(ignored[i:j].unsqueeze(1), 0.0)
         if at is not None:
             dx.index_copy_(0, at, out)
+        elif dx.dtype != dz.dtype:
+            dx[i:j] = out
     shared.add(dz, x)

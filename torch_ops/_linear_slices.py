@@ -20,7 +20,18 @@ from torch import Tensor
 
 from torch_ops import _rows as rows
 from torch_ops._chunks import spans, that_fit
-from torch_ops._linear_parts import MassGradient, first_maximum, ignored_rows, logits, scaled, without
+from torch_ops._linear_parts import (
+    PIECE_OF_WEIGHT,
+    MassGradient,
+    add_input_gradient,
+    add_weight_gradient,
+    first_maximum,
+    formed_in,
+    ignored_rows,
+    logits,
+    scaled,
+    without,
+)
 
 
 def head_fwd(
@@ -38,7 +49,7 @@ def head_fwd(
     chunk_size: int | None,
 ) -> list[Tensor]:
     """[nll, lse, [smooth], [entropy], m, rest, [argmax]] of each row."""
-    slices = _Slices(x, linear_weight, linear_bias, chunk_size)
+    slices = _Slices(x, linear_weight, linear_bias, target, chunk_size)
     soft, layout = target.is_floating_point(), {"dim": 1, "scale": scale, "softcap": softcap}
     kind = torch.promote_types(x.dtype, torch.float32)
     state = _Merged(x.shape[0], x.new_empty(0, dtype=kind), soft=soft, smooth=smooth, entropy=entropy)
@@ -84,8 +95,9 @@ def head_bwd(
     # they take from -d_entropy H, multiplies p_j: it belongs to d_lse.
     ignored, soft = ignored_rows(target), target.is_floating_point()
     x = without(x, ignored, 0, x.shape[0])
-    slices = _Slices(x, linear_weight, linear_bias, chunk_size)
+    slices = _Slices(x, linear_weight, linear_bias, target, chunk_size)
     kind, layout = m.dtype, {"dim": 1, "scale": scale, "softcap": softcap}
+    dtype, x = x.dtype, slices.arrays[0]
     dx = torch.zeros_like(x, dtype=kind) if needs[0] else None
     dw = torch.empty_like(linear_weight, memory_format=torch.contiguous_format) if needs[1] else None
     db = torch.empty_like(linear_bias) if needs[2] and linear_bias is not None else None
@@ -118,27 +130,39 @@ def head_bwd(
         if any(needs[:3]) and j > i:
             rows.cross_entropy_bwd(z, local, w, m, rest, *part, **layout, out=z)
             if dx is not None and dx.dtype == z.dtype:
-                dx.addmm_(z, linear_weight[i:j])
+                add_input_gradient(dx, z, linear_weight[i:j])
             elif dx is not None:
                 dx.add_(torch.mm(z, linear_weight[i:j]))
-            if dw is not None:
+            if dw is not None and dw.dtype == z.dtype:
                 torch.mm(z.t(), x, out=dw[i:j])
+            elif dw is not None:
+                add_weight_gradient(dw[i:j], z, x, first=True)
             if db is not None:
                 db[i:j] = z.sum(0, dtype=kind)
     if dx is not None and ignored is not None:
         dx.masked_fill_(ignored.unsqueeze(1), 0.0)
-    return [None if dx is None else scaled(dx, None, x.dtype), dw, db, *mass.done()]
+    return [None if dx is None else scaled(dx, None, dtype), dw, db, *mass.done()]
 
 
 class _Slices:
     """(begin, end, logits) of each slice of the vocabulary, the logits in one reused buffer."""
 
-    def __init__(self, x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, chunk_size: int | None) -> None:
-        self.arrays = x, linear_weight, linear_bias
-        # In half precision dX is summed in float32 beside the logits, from products of its size.
-        beside = 0 if x.dtype in (torch.float32, torch.float64) else x.numel() * (4 + x.itemsize)
-        self.spans = spans(linear_weight.shape[0], that_fit(chunk_size, x.shape[0], x.itemsize, beside))
-        self.data = x.new_empty(x.shape[0] * max(j - i for i, j in self.spans))
+    def __init__(
+        self,
+        x: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        chunk_size: int | None,
+    ) -> None:
+        kind = formed_in(x, target)
+        # In half precision dX is summed in float32, beside products of its size or beside x itself in float32.
+        beside = 0 if x.dtype in (torch.float32, torch.float64) else x.numel() * (4 + kind.itemsize)
+        if kind != x.dtype:
+            beside += 2 * PIECE_OF_WEIGHT * kind.itemsize
+        self.arrays = x.to(kind), linear_weight, linear_bias
+        self.spans = spans(linear_weight.shape[0], that_fit(chunk_size, x.shape[0], kind.itemsize, beside))
+        self.data = x.new_empty(x.shape[0] * max(j - i for i, j in self.spans), dtype=kind)
 
     def __iter__(self) -> Any:
         x, weight, bias = self.arrays

@@ -14,7 +14,15 @@ from torch_ops._chunks import join, spans, that_fit
 from torch_ops._collectives import shared, summed
 from torch_ops._linear import head_rows
 from torch_ops._linear_ops import Plan, head_bwd, head_fwd, levelled
-from torch_ops._linear_parts import PRODUCT, ClassGradient, ignored_rows, logits, scaled, without
+from torch_ops._linear_parts import (
+    PIECE_OF_WEIGHT,
+    ClassGradient,
+    formed_in,
+    ignored_rows,
+    logits,
+    scaled,
+    without,
+)
 from torch_ops._linear_rows import _products
 from torch_ops._linear_slices import _Slices
 from torch_ops._linear_sum import LinearSum, one_pass, weighted
@@ -39,7 +47,7 @@ class HeadDoor:
         dead = values[self.plan.values] == -math.inf
         if x.device.type == "cpu" and dead.any():  # told from rows that hold NaN, as in _linear_slices
             found = torch.zeros_like(dead[dead])
-            for _, _, z in _Slices(x[dead], lw, lb, None):
+            for _, _, z in _Slices(x[dead], lw, lb, target[dead], None):
                 found |= z.isnan().any(1)
             dead[dead.clone()] = ~found
         return values, dead
@@ -90,18 +98,20 @@ class HeadDoor:
         x, lw, lb, target, weight, a, s, c, index = arrays
         peak, (a, _, s, _) = levelled((x, lw, lb, target, weight), [a, None if c is None else 2.0 * c, s, None])
         c = c if peak is None or c is None else c / peak
-        # The longest chunk is that of the rank with the most classes.
-        beside = 0 if x.dtype in (torch.float32, torch.float64) else PRODUCT * x.itemsize
-        size = that_fit(self.plan.chunk_size, self.extent.widest or 0, x.itemsize, beside)
+        # The longest chunk is that of the rank with the most classes, whichever type a rank's CPU forms logits in.
+        kind, widest_type = formed_in(x, target), torch.promote_types(x.dtype, torch.float32)
+        beside = 0 if x.dtype == widest_type else 2 * PIECE_OF_WEIGHT * widest_type.itemsize
+        size = that_fit(self.plan.chunk_size, self.extent.widest or 0, widest_type.itemsize, beside)
         chunks = spans(target.shape[0], size)
-        buffer = x.new_empty(max(j - i for i, j in chunks), self.extent.count)
-        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-        shared_by_rows, ignored = ClassGradient(lw, lb, needs[1], needs[2], len(chunks)), ignored_rows(target)
+        buffer = x.new_empty(max(j - i for i, j in chunks), self.extent.count, dtype=kind)
+        dx = torch.zeros_like(x, dtype=kind, memory_format=torch.contiguous_format) if needs[0] else None
+        shared_by_rows = ClassGradient(lw, lb, needs[1], needs[2], len(chunks) > 1 or kind != x.dtype)
+        ignored = ignored_rows(target)
         layout: dict[str, Any] = {"dim": 1, "scale": self.plan.scale, "softcap": self.plan.softcap}
         parts = []
         for i, j in chunks:
             at = None if index is None else index[i:j]
-            xi = without(x[i:j] if at is None else x.index_select(0, at), ignored, i, j)
+            xi = without(x[i:j] if at is None else x.index_select(0, at), ignored, i, j).to(kind)
             t, z = target[i:j], buffer[: j - i]
             if self.extent.count:
                 logits(xi, lw, lb, z)

@@ -112,11 +112,14 @@ void ce_gradient(const CrossEntropy& a, const T* x, const Y* y, T* out, int64_t 
 
 enum class Do { fwd, bwd, both };
 
-// Forward and gradient with one exp per element, kept in `out` (which may be x): integer targets, no more asked.
-template <class F> void ce_row_keeping(const CrossEntropy& a, int64_t r, const F* x, F* out, int64_t t) {
+// Forward and gradient with one exp per element, left in `kept` meanwhile, which may be `out`, which may be x: integer
+// targets, no more asked.
+template <class T>
+void ce_row_keeping(const CrossEntropy& a, int64_t r, const T* x, T* out, Compute<T>* kept, int64_t t) {
+  using F = Compute<T>;
   const int64_t V = a.layout.V;
-  F zt = t >= 0 ? x[t] : (F)nan;
-  RowState st = visit_row_keeping(x, out, V);
+  F zt = t >= 0 ? get(x + t) : (F)nan;
+  RowState st = visit_row_keeping(x, kept, V);
   write_results<F>(a, r, st, zt);
   if (t < 0 || st.rest != st.rest) return fill_row(out, V, (F)nan);
   GradRow g(st.rest, 1, a.weight_sum, 0, row_value<F>(a.d_nll, r), row_value<F>(a.d_lse, r),
@@ -124,13 +127,13 @@ template <class F> void ce_row_keeping(const CrossEntropy& a, int64_t r, const F
   Split<F> factor(g.A / g.total);
   Vec<F> smooth = all<F>((F)-g.smooth);
   each_vector<F>(V, [&](int64_t i, int64_t n) SX_LAMBDA {
-    store_n(out + i, n, factor.times_plus(load_n(out + i, n, F(0)), smooth));
+    store_n(out + i, n, factor.times_plus(load_n(kept + i, n, F(0)), smooth));
   });
-  out[t] = (F)g.at_target((double)zt - st.m, a.weight ? (double)((const F*)a.weight)[t] : 1);
+  put(out + t, (F)g.at_target((double)zt - st.m, a.weight ? (double)((const F*)a.weight)[t] : 1));
 }
 
 template <class T, class Y, Do what, bool Tr, bool Extra>
-void ce_row(const CrossEntropy& a, int64_t r, const Transform<Compute<T>>& tr) {
+void ce_row(const CrossEntropy& a, int64_t r, const Transform<Compute<T>>& tr, [[maybe_unused]] Compute<T>* kept) {
   using F = Compute<T>;
   const int64_t V = a.layout.V;
   const T* x = (const T*)a.logits + r * V;
@@ -164,8 +167,11 @@ void ce_row(const CrossEntropy& a, int64_t r, const Transform<Compute<T>>& tr) {
       }
     }
   } else {
-    if constexpr (what == Do::both && !Tr && !Extra && std::is_same_v<T, F>)
-      if (V <= keep_up_to) return ce_row_keeping(a, r, x, out, t);
+    if constexpr (what == Do::both && !Tr && !Extra)
+      if (V <= keep_up_to) {
+        if constexpr (std::is_same_v<T, F>) kept = out;
+        return ce_row_keeping(a, r, x, out, kept, t);
+      }
     st = ce_visit<T, Y, Tr, Extra>(a, x, y, a.entropy || d_entropy != 0, tr);
     double zt = t >= 0 ? (double)(Tr ? tr.one(get(x + t)) : get(x + t)) : nan;
     write_results<F>(a, r, st, zt);
@@ -178,13 +184,15 @@ void ce_row(const CrossEntropy& a, int64_t r, const Transform<Compute<T>>& tr) {
   ce_gradient<T, Y, Tr, Extra>(a, x, y, out, t, st.m, g, tr);
 }
 
-template <class T, class Y, Do what> void ce_rows(const CrossEntropy& a, int64_t begin, int64_t end) {
+// kept: room for one row's exps where the gradient cannot hold them unrounded (`Do::both`, V <= keep_up_to).
+template <class T, class Y, Do what>
+void ce_rows(const CrossEntropy& a, int64_t begin, int64_t end, Compute<T>* kept) {
   Transform<Compute<T>> tr(a.scale, a.softcap);
   bool extra = is_dense(a) || (what != Do::bwd && (a.smooth || a.entropy)) ||
                (what != Do::fwd && (a.d_entropy || (a.d_smooth && a.weight)));
   for (int64_t r = begin; r < end; ++r) {
-    if (tr.on) extra ? ce_row<T, Y, what, true, true>(a, r, tr) : ce_row<T, Y, what, true, false>(a, r, tr);
-    else extra ? ce_row<T, Y, what, false, true>(a, r, tr) : ce_row<T, Y, what, false, false>(a, r, tr);
+    if (tr.on) extra ? ce_row<T, Y, what, true, true>(a, r, tr, kept) : ce_row<T, Y, what, true, false>(a, r, tr, kept);
+    else extra ? ce_row<T, Y, what, false, true>(a, r, tr, kept) : ce_row<T, Y, what, false, false>(a, r, tr, kept);
   }
 }
 

@@ -68,11 +68,18 @@ template <class T> bool softmax_fwd(const SoftmaxFwd& a, int64_t begin, int64_t 
   const T* x = (const T*)a.x;
   T* out = (T*)a.y;
   const int64_t room = (y.V + W<F> - 1) / W<F> * W<F>;
-  Scratch s(needs_scratch(y, W<F>) ? room * SX_BYTES : 0);
+  // The result can hold the exps of its row, unless they would be rounded there.
+  constexpr bool rounds = !std::is_same_v<T, F>;
+  const bool keeps = way_of(y) == Way::wide && y.V <= keep_up_to;
+  Scratch s(needs_scratch(y, W<F>) ? room * SX_BYTES : keeps && rounds ? y.V * (int64_t)sizeof(F) : 0);
   if (!s.p) return false;
   F* f = (F*)s.p;
   walk<T>(
-      y, begin, end, [&](int64_t r) { softmax_fwd_row(x + r * y.V, out + r * y.V, y.V); },
+      y, begin, end,
+      [&](int64_t r) {
+        T* to = out + r * y.V;
+        softmax_fwd_row(x + r * y.V, to, keeps ? (rounds ? f : (F*)to) : nullptr, y.V);
+      },
       [&](int64_t at, int64_t) { softmax_fwd_lanes<F, sizeof(T) == sizeof(F)>(In<T>{x + at, y.inner}, Strip<T>{out + at, y.inner}, y.V); },
       [&](int64_t r0, int64_t n) {
         gather(x, y, r0, n, f);
@@ -161,8 +168,10 @@ template <class T, class Y, Do what> bool cross_entropy_as(const CrossEntropy& a
   using F = Compute<T>;
   const Layout& y = a.layout;
   if (way_of(y) == Way::wide) {
-    ce_rows<T, Y, what>(a, begin, end);
-    return true;
+    const bool keeps = what == Do::both && !std::is_same_v<T, F> && y.V <= keep_up_to;
+    Scratch kept(keeps ? y.V * (int64_t)sizeof(F) : 0);
+    if (kept.p) ce_rows<T, Y, what>(a, begin, end, (F*)kept.p);
+    return kept.p;
   }
   const T* x = (const T*)a.logits;
   const Y* dense = is_dense(a) ? (const Y*)a.target : nullptr;

@@ -10,17 +10,16 @@ namespace softmax_ext::SX_ISA {
 template <class T> const T* at(const void* p, int64_t i) { return (const T*)p + i; }
 template <class T> T* at(void* p, int64_t i) { return (T*)p + i; }
 
-// y_j = exp(x_j - m) / (1 + rest)
-template <class T> void softmax_fwd_row(const T* x, T* y, int64_t V) {
+// y_j = exp(x_j - m) / (1 + rest). kept: room for the row's exps, which may be y; null where there is none.
+template <class T> void softmax_fwd_row(const T* x, T* y, Compute<T>* kept, int64_t V) {
   using F = Compute<T>;
-  if constexpr (std::is_same_v<T, F>)
-    if (V <= keep_up_to) {
-      RowState st = visit_row_keeping(x, y, V);
-      Split<F> r(1 / (1 + st.rest));
-      each_vector<F>(V, [&](int64_t i, int64_t n) SX_LAMBDA { store_n(y + i, n, r.times(load_n(y + i, n, F(0)))); });
-      if (st.rest != st.rest) fill_row(y, V, (F)nan);
-      return;
-    }
+  if (kept) {
+    RowState st = visit_row_keeping(x, kept, V);
+    Split<F> r(1 / (1 + st.rest));
+    each_vector<F>(V, [&](int64_t i, int64_t n) SX_LAMBDA { store_n(y + i, n, r.times(load_n(kept + i, n, F(0)))); });
+    if (st.rest != st.rest) fill_row(y, V, (F)nan);
+    return;
+  }
   RowState st = visit_row<T, false>(x, V, Transform<F>(1, 0));
   Shift<F> s(all<F>((F)st.shift()));
   Split<F> r(1 / (1 + st.rest));

@@ -160,12 +160,15 @@ SX_INLINE VF load(const bf16* p) {
   std::memcpy(&h, p, sizeof h);
   return (VF)(__builtin_convertvector(h, VU) << 16);
 }
-SX_INLINE void store(bf16* p, VF v) {
+SX_INLINE VH bf16_bits(VF v) {
   VU u = (VU)v;
   VU rounded = (u + (((u >> 16) & 1) + 0x7fff)) >> 16;
   VI nan = v != v;
   VU r = ((VU)~nan & rounded) | ((VU)nan & 0x7fc0);
-  VH h = __builtin_convertvector(r, VH);
+  return __builtin_convertvector(r, VH);
+}
+SX_INLINE void store(bf16* p, VF v) {
+  VH h = bf16_bits(v);
   std::memcpy(p, &h, sizeof h);
 }
 
@@ -251,11 +254,27 @@ template <class T> SX_INLINE void store_part(T* p, int64_t n, Vec<Compute<T>> v)
   for (int64_t i = 0; i < n; ++i) put(p + i, buffer[i]);
 }
 #if SX_AVX512
+SX_INLINE __mmask16 first_lanes(int64_t n) { return (__mmask16)((1u << n) - 1); }
 template <> SX_INLINE VF load_part<float>(const float* p, int64_t n, float fill) {
-  return (VF)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), p);
+  return (VF)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), p);
 }
 template <> SX_INLINE void store_part<float>(float* p, int64_t n, VF v) {
-  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+// Element by element, the tail of a bf16 row of 1000 costs as much as the rest of it.
+template <> SX_INLINE VF load_part<bf16>(const bf16* p, int64_t n, float fill) {
+  __m512i u = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16);
+  return (VF)_mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(fill), _mm512_castsi512_ps(u));
+}
+template <> SX_INLINE void store_part<bf16>(bf16* p, int64_t n, VF v) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)bf16_bits(v));
+}
+template <> SX_INLINE VF load_part<f16>(const f16* p, int64_t n, float fill) {
+  __m512 v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  return (VF)_mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(fill), v);
+}
+template <> SX_INLINE void store_part<f16>(f16* p, int64_t n, VF v) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif SX_AVX2
 SX_INLINE __m256i first_lanes(int64_t n) {

@@ -1,0 +1,192 @@
+"""What a slice of the classes says of the rows, and how slices merge: in a loop over them, and over devices.
+
+Each slice gives what `cross_entropy_fwd` says of it alone. Two disjoint slices A, B with masses S of what is
+averaged over the classes merge by
+
+    M = max(m_A, m_B);   rest = rest of the one that holds M + exp(m - M) (1 + rest) of the other
+    u = sum_j mass_j (M - z_j) = u_A + S_A (M - m_A) + u_B + S_B (M - m_B)
+    e = sum_j exp(z_j - M) (z_j - M) = exp(m_A - M) (e_A + (m_A - M) (1 + rest_A)) + the same of B
+
+all sums of terms of one sign, so a confident row keeps its loss and gradient. At the end
+
+    lse = M + log1p(rest);   nll, smooth = u + S log1p(rest);   entropy = log1p(rest) - e / (1 + rest)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_ops import _rows as rows
+from jax_ops._shards import Shard
+
+State = dict[str, Array]
+
+_LOWEST = -1000.0  # exp of this is 0
+
+
+def nothing(like: Array, shape: tuple[int, ...], kind: Any, names: tuple[str, ...]) -> State:
+    """What no class at all says of the rows."""
+    start = {"m": -jnp.inf, "rest": -1.0}
+    start |= {f"{k}{name}": 0.0 for name in ("nll", "smooth") if name in names for k in "uS"}
+    start |= {"e": 0.0} if "entropy" in names else {}
+    return {name: jnp.full_like(like, value, shape=shape, dtype=kind) for name, value in start.items()}
+
+
+def of(
+    z: Array, t: Array, inside: Any, weight: Array | None, *, names: tuple[str, ...], layout: dict[str, Any]
+) -> State:
+    """What a slice of the logits says of the rows; class indices are local, `inside` says which are in it."""
+    axis, smooth, entropy = layout["axis"], "smooth" in names, "entropy" in names
+    # All -inf in the slice: no distribution there, and no part in the row's.
+    dead = jax.lax.stop_gradient(z.max(axis, initial=-jnp.inf) == -jnp.inf)
+    if inside is not None:
+        dead = dead & (t != rows.IGNORED)
+    values = rows.cross_entropy_fwd(_alive(z, dead, axis), t, weight, **layout, smooth=smooth, entropy=entropy)
+    m, rest = jax.lax.stop_gradient(values[-2]), jnp.where(dead, 0.0, values[-1])
+    log_total = jnp.log1p(rest)
+    state = {"m": jnp.where(dead, -jnp.inf, jnp.where(jnp.isnan(jax.lax.stop_gradient(rest)), jnp.nan, m))}
+    state["rest"] = jnp.where(dead, -1.0, rest)
+
+    def mass_sums(name: str, value: Array, mass: Array, some: Array | bool) -> State:
+        # sum_j mass_j (m - z_j): the row's number without mass log1p(rest), of which it is the larger.
+        u = jnp.where(dead, jnp.where(some, jnp.inf, 0.0), value - mass * log_total)
+        return {f"u{name}": u, f"S{name}": mass}
+
+    if "nll" in names:
+        if inside is None:
+            some = (_masses(t, weight, z.dtype, axis) != 0).any(axis)
+            state |= mass_sums("nll", values[0], _masses(t, weight, z.dtype, axis).sum(axis), some)
+        else:
+            nll = jnp.where(inside, values[0] - log_total, 0.0)
+            state |= mass_sums("nll", nll, jnp.zeros_like(m), inside) | {"Snll": inside.astype(m.dtype)}
+    if smooth:
+        mass = jnp.full_like(m, z.shape[axis]) if weight is None else jnp.zeros_like(m) + weight.sum()
+        state |= mass_sums("smooth", values[2], mass, z.shape[axis] > 0 if weight is None else (weight != 0).any())
+    if entropy:
+        state["e"] = jnp.where(dead, 0.0, (log_total - values[-3]) * (1.0 + rest))
+    return state
+
+
+def merge(a: State, b: State) -> State:
+    """What two disjoint slices say together."""
+    m = jnp.maximum(a["m"], b["m"])
+    (more_a, e_a, by_a), (more_b, e_b, by_b) = _moved(a, m), _moved(b, m)
+    out = {"m": m, "rest": jnp.where(a["m"] >= b["m"], a["rest"] + more_b, b["rest"] + more_a)}
+    for name in a:
+        if name.startswith("S"):
+            out[name] = a[name] + b[name]
+            u = f"u{name[1:]}"
+            out[u] = (a[u] - _times(a[name], by_a)) + (b[u] - _times(b[name], by_b))
+    if "e" in a:
+        out["e"] = e_a + e_b
+    return out
+
+
+def over(state: State, shard: Shard) -> State:
+    """What the slices of all devices say together, in two messages: a maximum and one sum, of a few numbers a row."""
+    if not shard.names:
+        return state
+    m = shard.largest(state["m"])  # with or without the NaN of one slice: its row's sums carry that
+    more, e, by = _moved(state, m)
+    top = state["m"] == m
+    # Among ties for the maximum all but one count in full: adding their number less 1 is exact.
+    parts = {"rest": jnp.where(top, state["rest"], more), "top": top.astype(more.dtype)}
+    for name in state:
+        if name.startswith("S"):
+            u = f"u{name[1:]}"
+            parts |= {name: state[name], u: state[u] - _times(state[name], by)}
+    if "e" in state:
+        parts["e"] = e
+    out = dict(zip(parts, shard.sum(jnp.stack(list(parts.values()))), strict=True))
+    out["rest"] = out["rest"] + (out.pop("top") - 1.0)
+    return out | {"m": m}
+
+
+def numbers(state: State, target: Array) -> State:
+    """The rows' lse, and nll, smooth and entropy where the state has their sums; m and rest."""
+    m, rest = state["m"], jnp.where(jnp.isfinite(state["m"]), state["rest"], jnp.nan)
+    log_total = jnp.log1p(rest)
+    out = {"lse": m + log_total}
+    out |= {k[1:]: state[f"u{k[1:]}"] + state[k] * log_total for k in state if k.startswith("S")}
+    if "e" in state:
+        out["entropy"] = log_total - state["e"] / (1.0 + rest)
+    if not rows.is_soft(target):
+        if "nll" in out:
+            out["nll"] = jnp.where(target <= rows.INVALID, jnp.nan, out["nll"])
+        out = {name: jnp.where(target == rows.IGNORED, 0.0, value) for name, value in out.items()}
+    return out | {"m": m, "rest": rest}
+
+
+def upstream(
+    z: Array,
+    t: Array,
+    inside: Any,
+    weight: Array | None,
+    m: Array,
+    rest: Array,
+    masses: tuple[Any, Any, Any],
+    d_nll: Array | None,
+    d_lse: Array | None,
+    d_smooth: Array | None,
+    d_entropy: Array | None,
+    *,
+    layout: dict[str, Any],
+) -> tuple[Array | None, Array | None]:
+    """(d_nll, d_lse) of which `cross_entropy_bwd` forms the whole row's gradient in this slice.
+
+    `masses` are the whole row's mass of soft targets, sum of class weights, and e.
+    """
+    # legend:  p, M, rest of the whole row; S, W, e sums over the whole row, S', W', e' over the slice
+    # formula: `cross_entropy_bwd` forms dL/dz_j = A' p_j - .. with the slice's masses and entropy;
+    #          what the others hold of them multiplies p_j alone, as dL/dlse does
+    axis, (mass, weights, e) = layout["axis"], masses
+    others = [] if d_lse is None else [d_lse]
+    if d_nll is not None and inside is None:
+        others.append(d_nll * (mass - _masses(t, weight, z.dtype, axis).sum(axis)))
+    elif d_nll is not None:
+        others.append(jnp.where(inside, 0.0, d_nll))
+        d_nll = jnp.where(inside | (t < 0), d_nll, 0.0)
+    if d_smooth is not None:
+        here = z.shape[axis] if weight is None else weight.sum()
+        others.append(d_smooth * (weights - here))
+    if d_entropy is not None:
+        d = rows.capped(z, layout["scale"], layout["softcap"]) - jnp.expand_dims(m, axis)
+        here = (jnp.exp(d) * jnp.maximum(d, _LOWEST)).sum(axis)
+        others.append(d_entropy * ((e - here) / (1.0 + rest)))
+    return d_nll, functools.reduce(jnp.add, others) if others else None
+
+
+def _masses(target: Array, weight: Array | None, kind: Any, axis: int) -> Array:
+    """A slice's soft targets, times class weights."""
+    y = target.astype(jnp.promote_types(kind, jnp.float32))
+    by = rows.class_row(weight, y, axis)
+    return y if by is None else y * by
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _alive(z: Array, dead: Array, axis: int) -> Array:
+    """z, whose dead rows have no derivative: what is formed of them is NaN, and not used."""
+    return z
+
+
+@_alive.defjvp
+def _alive_jvp(axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    z, dead = primals
+    return z, jnp.where(jnp.expand_dims(dead, axis), jnp.zeros((), z.dtype), tangents[0])
+
+
+def _moved(state: State, m: Array) -> tuple[Array, Array, Array]:
+    """(the slice's sum of exp(z - m), its e, its maximum - m) for an m that is not below its maximum."""
+    by = jnp.where(state["m"] == m, 0.0, state["m"] - m)
+    f, total = jnp.exp(by), 1.0 + state["rest"]
+    e = f * (state["e"] + jnp.maximum(by, _LOWEST) * total) if "e" in state else f
+    return f * total, e, by
+
+
+def _times(mass: Array, by: Array) -> Array:
+    return mass * jnp.where(mass == 0, 0.0, by)
