@@ -229,6 +229,7 @@ def a_shard_of_minus_infinities_takes_no_part() -> None:
         if len(sizes) == 1:  # no other shard
             continue
         classes, part = sum(sizes), Part(sizes)
+        orders = 2 if len(set(sizes)) > 1 else 1  # second derivatives take seconds
         dead = slice(0, sizes[0])  # rank 0: as the padding of a vocabulary is masked
         full = arrays(classes)
         full["z"][:, dead], full["lb"][dead], full["y"][:, dead] = -torch.inf, -torch.inf, 0.0
@@ -240,10 +241,12 @@ def a_shard_of_minus_infinities_takes_no_part() -> None:
             what = f"dead {sizes} soft={soft}"
             if memory == "fast":
                 rows = {"z": full["z"]}
-                compare(logits_loss(whole, given, None), logits_loss(mine, given, group()), rows, part, what)
+                compare(
+                    logits_loss(whole, given, None), logits_loss(mine, given, group()), rows, part, what, orders=orders
+                )
             given |= {"memory": memory, "chunk_size": 2}
             head, what = {n: full[n].clone() for n in ("x", "lw", "lb")}, f"{what} {memory}"
-            compare(head_loss(whole, given, None), head_loss(mine, given, group()), head, part, what)
+            compare(head_loss(whole, given, None), head_loss(mine, given, group()), head, part, what, orders=orders)
             head["x"][1] = head["x"][4] = torch.nan  # with class indices the second is ignored
             compare(head_loss(whole, given, None), head_loss(mine, given, group()), head, part, what, orders=1)
             # All of a shard's logits NaN: it takes part, and no row has a distribution.
@@ -538,6 +541,9 @@ def dtensor_heads_stay_where_they_are() -> None:
     loss = torch_ops.linear_cross_entropy(plain, lw, t)
     loss.backward()
     same(plain.grad, theirs[1][0], "gradient of plain activations")
+    module = torch_ops.nn.LinearCrossEntropyLoss(D, 8, dtype=F64)
+    module.linear.weight = torch.nn.Parameter(cut(lw0, mesh, Shard(0)))
+    same(module(x0, t).full_tensor(), theirs[0], "a module whose weight is sharded")
     # A batch of this rank's own is no replicated tensor.
     if dist.get_world_size() > 1:
         other = (t + dist.get_rank()).clamp(max=7)
@@ -657,6 +663,16 @@ def fsdp_with_its_own_unit_for_the_head() -> None:
     for (n, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         grad: Any = p.grad
         same(grad.full_tensor(), q.grad, f"fsdp {n}")
+    # Outside: rows of every rank as a DTensor, and no whole head.
+    flat = model.head.linear.weight.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    rows, t = (DTensor.from_local(v, flat, [Shard(0)]) for v in given[dist.get_rank()])
+    with Messages() as sent:
+        loss: Any = torch_ops.linear_cross_entropy(rows, model.head.linear.weight, t)
+    assert max(sent.sizes()) <= 6 * dist.get_world_size() * D, sent.found
+    whole = torch_ops.linear_cross_entropy(
+        torch.cat([x for x, _ in given]), alone.head.linear.weight, torch.cat([t for _, t in given])
+    )
+    same(loss.full_tensor().detach(), whole.detach(), "a head outside its module")
 
 
 def main() -> int:
