@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,18 @@ def assigned(z: Any, _: Any) -> Any:
     return ce(z * 2.0)
 
 
+def scaled_in_place(z: Any, _: Any) -> Any:
+    z *= 3.0
+    z /= 2.0
+    return ce(z)
+
+
+def scaled_in_place_once_computed(z: Any, _: Any) -> Any:
+    whole = z.detach()
+    z *= 3.0
+    return ce(z) + whole.sum()  # the same memory
+
+
 Expression = Callable[[Any, Any], Any]
 FUSED: dict[str, Expression] = {
     "plain": lambda z, _: ce(z),
@@ -42,6 +55,7 @@ FUSED: dict[str, Expression] = {
     "scale": lambda z, _: ce(z * 0.5),
     "scale from the left": lambda z, _: ce(0.5 * (z / 3)),
     "cap": lambda z, _: ce(torch.tanh(z / 2.0) * 2.0),
+    "scale in place": scaled_in_place,
     "scale and cap": lambda z, _: ce((z * 3 / 2.0).tanh() * 2.0 / 3.0),
     "types": lambda z, _: ce(z.float().to(torch.float64).to(dtype=torch.float64).to("cpu").to(z.device)),
     "last size left open": lambda z, _: F.cross_entropy(z.view(10, -1), T.flatten()),
@@ -87,6 +101,7 @@ COMPUTED: dict[str, Expression] = {
     "stack": lambda z, _: torch.stack([z, z * 2.0]).logsumexp(-1).sum(),
     "an attribute": lambda z, _: z.mT.sin().sum(),
     "written": assigned,
+    "scaled once computed": scaled_in_place_once_computed,
     "rows": lambda z, _: sum(ce(row, t) for row, t in zip(z, T, strict=True)),
 }  # fmt: skip
 
@@ -147,7 +162,16 @@ def test_the_checks_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     broken("__getitem__", "the first classes", lambda self, at: self)
 
 
-@pytest.mark.parametrize("write", [lambda z: z.fill_(1.0), lambda z: z.__setitem__(0, 1.0)])
+IN_PLACE = [operator.imul, operator.itruediv, operator.iadd, operator.isub]
+WRITES: list[Callable[[Any], Any]] = [
+    lambda z: z.fill_(1.0),
+    lambda z: z.__setitem__(0, 1.0),
+    lambda z: (z.max(), z.mul_(2.0)),
+    *(lambda z, f=f: f(z, 2.0) for f in IN_PLACE),
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
 def test_a_write_that_others_would_see_is_refused(write: Any) -> None:
     """A formula noted down before the write would not know of it."""
     layer = layers()[0]

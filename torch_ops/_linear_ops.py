@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_ops import _linear_rows as tokens
 from torch_ops import _linear_slices as classes
-from torch_ops._linear_parts import is_traced, scaled
+from torch_ops._linear_parts import formed_in, is_traced, scaled
 
 
 class Plan(NamedTuple):
@@ -100,11 +100,17 @@ def _fwd_bwd(*args: Any) -> list[Tensor]:
 
 
 def _fwd_bwd_one_type(*args: Any) -> list[Tensor]:
-    # Whether half-precision gradients were summed or are one product depends on the number of rows and on the CPU: a
-    # graph has one type.
-    out, kind = _fwd_bwd(*args), torch.promote_types(args[0].dtype, torch.float32)
+    # Whether a half-precision dW was summed or is one product depends on the number of rows: a graph has one type.
+    out, needs = _fwd_bwd(*args), args[9]
     first = 2 + (args[6] is not None)
-    return [*out[:first], *(g.to(kind) for g in out[first:])]
+    types = [t for t, need in zip(_types_of_gradients(args[0], args[3]), needs, strict=True) if need]
+    return [*out[:first], *(g.to(t) for g, t in zip(out[first:], types, strict=True))]
+
+
+def _types_of_gradients(x: Tensor, target: Tensor) -> tuple[torch.dtype, ...]:
+    """Of dX, dW and db as a graph has them, before they are scaled."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    return (kind if x.dtype == torch.float16 else formed_in(x, target)), kind, kind
 
 
 def levelled(arrays: Sequence[Any], upstream: list[Any]) -> tuple[Tensor | None, list[Any]]:
@@ -157,6 +163,6 @@ def _(*args: Any) -> list[Tensor]:
 @torch.library.register_fake("softmax_ext::head_fwd_bwd")
 def _(*args: Any) -> list[Tensor]:
     x, weight, bias, target, s, needs = *args[:4], args[6], args[9]
-    kind = torch.promote_types(x.dtype, torch.float32)
-    grads = [_dense_like(v, kind) for v, need in zip((x, weight, bias), needs, strict=True) if need]
+    types = _types_of_gradients(x, target)
+    grads = [_dense_like(v, t) for v, t, need in zip((x, weight, bias), types, needs, strict=True) if need]
     return _row_like(x, target.shape[0], 2 + (s is not None)) + grads

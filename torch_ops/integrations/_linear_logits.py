@@ -145,6 +145,26 @@ class LinearLogits:
 
     __radd__ = __add__
 
+    # `z *= 2` binds the name anew, but what others took from z before would have to change too.
+
+    def __imul__(self, by: Any) -> Any:
+        return self._to_write("multiplication in place").__imul__(by) if self._is_memory() else self * by
+
+    def __itruediv__(self, by: Any) -> Any:
+        return self._to_write("division in place").__itruediv__(by) if self._is_memory() else self / by
+
+    def __iadd__(self, other: Any) -> Any:
+        if not self._is_memory():
+            return self + other
+        return self._to_write("addition in place").__iadd__(_plain(other, "addition in place"))
+
+    def __isub__(self, other: Any) -> Any:
+        return self._to_write("subtraction in place").__isub__(_plain(other, "subtraction in place"))
+
+    def _is_memory(self) -> bool:
+        """Whether a write would be seen elsewhere."""
+        return self.value is not None or self.is_source or self.is_view
+
     # Type and place.
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -254,7 +274,7 @@ class LinearLogits:
 
     def _to_write(self, name: str) -> Tensor:
         """The tensor, where nobody else can have noted down what it was, or shares its memory."""
-        if self.value is None and (self.is_source or self.is_view):
+        if self.is_source or self.is_view:
             raise NotImplementedError(
                 f"fuse_loss: model must not write into logits that share memory with others; got {name}. "
                 "restore_loss gives the model's own loss back."
