@@ -461,6 +461,24 @@ def half_precision_heads_are_as_exact_as_their_type() -> None:
             assert not part.of(n, b).any() or a.any(), f"{what} {n}: zeros"
 
 
+@check
+def float16_gradients_of_a_shard_are_levelled_by_whole_rows() -> None:
+    """No target is in the last shard, and its rows sum to more than float16 holds."""
+    n, classes = 70000, 2 * dist.get_world_size()
+    part, half = Part((2,) * dist.get_world_size()), torch.float16
+    x, lw, y = torch.ones(n, 2, dtype=half), torch.zeros(classes, 2, dtype=half), torch.zeros(n, classes, dtype=half)
+    lw[-1], y[:, 0] = 10.0, 1.0
+    each: Any = ({}, {"label_smoothing": 0.1})
+    for options in each:
+        loss = lambda lw, y, over: torch_ops.linear_cross_entropy(x, lw, y, group=over, **options)  # noqa: E731, B023
+        leaf = part.of("lw", lw).clone().requires_grad_()
+        (found,) = torch.autograd.grad(loss(leaf, part.of("y", y), group()), leaf)
+        _, (wanted,) = plainly(lambda lw: loss(lw, y, None), lw)  # noqa: B023
+        assert wanted.isfinite().all()
+        assert wanted.any()
+        same(found, part.of("lw", wanted), f"levelled {options}", 2 * torch.finfo(half).eps)
+
+
 def cut(full: Tensor, mesh: DeviceMesh, *where: Any) -> DTensor:
     found: Any = distribute_tensor(full.clone(), mesh, [*where], src_data_rank=None)
     return found.requires_grad_(full.is_floating_point())

@@ -96,7 +96,11 @@ class HeadDoor:
     def forward_backward(self, arrays: Sequence[Any], needs: Sequence[bool]) -> tuple[list[Any], list[Tensor | None]]:
         """As head_fwd_bwd: the ranks go by the same chunks of rows, and tell each other each chunk's numbers."""
         x, lw, lb, target, weight, a, s, c, index = arrays
-        peak, (a, _, s, _) = levelled((x, lw, lb, target, weight), [a, None if c is None else 2.0 * c, s, None])
+        peak, (a, _, s, _) = levelled(
+            (x, lw, lb, target, weight),
+            [a, None if c is None else 2.0 * c, s, None],
+            lambda own: summed(own, self.extent.group),
+        )
         c = c if peak is None or c is None else c / peak
         # The longest chunk is that of the rank with the most classes, whichever type a rank's CPU forms logits in.
         kind, widest_type = formed_in(x, target), torch.promote_types(x.dtype, torch.float32)
