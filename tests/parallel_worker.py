@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_ops
+from softmax_ext import contract
 from tests import cases
 from torch_ops import _linear_layout, _parallel, _shards, _targets
 from torch_ops._collectives import summed
@@ -571,6 +572,26 @@ def dtensor_heads_stay_where_they_are() -> None:
         "got ",
         lambda: torch_ops.cross_entropy(cut(full["z"], mesh, Shard(0)), t.index_fill(0, torch.tensor(0), 9)),
     )
+
+
+@check
+def rows_that_differ_in_one_group_of_classes_are_told_in_all() -> None:
+    """On a mesh the other groups would wait for that one in the sums over rows."""
+    rank, find = dist.get_rank(), _parallel.extent
+    mesh, full = init_device_mesh("cpu", (dist.get_world_size(), 1)), arrays(8)
+
+    def found(op: str, *given: Any) -> Any:
+        if not rank:
+            contract.fail_value(op, "target", "be the same on every rank of group", "different ones")
+        return find(op, *given)
+
+    x, lw = cut(full["x"], mesh, Shard(0), Replicate()), cut(full["lw"], mesh, Replicate(), Shard(0))
+    words = "got different ones on other ranks." if rank else "got different ones."
+    _parallel.extent = found
+    try:
+        raises(ValueError, words, lambda: torch_ops.linear_cross_entropy(x, lw, targets(8)))
+    finally:
+        _parallel.extent = find
 
 
 @check
