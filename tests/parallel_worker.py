@@ -225,6 +225,24 @@ def strange_data_is_what_it_is_unsharded() -> None:
 
 
 @check
+def a_nan_is_the_first_maximum_wherever_infinity_is() -> None:
+    for sizes in SIZES[dist.get_world_size()]:
+        part, z = Part(sizes), torch.zeros(5, sum(sizes))
+        # Beside each other in different shards, or in the last one; the last row is a maximum of -inf and NaN.
+        z[0, 0], z[1, -1], z[2, 0], z[3], z[4] = torch.inf, torch.inf, torch.inf, torch.inf, -torch.inf
+        z[0, -1], z[1, 0], z[2, -1], z[3, -1], z[4, -1] = torch.nan, torch.nan, torch.inf, torch.nan, torch.nan
+        given: Any = {"group": group(), "reduction": "none", "stats": ("argmax",)}
+        t = torch.zeros(5, dtype=torch.int64)
+        _, found = torch_ops.cross_entropy(part.of("z", z), t, **given)
+        assert torch.equal(found["argmax"], z.argmax(1)), f"{sizes}: {found}"
+        nothing = torch.zeros(1, 1), part.of("lw", torch.zeros(sum(sizes), 1)), t[:1]  # the bias is all
+        for row, memory in itertools.product(z, ("fast", "lean")):
+            bias = {"linear_bias": part.of("lb", row), "memory": memory, "chunk_size": 2}
+            _, found = torch_ops.linear_cross_entropy(*nothing, **bias, **given)
+            assert torch.equal(found["argmax"], row.argmax(0, keepdim=True)), f"{sizes} {memory} {row}: {found}"
+
+
+@check
 def a_shard_of_minus_infinities_takes_no_part() -> None:
     for sizes in SIZES[dist.get_world_size()][:2]:
         if len(sizes) == 1:  # no other shard
@@ -337,6 +355,17 @@ def gradient_is_written_over_the_logits() -> None:
         written = (z.detach() == dz).all() and bool(dz.any())
         assert written == inplace or not part.end - part.begin
         z = leaf * 1.0
+    # A batch of gradients cannot be written over one array of logits.
+    (each,) = torch.autograd.grad(
+        torch_ops.cross_entropy(z, t % 5, group=group(), inplace_backward=True, reduction="none"),
+        z,
+        torch.eye(N, dtype=F64),
+        is_grads_batched=True,
+    )
+    same(each.sum(0), dz, "a batch of gradients")
+    on_mesh: Any = cut(full["z"], meshes()[0][0], Shard(1)) * 1.0
+    torch.autograd.grad(torch_ops.cross_entropy(on_mesh, t % 5, inplace_backward=True), on_mesh)
+    assert torch.equal(on_mesh.full_tensor(), full["z"])
 
 
 # Loud rows of test_ops' kind, for test_parallel.py to judge against the reference: (type, options, soft targets).
