@@ -312,6 +312,12 @@ def target_out_of_range_elsewhere(op: str, classes: int, ignored: int) -> IndexE
     return ArgumentIndexError(_sentence(op, "target", rule, "another value on another rank"))
 
 
+def rows_differ_elsewhere(op: str) -> ValueError:
+    """The error for ranks that were given different rows, where this rank and those of its group were not."""
+    rule = "have the same rows and class indices on every rank of group"
+    return ArgumentValueError(_sentence(op, "input", rule, "different ones on other ranks"))
+
+
 def is_integer(value: Any) -> bool:
     """A Python or NumPy integer scalar, not a bool; arrays and tracers are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_ops
+from softmax_ext import contract
 from tests import cases
 from torch_ops import _linear_layout, _parallel, _shards, _targets
 from torch_ops._collectives import summed
@@ -224,6 +225,24 @@ def strange_data_is_what_it_is_unsharded() -> None:
 
 
 @check
+def a_nan_is_the_first_maximum_wherever_infinity_is() -> None:
+    for sizes in SIZES[dist.get_world_size()]:
+        part, z = Part(sizes), torch.zeros(5, sum(sizes))
+        # Beside each other in different shards, or in the last one; the last row is a maximum of -inf and NaN.
+        z[0, 0], z[1, -1], z[2, 0], z[3], z[4] = torch.inf, torch.inf, torch.inf, torch.inf, -torch.inf
+        z[0, -1], z[1, 0], z[2, -1], z[3, -1], z[4, -1] = torch.nan, torch.nan, torch.inf, torch.nan, torch.nan
+        given: Any = {"group": group(), "reduction": "none", "stats": ("argmax",)}
+        t = torch.zeros(5, dtype=torch.int64)
+        _, found = torch_ops.cross_entropy(part.of("z", z), t, **given)
+        assert torch.equal(found["argmax"], z.argmax(1)), f"{sizes}: {found}"
+        nothing = torch.zeros(1, 1), part.of("lw", torch.zeros(sum(sizes), 1)), t[:1]  # the bias is all
+        for row, memory in itertools.product(z, ("fast", "lean")):
+            bias = {"linear_bias": part.of("lb", row), "memory": memory, "chunk_size": 2}
+            _, found = torch_ops.linear_cross_entropy(*nothing, **bias, **given)
+            assert torch.equal(found["argmax"], row.argmax(0, keepdim=True)), f"{sizes} {memory} {row}: {found}"
+
+
+@check
 def a_shard_of_minus_infinities_takes_no_part() -> None:
     for sizes in SIZES[dist.get_world_size()][:2]:
         if len(sizes) == 1:  # no other shard
@@ -336,6 +355,17 @@ def gradient_is_written_over_the_logits() -> None:
         written = (z.detach() == dz).all() and bool(dz.any())
         assert written == inplace or not part.end - part.begin
         z = leaf * 1.0
+    # A batch of gradients cannot be written over one array of logits.
+    (each,) = torch.autograd.grad(
+        torch_ops.cross_entropy(z, t % 5, group=group(), inplace_backward=True, reduction="none"),
+        z,
+        torch.eye(N, dtype=F64),
+        is_grads_batched=True,
+    )
+    same(each.sum(0), dz, "a batch of gradients")
+    on_mesh: Any = cut(full["z"], meshes()[0][0], Shard(1)) * 1.0
+    torch.autograd.grad(torch_ops.cross_entropy(on_mesh, t % 5, inplace_backward=True), on_mesh)
+    assert torch.equal(on_mesh.full_tensor(), full["z"])
 
 
 # Loud rows of test_ops' kind, for test_parallel.py to judge against the reference: (type, options, soft targets).
@@ -461,6 +491,24 @@ def half_precision_heads_are_as_exact_as_their_type() -> None:
             assert not part.of(n, b).any() or a.any(), f"{what} {n}: zeros"
 
 
+@check
+def float16_gradients_of_a_shard_are_levelled_by_whole_rows() -> None:
+    """No target is in the last shard, and its rows sum to more than float16 holds."""
+    n, classes = 70000, 2 * dist.get_world_size()
+    part, half = Part((2,) * dist.get_world_size()), torch.float16
+    x, lw, y = torch.ones(n, 2, dtype=half), torch.zeros(classes, 2, dtype=half), torch.zeros(n, classes, dtype=half)
+    lw[-1], y[:, 0] = 10.0, 1.0
+    each: Any = ({}, {"label_smoothing": 0.1})
+    for options in each:
+        loss = lambda lw, y, over: torch_ops.linear_cross_entropy(x, lw, y, group=over, **options)  # noqa: E731, B023
+        leaf = part.of("lw", lw).clone().requires_grad_()
+        (found,) = torch.autograd.grad(loss(leaf, part.of("y", y), group()), leaf)
+        _, (wanted,) = plainly(lambda lw: loss(lw, y, None), lw)  # noqa: B023
+        assert wanted.isfinite().all()
+        assert wanted.any()
+        same(found, part.of("lw", wanted), f"levelled {options}", 2 * torch.finfo(half).eps)
+
+
 def cut(full: Tensor, mesh: DeviceMesh, *where: Any) -> DTensor:
     found: Any = distribute_tensor(full.clone(), mesh, [*where], src_data_rank=None)
     return found.requires_grad_(full.is_floating_point())
@@ -553,6 +601,26 @@ def dtensor_heads_stay_where_they_are() -> None:
         "got ",
         lambda: torch_ops.cross_entropy(cut(full["z"], mesh, Shard(0)), t.index_fill(0, torch.tensor(0), 9)),
     )
+
+
+@check
+def rows_that_differ_in_one_group_of_classes_are_told_in_all() -> None:
+    """On a mesh the other groups would wait for that one in the sums over rows."""
+    rank, find = dist.get_rank(), _parallel.extent
+    mesh, full = init_device_mesh("cpu", (dist.get_world_size(), 1)), arrays(8)
+
+    def found(op: str, *given: Any) -> Any:
+        if not rank:
+            contract.fail_value(op, "target", "be the same on every rank of group", "different ones")
+        return find(op, *given)
+
+    x, lw = cut(full["x"], mesh, Shard(0), Replicate()), cut(full["lw"], mesh, Replicate(), Shard(0))
+    words = "got different ones on other ranks." if rank else "got different ones."
+    _parallel.extent = found
+    try:
+        raises(ValueError, words, lambda: torch_ops.linear_cross_entropy(x, lw, targets(8)))
+    finally:
+        _parallel.extent = find
 
 
 @check

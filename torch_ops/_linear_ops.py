@@ -7,7 +7,7 @@ to them, the same rows are computed in plain functional ops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,19 +113,24 @@ def _types_of_gradients(x: Tensor, target: Tensor) -> tuple[torch.dtype, ...]:
     return (kind if x.dtype == torch.float16 else formed_in(x, target)), kind, kind
 
 
-def levelled(arrays: Sequence[Any], upstream: list[Any]) -> tuple[Tensor | None, list[Any]]:
+def levelled(
+    arrays: Sequence[Any], upstream: list[Any], over: Callable[[Tensor], Tensor] = lambda own: own
+) -> tuple[Tensor | None, list[Any]]:
     """(a power of 2, [d_nll, d_lse, d_smooth, d_entropy] by it), in float16.
 
     G by 1/N would flush to 0, and G of large weights, or its product with many rows of x, would overflow: the power
-    brings G below 1, and lower where the rows' sum could pass the half of the type's range.
+    brings G below 1, and lower where the rows' sum could pass the half of the type's range. A shard of the
+    classes is levelled by what whole rows have, `over` all shards: what it multiplies p_j by is theirs too.
     """
     x, target, weight = arrays[0], arrays[3], arrays[4]
     given = [u for u in upstream if u is not None]
     if x.dtype != torch.float16 or not given[0].numel():
         return None, upstream
     # G_j = A p_j - a_j: at most an upstream times the mass it multiplies
-    mass = 1.0 if not target.is_floating_point() else target.float().abs().sum(1).amax()
-    smooth = float(arrays[1].shape[0]) if weight is None else weight.abs().sum()
+    mass = 1.0 if not target.is_floating_point() else over(target.float().abs().sum(1)).amax()
+    smooth = 0.0
+    if upstream[2] is not None:
+        smooth = over(given[0].new_full((), arrays[1].shape[0]) if weight is None else weight.abs().sum())
     sizes = zip(upstream, (mass, 1.0, smooth, 1.0), strict=True)
     top = torch.stack([u.abs().amax() * size for u, size in sizes if u is not None]).amax()
     if x.numel():

@@ -7,7 +7,9 @@ numbers that are theirs. Arguments have passed the contract.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,8 @@ from torch_ops._sharded import names_of, sharded_rows
 from torch_ops._shards import Extent, extent
 from torch_ops._targets import _can_look, canonical
 from torch_ops.cross_entropy import _may_overwrite, _row
+
+_T = TypeVar("_T")
 
 
 def cross_entropy(
@@ -109,7 +113,7 @@ def _place(op: str, arrays: dict[str, Any], group: Any) -> Place | None:
     """The place of plain tensors of a group; None for DTensor arguments, who know their own."""
     if group is not None and (not isinstance(group, getattr(dist, "ProcessGroup", ())) or dist.get_rank(group) < 0):
         rule = "be a torch.distributed.ProcessGroup that this process belongs to, or None"
-        got = repr(group) if group is None or isinstance(group, int | str) else f"{type(group).__name__} object"
+        got = repr(group) if isinstance(group, int | str) else f"{type(group).__name__} object"
         contract.fail_type(op, "group", rule, got)
     on_mesh = is_on_mesh(*arrays.values())
     if group is not None and on_mesh:
@@ -125,24 +129,30 @@ def _extent(op: str, place: Place, count: int, number: int, target: Tensor, clas
     if place.group is None:
         return None
     widest = None if place.mesh is None else -(-classes // dist.get_world_size(place.group))
-    return extent(op, place.group, place.position, count, number, target, widest)
+    find = partial(extent, op, place.group, place.position, count, number, target, widest)
+    return _together(place, target, find, partial(contract.rows_differ_elsewhere, op))
 
 
 def _canonical(op: str, target: Tensor, classes: int, ignored: int, place: Place) -> Tensor:
-    """Canonical targets; where another rank's rows hold an invalid one, this rank raises with it."""
+    elsewhere = partial(contract.target_out_of_range_elsewhere, op, classes, ignored)
+    return _together(place, target, partial(canonical, op, target, classes, ignored), elsewhere)
+
+
+def _together(place: Place, target: Tensor, step: Callable[[], _T], elsewhere: Callable[[], Exception]) -> _T:
+    """step(); where it raises for the rows of another rank, this rank raises with it: it would wait in vain."""
     if not place.row_groups or not _can_look(target):
-        return canonical(op, target, classes, ignored)
-    error, found = None, target
+        return step()
+    error, found = None, None
     try:
-        found = canonical(op, target, classes, ignored)
-    except IndexError as mistake:
+        found = step()
+    except ValueError as mistake:  # an index error of the contract is one too
         error = mistake
     wrong = torch.tensor(float(error is not None))
     for group in place.row_groups:
         wrong = maximum(wrong, group)
     if error is not None or wrong:
-        raise error or contract.target_out_of_range_elsewhere(op, classes, ignored)
-    return found
+        raise error or elsewhere()
+    return found  # pyright: ignore[reportReturnType]
 
 
 def _plan(options: LossOptions, kind: torch.dtype, *, lean: bool, chunk_size: int | None) -> Plan:

@@ -26,7 +26,7 @@ from torch_ops._linear_parts import (
 from torch_ops._linear_rows import _products
 from torch_ops._linear_slices import _Slices
 from torch_ops._linear_sum import LinearSum, one_pass, weighted
-from torch_ops._sharded import all_minus_infinity, merged, sharded_rows, without_classes
+from torch_ops._sharded import merged, sharded_rows, told_from_nan, without_classes
 from torch_ops._shards import Extent, own_upstream
 
 
@@ -44,13 +44,13 @@ class HeadDoor:
         if not self.extent.count:
             return without_classes(_nothing(x, lw, lb), self.plan)
         values = head_fwd((x, lw, lb, self._target(target), weight), self.plan)
-        dead = values[self.plan.values] == -math.inf
-        if x.device.type == "cpu" and dead.any():  # told from rows that hold NaN, as in _linear_slices
-            found = torch.zeros_like(dead[dead])
-            for _, _, z in _Slices(x[dead], lw, lb, target[dead], None):
+        m = values[self.plan.values]
+        if x.device.type == "cpu" and (infinite := m.isinf()).any():  # as in told_from_nan, by slices
+            found = torch.zeros_like(infinite[infinite])
+            for _, _, z in _Slices(x[infinite], lw, lb, target[infinite], None):
                 found |= z.isnan().any(1)
-            dead[dead.clone()] = ~found
-        return values, dead
+            m[infinite] = m[infinite].masked_fill(found, math.nan)
+        return values, m == -math.inf
 
     def again(self, dead: Tensor, *arrays: Any) -> Sequence[Tensor]:
         """The shard's rows as the head has them."""
@@ -96,7 +96,11 @@ class HeadDoor:
     def forward_backward(self, arrays: Sequence[Any], needs: Sequence[bool]) -> tuple[list[Any], list[Tensor | None]]:
         """As head_fwd_bwd: the ranks go by the same chunks of rows, and tell each other each chunk's numbers."""
         x, lw, lb, target, weight, a, s, c, index = arrays
-        peak, (a, _, s, _) = levelled((x, lw, lb, target, weight), [a, None if c is None else 2.0 * c, s, None])
+        peak, (a, _, s, _) = levelled(
+            (x, lw, lb, target, weight),
+            [a, None if c is None else 2.0 * c, s, None],
+            lambda own: summed(own, self.extent.group),
+        )
         c = c if peak is None or c is None else c / peak
         # The longest chunk is that of the rank with the most classes, whichever type a rank's CPU forms logits in.
         kind, widest_type = formed_in(x, target), torch.promote_types(x.dtype, torch.float32)
@@ -118,7 +122,7 @@ class HeadDoor:
                 local: Any = rows.cross_entropy_fwd(
                     z, self._target(t), weight, **layout, smooth=s is not None, entropy=False
                 )
-                dead = all_minus_infinity(z, local[-2], 1)
+                dead = told_from_nan(z, local[-2], 1) == -math.inf
             else:
                 local, dead = without_classes(_nothing(xi, lw, lb), self.plan)
             whole = merged(self, local, dead, (t, weight))

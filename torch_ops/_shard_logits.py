@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_ops import _rows as rows
 from torch_ops._linear_ops import Plan
-from torch_ops._sharded import all_minus_infinity, without_classes
+from torch_ops._sharded import told_from_nan, without_classes
 from torch_ops._shards import Extent
 from torch_ops.cross_entropy import _row
 
@@ -30,10 +30,10 @@ class LogitsDoor:
         if not self.extent.count:
             return without_classes(logits.sum(self.dim), plan)
         values = [*rows.cross_entropy_fwd(logits, self._target(target), weight, **self.layout, **options)]
-        dead = all_minus_infinity(logits, values[plan.values], self.dim)
+        m = values[plan.values] = told_from_nan(logits, values[plan.values], self.dim)
         if plan.argmax:
             values.append(rows.capped(logits, plan.scale, plan.softcap).argmax(self.dim))
-        return values, dead
+        return values, m == -math.inf
 
     def again(self, dead: Tensor, *arrays: Any) -> Sequence[Tensor]:
         """The shard's rows as cross_entropy has them."""

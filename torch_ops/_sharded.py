@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from torch_ops._arrays import is_untracked
 from torch_ops._linear_ops import Plan
 from torch_ops._shards import Extent, Merged, Shard, first_of_all, merge, own_upstream
 
@@ -55,7 +56,8 @@ class ShardedRows(Function):
         found = [*whole.values.values()]
         if door.plan.argmax:
             m, rest = local[door.plan.values :][:2]
-            value = m.masked_fill(rest.isnan() & ~dead, math.nan)
+            # An infinite maximum has no rest either, but is no NaN: that comes first, wherever it is.
+            value = m.masked_fill(rest.isnan() & ~dead & (m != math.inf), math.nan)
             found.append(first_of_all(value, local[-1], door.extent))
             ctx.mark_non_differentiable(found[-1])
         ctx.set_materialize_grads(False)
@@ -70,7 +72,7 @@ class ShardedRows(Function):
         needs, out = ctx.needs_input_grad[1:], [None] * len(ctx.needs_input_grad)
         upstream = grads[: ctx.door.plan.values]
         if any(u is not None for u in upstream):
-            alone = not torch.is_grad_enabled()
+            alone = is_untracked(*ctx.saved_tensors, *upstream)
             found: Any = ShardedBwd.apply(ctx.door, needs, alone, *ctx.saved_tensors, *upstream)
             for i, g in zip((i for i, need in enumerate(needs) if need), found, strict=True):
                 out[i + 1] = g
@@ -157,10 +159,9 @@ def without_classes(zeros: Tensor, plan: Plan) -> tuple[list[Tensor], Tensor]:
     return values, torch.ones_like(zeros, dtype=torch.bool)
 
 
-def all_minus_infinity(logits: Tensor, m: Tensor, dim: int) -> Tensor:
-    """Rows whose logits are all -inf, told from rows that also hold NaN."""
-    dead = m == -math.inf
+def told_from_nan(logits: Tensor, m: Tensor, dim: int) -> Tensor:
+    """The rows' maxima, NaN where a row holds NaN beside an infinite one."""
     # The native kernels' maximum passes over NaN. A look costs nothing here; elsewhere the plain maximum is NaN.
-    if logits.device.type == "cpu" and dead.any():
-        dead &= ~logits.isnan().any(dim)
-    return dead
+    if logits.device.type == "cpu" and (infinite := m.isinf()).any():
+        return m.masked_fill(infinite & logits.isnan().any(dim), math.nan)
+    return m

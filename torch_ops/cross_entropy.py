@@ -103,8 +103,8 @@ def cross_entropy(
         token_weight: one weight per row, the shape of the class indices.
         on_all_ignored: what a mean over nothing gives: "nan", or "zero" (with zero gradients).
         stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
-        inplace_backward: let the backward pass write the gradient over `input` (dense, not a leaf), so that
-            no second (N, V) buffer exists.
+        inplace_backward: let the backward pass write the gradient over `input` (dense, not a leaf, no DTensor), so
+            that no second (N, V) buffer exists.
         group: the ranks that `input`, `weight` and soft targets are sharded over by class, in rank order, any
             number of classes each; class indices are those of the whole vocabulary, rows and results the same on
             every rank. DTensor arguments need no group: their mesh has it.
