@@ -55,7 +55,7 @@ def argmax(
 
 @cache
 def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names: tuple[str, ...]) -> Any:
-    """The named numbers of each row. Saves the arguments, M and rest, and S of soft targets and e if they are used."""
+    """The named numbers of each row. Saves the arguments, M and rest, and the mass of soft targets and e if used."""
     layout: dict[str, Any] = {"axis": 1, "scale": scale, "softcap": softcap}
 
     def logits_of(arrays: Any, part: Part) -> tuple[Any, ...]:
@@ -74,10 +74,10 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
             z, _, t, inside, weight_k = logits_of((masked, w, b, target, weight), part)
             return slices.merge(state, slices.of(z, t, inside, weight_k, names=names, layout=layout))
 
-        start = slices.nothing(x, x.shape[:1], linear.wide(x.dtype), names)
+        start = slices.nothing(x, x.shape[:1], linear.wide(x.dtype), names, soft=rows.is_soft(target))
         state = slices.over(cut.loop(step, start), shard)
         out = slices.numbers(state, target)
-        sums = (state.get("Snll") if rows.is_soft(target) else None, state.get("e"))
+        sums = (state.get("mass"), state.get("e"))
         return tuple(out[name] for name in names), (x, w, b, target, weight, out["m"], out["rest"], *sums)
 
     def rules(wanted: tuple[bool, ...]) -> Any:
