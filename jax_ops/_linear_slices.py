@@ -43,7 +43,7 @@ def argmax(
     x, w, b = jax.lax.stop_gradient(shard.own(*same_axes(x, w, b, but=shard.names)))
 
     def step(best: tuple[Array, Array], part: Part) -> tuple[Array, Array]:
-        z = rows.capped(linear.logits(x, cut.take(w, part), _bias(cut, b, part, w)), scale, softcap)
+        z = rows.capped(_logits(cut, x, cut.take(w, part), b, part), scale, softcap)
         top, at = z.max(1), z.argmax(1)
         better = (top > best[0]) | (jnp.isnan(top) & ~jnp.isnan(best[0]))
         return jnp.where(better, top, best[0]), jnp.where(better, at + cut.start(part), best[1])
@@ -64,7 +64,7 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
         wk, fresh, weight_k = cut.take(w, part), cut.fresh(part), cut.take_fresh(weight, part)
         if fresh is not None and weight is None and (rows.is_soft(target) or "smooth" in names):
             weight_k = fresh.astype(linear.wide(x.dtype))
-        return linear.logits(x, wk, _bias(cut, b, part, w)), wk, *_local(cut, shard, target, part), weight_k
+        return _logits(cut, x, wk, b, part), wk, *_local(cut, shard, target, part), weight_k
 
     def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any) -> Any:
         x = x.astype(w.dtype)
@@ -128,12 +128,12 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
     return selective(rules)
 
 
-def _bias(cut: Cut, b: Array | None, part: Part, like: Array) -> Array | None:
-    """The slice's bias: -inf for classes that another slice has, so that they take no part."""
+def _logits(cut: Cut, x: Array, wk: Array, b: Array | None, part: Part) -> Array:
+    """The slice's logits: -inf for classes that another slice has, so that they take no part."""
     bk, fresh = cut.take(b, part), cut.fresh(part)
-    if fresh is None:
-        return bk
-    return jnp.where(fresh, jnp.zeros((), like.dtype) if bk is None else bk, jnp.asarray(-jnp.inf, like.dtype))
+    if fresh is not None and bk is None:
+        bk = jnp.zeros_like(fresh, dtype=wk.dtype)
+    return linear.logits(x, wk, bk, fresh)
 
 
 def _local(cut: Cut, shard: Shard, target: Array, part: Part) -> tuple[Array, Any]:
