@@ -132,7 +132,7 @@ def _logits(cut: Cut, x: Array, wk: Array, b: Array | None, part: Part) -> Array
     """The slice's logits: -inf for classes that another slice has, so that they take no part."""
     bk, fresh = cut.take(b, part), cut.fresh(part)
     if fresh is not None and bk is None:
-        bk = jnp.zeros_like(fresh, dtype=wk.dtype)
+        bk = jnp.zeros_like(wk, shape=wk.shape[:1])
     return linear.logits(x, wk, bk, fresh)
 
 
