@@ -48,9 +48,9 @@ class Cut:
     def take_fresh(self, x: Array | None, part: Part) -> Any:
         """The chunk of x with 0 where it is stale: what is summed over the chunks counts each position once."""
         chunk, fresh = self.take(x, part), self.fresh(part)
-        return (
-            chunk if x is None or fresh is None else jnp.where(_along(fresh, chunk, 0), chunk, jnp.zeros((), x.dtype))
-        )
+        if x is None or fresh is None:
+            return chunk
+        return jnp.where(_along(fresh, chunk, 0), chunk, jnp.zeros((), x.dtype))
 
     def put(self, whole: Array, chunk: Array, part: Part, axis: int = 0) -> Array:
         """`whole` with the chunk replaced."""

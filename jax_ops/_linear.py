@@ -26,10 +26,10 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def logits(x: Array, w: Array, b: Array | None) -> Array:
-    """x wT + b."""
+def logits(x: Array, w: Array, b: Array | None, fresh: Array | None = None) -> Array:
+    """x wT + b; with a bias, -inf for classes that are not `fresh`."""
     z = _half_logits(x, w) if _is_half(x) else _dot(x, w, 1, 1)
-    return z if b is None else _biased(z, b.astype(z.dtype))
+    return z if b is None else _biased(z, b.astype(z.dtype), fresh)
 
 
 def zeros(wanted: Sequence[bool], x: Array, w: Array, b: Array | None) -> Sums:
@@ -162,19 +162,25 @@ def _pieces(w: Any, rows: Array) -> Cut:
     return cut(w.shape[0], _TILE // ((number + w.shape[1] or 1) * 4))
 
 
-def _biased_pieces(z: Array, b: Array) -> Array:
+def _biased_pieces(z: Array, *row: Array) -> Array:
     # In pieces of few rows, each written over the one it came from: XLA's CPU backend (jaxlib 0.10.2) otherwise
     # copies the sum before a kernel writes over it.
     pieces = cut(z.shape[0], _TILE // max(z.shape[1] * 4, 1))
-    return pieces.loop(lambda z, part: pieces.put(z, pieces.take(z, part) + b, part), z)
+    return pieces.loop(lambda z, part: pieces.put(z, _biased_whole(pieces.take(z, part), *row), part), z)
 
 
-def _biased_fwd(z: Array, b: Array) -> Any:
-    return when_alone(_biased_pieces, jnp.add, z, b), None
+def _biased_whole(z: Array, b: Array, fresh: Array | None = None) -> Array:
+    # Not by a bias of -inf: a product that overflowed to +inf would make that NaN.
+    return z + b if fresh is None else jnp.where(fresh, z + b, -jnp.inf)
 
 
-def _biased_bwd(_: None, ct: Array) -> tuple[Array, Array]:
-    return ct, ct.sum(0)
+def _biased_fwd(z: Array, b: Array, fresh: Array | None) -> Any:
+    return when_alone(_biased_pieces, _biased_whole, z, b, *(() if fresh is None else (fresh,))), fresh
+
+
+def _biased_bwd(fresh: Array | None, ct: Array) -> tuple[Array, Array, None]:
+    ct = ct if fresh is None else jnp.where(fresh, ct, 0.0)
+    return ct, ct.sum(0), None
 
 
 _biased = analytic(_biased_fwd, _biased_bwd)

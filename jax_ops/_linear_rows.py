@@ -53,7 +53,7 @@ def argmax(
 
 @cache
 def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names: tuple[str, ...]) -> Any:
-    """The named numbers of each row. Saves the arguments, m and rest; sharded also S of soft targets and e."""
+    """The named numbers of each row. Saves the arguments, m and rest; sharded also the mass of soft targets and e."""
     layout: dict[str, Any] = {"axis": 1, "scale": scale, "softcap": softcap}
     wished = {"smooth": "smooth" in names, "entropy": "entropy" in names}
     computed = ["nll", "lse", *(name for name, on in wished.items() if on), "m", "rest"]
@@ -73,12 +73,13 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
 
             kind = linear.wide(x.dtype)
             if shard.names:
-                state = slices.over(cut.loop(step, slices.nothing(x, x.shape[:1], kind, names)), shard)
+                start = slices.nothing(x, x.shape[:1], kind, names, soft=rows.is_soft(target))
+                state = slices.over(cut.loop(step, start), shard)
                 out = slices.numbers(state, target)
             else:
                 state, kept = {}, {*names, "m", "rest"}
                 out = cut.loop(step, {name: jnp.zeros_like(x, shape=x.shape[:1], dtype=kind) for name in kept})
-            sums = (state.get("Snll") if rows.is_soft(target) else None, state.get("e"))
+            sums = (state.get("mass"), state.get("e"))
             return tuple(out[name] for name in names), (x, w, b, target, weight, out["m"], out["rest"], *sums)
 
         def bwd(saved: Any, cotangents: Any) -> Any:

@@ -43,7 +43,7 @@ def argmax(
     x, w, b = jax.lax.stop_gradient(shard.own(*same_axes(x, w, b, but=shard.names)))
 
     def step(best: tuple[Array, Array], part: Part) -> tuple[Array, Array]:
-        z = rows.capped(linear.logits(x, cut.take(w, part), _bias(cut, b, part, w)), scale, softcap)
+        z = rows.capped(_logits(cut, x, cut.take(w, part), b, part), scale, softcap)
         top, at = z.max(1), z.argmax(1)
         better = (top > best[0]) | (jnp.isnan(top) & ~jnp.isnan(best[0]))
         return jnp.where(better, top, best[0]), jnp.where(better, at + cut.start(part), best[1])
@@ -55,7 +55,7 @@ def argmax(
 
 @cache
 def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names: tuple[str, ...]) -> Any:
-    """The named numbers of each row. Saves the arguments, M and rest, and S of soft targets and e if they are used."""
+    """The named numbers of each row. Saves the arguments, M and rest, and the mass of soft targets and e if used."""
     layout: dict[str, Any] = {"axis": 1, "scale": scale, "softcap": softcap}
 
     def logits_of(arrays: Any, part: Part) -> tuple[Any, ...]:
@@ -64,7 +64,7 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
         wk, fresh, weight_k = cut.take(w, part), cut.fresh(part), cut.take_fresh(weight, part)
         if fresh is not None and weight is None and (rows.is_soft(target) or "smooth" in names):
             weight_k = fresh.astype(linear.wide(x.dtype))
-        return linear.logits(x, wk, _bias(cut, b, part, w)), wk, *_local(cut, shard, target, part), weight_k
+        return _logits(cut, x, wk, b, part), wk, *_local(cut, shard, target, part), weight_k
 
     def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any) -> Any:
         x = x.astype(w.dtype)
@@ -74,10 +74,10 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
             z, _, t, inside, weight_k = logits_of((masked, w, b, target, weight), part)
             return slices.merge(state, slices.of(z, t, inside, weight_k, names=names, layout=layout))
 
-        start = slices.nothing(x, x.shape[:1], linear.wide(x.dtype), names)
+        start = slices.nothing(x, x.shape[:1], linear.wide(x.dtype), names, soft=rows.is_soft(target))
         state = slices.over(cut.loop(step, start), shard)
         out = slices.numbers(state, target)
-        sums = (state.get("Snll") if rows.is_soft(target) else None, state.get("e"))
+        sums = (state.get("mass"), state.get("e"))
         return tuple(out[name] for name in names), (x, w, b, target, weight, out["m"], out["rest"], *sums)
 
     def rules(wanted: tuple[bool, ...]) -> Any:
@@ -128,12 +128,12 @@ def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names:
     return selective(rules)
 
 
-def _bias(cut: Cut, b: Array | None, part: Part, like: Array) -> Array | None:
-    """The slice's bias: -inf for classes that another slice has, so that they take no part."""
+def _logits(cut: Cut, x: Array, wk: Array, b: Array | None, part: Part) -> Array:
+    """The slice's logits: -inf for classes that another slice has, so that they take no part."""
     bk, fresh = cut.take(b, part), cut.fresh(part)
-    if fresh is None:
-        return bk
-    return jnp.where(fresh, jnp.zeros((), like.dtype) if bk is None else bk, jnp.asarray(-jnp.inf, like.dtype))
+    if fresh is not None and bk is None:
+        bk = jnp.zeros_like(wk, shape=wk.shape[:1])
+    return linear.logits(x, wk, bk, fresh)
 
 
 def _local(cut: Cut, shard: Shard, target: Array, part: Part) -> tuple[Array, Any]:

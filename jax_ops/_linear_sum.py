@@ -84,7 +84,7 @@ def _total(
                 d_lse = None if c is None else 2.0 * c * found["lse"]
                 d_nll, d_lse, d_smooth = shard.own(d_nll, d_lse, d_smooth)
                 if state is not None:
-                    (t, inside), masses = shard.local(t), (state.get("Snll"), weights, None)
+                    (t, inside), masses = shard.local(t), (state.get("mass"), weights, None)
                     ups = (d_nll, d_lse, d_smooth, None)
                     d_here = slices.upstream(z, t, inside, weight, m, rest, masses, *ups, layout=layout)
                 else:

@@ -47,8 +47,8 @@ def coefficients(
     if not soft and weight is not None and shard.total:
         t, inside = shard.local(target)
         at = weight.astype(ones.dtype).at[t.clip(0, shard.classes - 1)]
-        # Ignored rows read no weight, not even through 0 * inf.
-        mine = kept if not shard.names else inside
+        # Ignored rows read no weight, not even through 0 * inf; an invalid one reads that of class 0.
+        mine = kept if not shard.names else inside | ((target <= INVALID) & (shard.first(target.dtype) == 0))
         nll = share = shard.sum(jnp.where(mine, at.get(mode="clip", out_sharding=jax.typeof(t).sharding), 0.0))
     return Coefficients(
         nll=(1.0 - s) * nll * tokens if s < 1.0 else None,

@@ -32,14 +32,14 @@ def per_row(
 
 @cache
 def _per_row(shard: Shard, axis: int, scale: float, softcap: float | None, names: tuple[str, ...]) -> Any:
-    """The named numbers of each row. Saves the arguments, m and rest, and S of soft targets and e if they are used."""
+    """The named numbers of each row. Saves the arguments, m and rest, and the mass of soft targets and e if used."""
     layout: dict[str, Any] = {"axis": axis, "scale": scale, "softcap": softcap}
 
     def fwd(logits: Any, target: Any, weight: Any) -> Any:
         state = slices.of(logits, *shard.local(target), weight, names=names, layout=layout)
         state = slices.over(state, shard)
         out = slices.numbers(state, target)
-        sums = (state.get("Snll") if rows.is_soft(target) else None, state.get("e"))
+        sums = (state.get("mass"), state.get("e"))
         return tuple(out[name] for name in names), (logits, target, weight, out["m"], out["rest"], *sums)
 
     def bwd(saved: Any, cotangents: Any) -> Any:

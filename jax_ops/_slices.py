@@ -29,10 +29,11 @@ State = dict[str, Array]
 _LOWEST = -1000.0  # exp of this is 0
 
 
-def nothing(like: Array, shape: tuple[int, ...], kind: Any, names: tuple[str, ...]) -> State:
+def nothing(like: Array, shape: tuple[int, ...], kind: Any, names: tuple[str, ...], *, soft: bool) -> State:
     """What no class at all says of the rows."""
     start = {"m": -jnp.inf, "rest": -1.0}
     start |= {f"{k}{name}": 0.0 for name in ("nll", "smooth") if name in names for k in "uS"}
+    start |= {"mass": 0.0} if soft and "nll" in names else {}
     start |= {"e": 0.0} if "entropy" in names else {}
     return {name: jnp.full_like(like, value, shape=shape, dtype=kind) for name, value in start.items()}
 
@@ -46,7 +47,8 @@ def of(
     dead = jax.lax.stop_gradient(z.max(axis, initial=-jnp.inf) == -jnp.inf)
     if inside is not None:
         dead = dead & (t != rows.IGNORED)
-    values = rows.cross_entropy_fwd(_alive(z, dead, axis), t, weight, **layout, smooth=smooth, entropy=entropy)
+    alive = _alive(axis, z, dead, t, weight)
+    values = rows.cross_entropy_fwd(alive, t, weight, **layout, smooth=smooth, entropy=entropy)
     m, rest = jax.lax.stop_gradient(values[-2]), jnp.where(dead, 0.0, values[-1])
     log_total = jnp.log1p(rest)
     state = {"m": jnp.where(dead, -jnp.inf, jnp.where(jnp.isnan(jax.lax.stop_gradient(rest)), jnp.nan, m))}
@@ -59,13 +61,18 @@ def of(
 
     if "nll" in names:
         if inside is None:
-            some = (_masses(t, weight, z.dtype, axis) != 0).any(axis)
-            state |= mass_sums("nll", values[0], _masses(t, weight, z.dtype, axis).sum(axis), some)
+            masses = _masses(t, weight, z.dtype, axis)
+            # A soft target of 0 on -inf counts 0, and so does its derivative, which in S is the lse. `mass` is for the
+            # gradient S p - mass of the logits, where it is p: unsharded too.
+            gone = rows.capped(z, layout["scale"], layout["softcap"]) == -jnp.inf
+            live = jnp.where(gone, jax.lax.stop_gradient(masses), masses)
+            state |= mass_sums("nll", values[0], live.sum(axis), (masses != 0).any(axis))
+            state["mass"] = masses.sum(axis)
         else:
             nll = jnp.where(inside, values[0] - log_total, 0.0)
             state |= mass_sums("nll", nll, jnp.zeros_like(m), inside) | {"Snll": inside.astype(m.dtype)}
     if smooth:
-        mass = jnp.full_like(m, z.shape[axis]) if weight is None else jnp.zeros_like(m) + weight.sum()
+        mass = jnp.full_like(m, z.shape[axis]) if weight is None else jnp.where(dead, jnp.zeros_like(m), weight.sum())
         state |= mass_sums("smooth", values[2], mass, z.shape[axis] > 0 if weight is None else (weight != 0).any())
     if entropy:
         state["e"] = jnp.where(dead, 0.0, (log_total - values[-3]) * (1.0 + rest))
@@ -82,6 +89,8 @@ def merge(a: State, b: State) -> State:
             out[name] = a[name] + b[name]
             u = f"u{name[1:]}"
             out[u] = (a[u] - _times(a[name], by_a)) + (b[u] - _times(b[name], by_b))
+    if "mass" in a:
+        out["mass"] = a["mass"] + b["mass"]
     if "e" in a:
         out["e"] = e_a + e_b
     return out
@@ -100,6 +109,8 @@ def over(state: State, shard: Shard) -> State:
         if name.startswith("S"):
             u = f"u{name[1:]}"
             parts |= {name: state[name], u: state[u] - _times(state[name], by)}
+    if "mass" in state:
+        parts["mass"] = state["mass"]
     if "e" in state:
         parts["e"] = e
     out = dict(zip(parts, shard.sum(jnp.stack(list(parts.values()))), strict=True))
@@ -168,16 +179,17 @@ def _masses(target: Array, weight: Array | None, kind: Any, axis: int) -> Array:
     return y if by is None else y * by
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _alive(z: Array, dead: Array, axis: int) -> Array:
-    """z, whose dead rows have no derivative: what is formed of them is NaN, and not used."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _alive(axis: int, z: Array, dead: Array, *others: Array | None) -> Array:
+    """z. Where it or `others` are differentiated, 0 in dead rows: of -inf there comes NaN, which 0 does not silence."""
     return z
 
 
 @_alive.defjvp
-def _alive_jvp(axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
-    z, dead = primals
-    return z, jnp.where(jnp.expand_dims(dead, axis), jnp.zeros((), z.dtype), tangents[0])
+def _alive_jvp(axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    z, dead, *_ = primals
+    gone, zero = jnp.expand_dims(dead, axis), jnp.zeros((), z.dtype)
+    return jnp.where(gone, zero, z), jnp.where(gone, zero, tangents[0])
 
 
 def _moved(state: State, m: Array) -> tuple[Array, Array, Array]:

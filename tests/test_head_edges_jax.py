@@ -70,3 +70,15 @@ def test_float16_mean_of_many_rows_off_the_cpu(options: dict[str, Any], monkeypa
     unseen = slice(classes // 2, None)  # classes that are no row's target
     found = jax.grad(lambda w: loss(w, **options))(w)[unseen].astype(jnp.float32)
     np.testing.assert_allclose(found, truth[unseen], rtol=5e-3)
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_a_stale_logit_that_overflowed_takes_no_part(size: int) -> None:
+    """The last of overlapping slices has classes of the one before: +inf there, which a bias of -inf makes NaN."""
+    w = jnp.asarray([1e-20, 2e-20, 3e-20, 1e20, 1e20, 2.0, 0.5]).reshape(7, 1)
+    x, more = jnp.asarray([[1e20], [1.0]]), {"softcap": 5.0, "reduction": "none", "stats": ("argmax",)}
+    found, stats = head(x, w, jnp.asarray([3, 2]), memory="lean", chunk_size=size, **more)
+    truth, theirs = jax_ops.cross_entropy(x @ w.T, jnp.asarray([3, 2]), **more)
+    assert np.isfinite(truth).all()
+    np.testing.assert_allclose(found, truth, rtol=1e-6)
+    np.testing.assert_array_equal(stats["argmax"], theirs["argmax"])

@@ -432,6 +432,21 @@ def test_masked_classes_are_as_absent(gone: list[int], mode: str, transform: str
     _same(jax.jit(ours, **_QUICK)(IN["x"], IN["w"]), jax.jit(theirs, **_QUICK)(IN["x"], IN["w"]))
 
 
+def test_a_masked_slice_and_what_holds_the_value() -> None:
+    """Derivatives of the value by soft targets and class weights: a slice of -inf makes none of them NaN."""
+    b, y = _masked([0, 1, 2, 4]), np.where(np.isin(np.arange(V), [0, 1, 2, 4]), 0.0, IN["y"])
+
+    def second(mode: str) -> Any:
+        def of_both(y: Any, cw: Any) -> Any:
+            f = lambda y, cw: _head(mode, IN["x"], IN["w"], b, y, cw)  # noqa: E731
+            value, gradient = jax.value_and_grad(f, (0, 1))(y, cw)
+            return value + sum(jnp.square(g).sum() for g in gradient)
+
+        return jax.jit(jax.grad(of_both, (0, 1)), **_QUICK)(y, IN["cw"])
+
+    _same(second("lean"), second("fast, rows"))
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 def test_bad_rows_stay_alone(memory: str) -> None:
     x = IN["x"].copy()

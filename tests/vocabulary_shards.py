@@ -222,6 +222,41 @@ def one_class_each(mesh: Any) -> None:
             np.testing.assert_allclose(p, q, rtol=1e-11, atol=1e-11)
 
 
+def invalid_rows_weigh_as_unsharded(mesh: Any) -> None:
+    """In a mean over class weights a row whose target names no class has the weight of class 0."""
+    few = 8
+    cut: dict[str, Any] = {"w": (slice(few),), "cw": (slice(few),), "z": (..., slice(few))}
+    for op, names in (("cross_entropy", "z cw"), ("linear_cross_entropy", "x w cw")):
+        for t in (np.array([1, 7, 99, 4, -100, 0]), np.array([99] + [-100] * 5)):
+            case = Case(op, names, on_all_ignored="zero")
+            a = {k: v[cut.get(k, ...)] for k, v in case.arrays().items()}
+            f = jax.shard_map(lambda a: case.call(a, t, "v"), mesh=mesh, in_specs=(case.specs("v"),), out_specs=P())  # noqa: B023
+            ours = jax.jit(derivatives(f))(a)
+            truth = jax.jit(derivatives(lambda a: case.truth(a, t)))(a)  # noqa: B023
+            assert np.isnan(ours[1]), f"{op}, {t}"
+            for p, q in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
+                np.testing.assert_allclose(p, q, rtol=1e-11, err_msg=f"{op}, {t}")
+
+
+def masked_classes_of_soft_targets(grid: Any) -> None:
+    """A device without a part in row 1, and a masked class in row 2: derivatives of what holds the value too."""
+    case = Case("cross_entropy", "z y cw", True, reduction="sum")
+    few = 8
+    a = {k: v[..., :few] for k, v in case.arrays().items()}
+    for place in ((1, slice(2)), (2, 3)):
+        a["z"], a["y"] = a["z"].at[place].set(-jnp.inf), a["y"].at[place].set(0.0)
+
+    def second(f: Any) -> Any:
+        def of_both(a: Any) -> Any:
+            value, gradient = jax.value_and_grad(f)(a)
+            return value + sum(jnp.square(g).sum() for g in gradient.values())
+
+        return jax.jit(jax.grad(of_both))
+
+    f = jax.shard_map(lambda a: case.call(a, None, "v"), mesh=grid, in_specs=(case.specs("v"),), out_specs=P())
+    same(second(f)(a), second(lambda a: case.truth(a, None))(a), "masked: ")
+
+
 def loud_rows(mesh: Any) -> None:
     """float32 against float64: confident rows, dead shards, bad rows, ties."""
     z = np.zeros((10, V), np.float32)
@@ -325,6 +360,8 @@ def main() -> None:
         (gradient_inside, grid),
         (classes_over_two_axes, grid),
         (one_class_each, mesh),
+        (invalid_rows_weigh_as_unsharded, mesh),
+        (masked_classes_of_soft_targets, grid),
         (loud_rows, mesh),
         (half_precision, mesh),
         (plain_jit, mesh),

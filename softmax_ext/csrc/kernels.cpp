@@ -168,10 +168,14 @@ template <class T, class Y, Do what> bool cross_entropy_as(const CrossEntropy& a
   using F = Compute<T>;
   const Layout& y = a.layout;
   if (way_of(y) == Way::wide) {
-    const bool keeps = what == Do::both && !std::is_same_v<T, F> && y.V <= keep_up_to;
-    Scratch kept(keeps ? y.V * (int64_t)sizeof(F) : 0);
-    if (kept.p) ce_rows<T, Y, what>(a, begin, end, (F*)kept.p);
-    return kept.p;
+    if constexpr (what == Do::both && !std::is_same_v<T, F>)
+      if (y.V <= keep_up_to) {
+        Scratch kept(y.V * (int64_t)sizeof(F));
+        if (kept.p) ce_rows<T, Y, what>(a, begin, end, (F*)kept.p);
+        return kept.p;
+      }
+    ce_rows<T, Y, what>(a, begin, end, nullptr);
+    return true;
   }
   const T* x = (const T*)a.logits;
   const Y* dense = is_dense(a) ? (const Y*)a.target : nullptr;

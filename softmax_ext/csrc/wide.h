@@ -89,8 +89,8 @@ SX_INLINE RowState visit_row(const T* x, int64_t V, const Transform<Compute<T>>&
 }
 
 // For a row that fits the second-level cache beside its result: the maximum of all of it first, then every exp once,
-// left in `kept` for the caller to scale (kept may be x). A second exp costs more than the trip to L2 and back: softmax of
-// (4096, 1000) takes 11.8 ns per 16 elements with it, 9.6 without, a copy 4.6 (one core, AVX-512).
+// left in `kept` for the caller to scale (kept may be x). A second exp costs more than the trip to L2 and back: softmax
+// of (4096, 1000) takes 11.8 ns per 16 elements with it, 9.6 without, a copy 4.6 (one core, AVX-512).
 constexpr int64_t keep_up_to = 32768;
 
 template <class T> SX_INLINE RowState visit_row_keeping(const T* x, Compute<T>* kept, int64_t V) {
