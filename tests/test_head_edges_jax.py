@@ -75,8 +75,10 @@ def test_float16_mean_of_many_rows_off_the_cpu(options: dict[str, Any], monkeypa
 @pytest.mark.parametrize("size", [3, 7])
 def test_a_stale_logit_that_overflowed_takes_no_part(size: int) -> None:
     """The last of overlapping slices has classes of the one before: +inf there, which a bias of -inf makes NaN."""
-    w = jnp.asarray([1e-20, 2e-20, 3e-20, 1e20, 1e20, 2.0, 0.5]).reshape(7, 1)
-    x, more = jnp.asarray([[1e20], [1.0]]), {"softcap": 5.0, "reduction": "none", "stats": ("argmax",)}
+    w = jnp.asarray([1e-20, 2e-20, 3e-20, 1e20, 1e20, 2.0, 0.5], jnp.float32)[:, None] * jnp.asarray([1.0, 0.5])
+    # Of two features: a single product and the bias would be contracted to an fma, which does not overflow.
+    x = jnp.asarray([[1e20, 0.0], [1.0, 0.0]], jnp.float32)
+    more: dict[str, Any] = {"softcap": 5.0, "reduction": "none", "stats": ("argmax",)}
     found, stats = head(x, w, jnp.asarray([3, 2]), memory="lean", chunk_size=size, **more)
     truth, theirs = jax_ops.cross_entropy(x @ w.T, jnp.asarray([3, 2]), **more)
     assert np.isfinite(truth).all()
