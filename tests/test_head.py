@@ -444,3 +444,31 @@ def test_float16_mean_over_many_rows_keeps_its_gradient(fw, memory):
     got = fw("linear_cross_entropy", "float16", arrays, {"value": np.float32(1024)}, memory=memory, chunk_size=3)[1]
     np.testing.assert_allclose(got["linear_weight"], want, rtol=2e-2, atol=1e-7)
     assert np.abs(want).max() > 1e-4
+
+
+@pytest.mark.slow
+@both
+def test_19_more_than_2_to_the_31_logits(fw):
+    """They never exist, but rows and classes are counted: three kinds of row, so that the truth is short."""
+    rows, classes = (1 << 15) + 4, 1 << 16
+    w, x = np.linspace(-3, 3, classes), np.ones(rows)
+    x[[-3, -2, -1]] = 2.0, -1.0, 2.0
+    target = np.arange(rows) * 5 % classes
+    target[[-3, -2, -1]] = classes - 1, classes - 1, 7
+    values, grads = fw(
+        "linear_cross_entropy",
+        "float32",
+        {"input": x[:, None], "linear_weight": w[:, None], "target": target},
+        {"value": np.float32(1)},
+    )
+    kinds, kind = np.unique(x, return_inverse=True)
+    z = np.outer(kinds, w)
+    lse = np.log(np.exp(z).sum(1))
+    p = np.exp(z - lse[:, None])
+    np.testing.assert_allclose(values["value"], np.mean(lse[kind] - x * w[target]), rtol=1e-6)
+    dx = ((p @ w)[kind] - w[target]) / rows
+    dw = (np.bincount(kind) * kinds) @ p / rows
+    np.subtract.at(dw, target, x / rows)
+    np.testing.assert_allclose(np.ravel(grads["input"]), dx, rtol=1e-4, atol=1e-4 / rows)
+    # equal terms round the same way: a matmul's sum of 32768 of them is off by as many roundings
+    np.testing.assert_allclose(np.ravel(grads["linear_weight"]), dw, rtol=2e-3, atol=2e-3 / rows)
