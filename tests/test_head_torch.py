@@ -274,7 +274,7 @@ def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_autocast_as_the_linear_layer(memory: Any, dtype: torch.dtype, wide: bool) -> None:
-    x, w, b = (IN[k].to(dtype).requires_grad_() for k in ("x", "lw", "lb"))
+    x, w, b = (IN[k].detach().to(dtype, copy=True).requires_grad_() for k in ("x", "lw", "lb"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = torch_ops.linear_cross_entropy(x, w, TARGET, linear_bias=b, memory=memory)
         logits = F.linear(x, w, b)
