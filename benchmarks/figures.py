@@ -111,8 +111,12 @@ def overview(kept: Kept) -> str:
     eager, compiled = (_line(torch, call) for call in ("F.linear + F.cross_entropy", "torch.compile"))
     memory = " : ".join(_mb(line.workspace_bytes) for line in (torch[0], eager, compiled))
     rows.append(("linear_cross_entropy", HEAD, *map(_ratio, (eager, compiled, rivals(jax)[0])), memory, ""))
+    for rival in rivals(torch):
+        if rival.call.startswith("F.linear_cross_entropy"):
+            memory = f"{_mb(torch[0].workspace_bytes)} : {_mb(rival.workspace_bytes)}"
+            rows.append((f"the same beside {rival.call}", HEAD, _ratio(rival), "", "", memory, ""))
     times = ("PyTorch's time / ours", "torch.compile's", "JAX's")
-    return _markdown(("float32", "shape", *times, "memory, MB: ours, two rivals", "worst error, ulp"), rows)
+    return _markdown(("float32", "shape", *times, "memory, MB", "worst error, ulp"), rows)
 
 
 def _line(cell: Iterable[Line], call: str) -> Line:
