@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import torch_ops
 from benchmarks import torch_heads
-from benchmarks.check import WrongAnswer, check
+from benchmarks.check import WrongAnswer
 from benchmarks.gpu_clock import Call, take_turns, workspace_bytes
 from benchmarks.gpu_lines import OURS, Line, lines
 from benchmarks.gpu_rows import Settings
-from benchmarks.heads import HeadCase
-from benchmarks.torch_heads import Inputs, Loss, gradients, numpy
+from benchmarks.heads import BLOCK, HEAD_OPS, HeadCase
+from benchmarks.torch_heads import Inputs, Loss, gradients
 
 OP = "linear_cross_entropy"
 MATMULS = "three matmuls"
@@ -54,8 +57,39 @@ class OnDevice(Inputs):
         return lambda: run() or ()
 
     def check(self, call: Call, *, ours: bool) -> None:
-        """Raise WrongAnswer unless loss and gradients are the truth's."""
-        check(self.case, OP, [numpy(answer.detach().cpu()) for answer in call()], ours=ours)
+        """Raise WrongAnswer unless loss and gradients are the truth's: benchmarks.check, where the answers are.
+
+        A gigabyte on its way to the host, and there in float32, would take longer than all that is timed.
+        """
+        for name, given in zip(HEAD_OPS[OP].answers, call(), strict=True):
+            answer = given.detach()
+            if answer.shape != self.case.due(name):
+                raise WrongAnswer(f"an answer of shape {tuple(answer.shape)} where {self.case.due(name)} is due")
+            truth, allowed = self._judges[name, ours]
+            found = answer[self._judged] if name == "d_linear_weight" else answer.reshape(-1, *answer.shape[1:])
+            for first, block in zip(range(0, len(found), BLOCK), found.split(BLOCK), strict=True):
+                lines = torch.arange(first, first + len(block), device=block.device) % len(truth)
+                # Not `any(off > allowed)`: a NaN is greater than nothing.
+                good = (block.double() - truth[lines]).abs() <= allowed[lines]
+                if not bool(good.all()):
+                    at = [int(i) for i in (~good).nonzero()[0]]
+                    where = [self.case.place(name, first + at[0]), *at[1:]]
+                    due = float(truth[lines][tuple(at)])
+                    raise WrongAnswer(f"{name}{where} is {float(block[tuple(at)]):.9g}, in truth {due:.9g}")
+
+    @cached_property
+    def _judged(self) -> Tensor:
+        return torch.from_numpy(self.case.judged).to(self.target.device)
+
+    @cached_property
+    def _judges(self) -> dict[tuple[str, bool], tuple[Tensor, Tensor]]:
+        """(answer, whether ours): what it is in truth, and how far off it may be."""
+        found = {}
+        for name, ours in product(HEAD_OPS[OP].answers, (True, False)):
+            value, scale = self.case.truth(name)
+            both = (np.atleast_1d(value), np.atleast_1d(self.case.allowed(scale, ours=ours)))
+            found[name, ours] = tuple(torch.from_numpy(v).to(self.target.device) for v in both)
+        return found
 
 
 def sharing(cases: Sequence[HeadCase]) -> Iterator[HeadCase]:
@@ -76,10 +110,8 @@ def _but_for_rows(case: HeadCase) -> tuple[object, ...]:
 
 def measure(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevice) -> list[Line]:
     """One case's lines: every call judged, timed in turns, its memory counted."""
-    absent = missing()
-    calls = {name: on.call(loss) for name, loss in ours(case.rows).items()}
-    for call in calls.values():
-        on.check(call, ours=True)
+    calls, absent = judged(on, {name: on.call(loss) for name, loss in ours(case.rows).items()})
+    absent |= missing()
     torch._dynamo.reset()
     for name, loss in rivals(case, settings.backend).items():
         call = on.call(loss)
@@ -108,13 +140,27 @@ def sweep(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevic
             name = f"{mode}, {size or 'default'}"
             calls[name] = on.call(partial(head, memory=mode, chunk_size=size))
             chunks[name], work[name] = size, LINEAR_MATMULS[mode] / 3
-    for call in calls.values():
-        on.check(call, ours=True)
+    calls, absent = judged(on, calls)
     memory = {name: workspace_bytes(call, settings.device) for name, call in calls.items()}
     calls[MATMULS] = on.limit()
     times = take_turns(calls, settings.device, seconds=settings.seconds)
     cell = about | {"part": "chunks", "op": OP, "dtype": case.dtype, "shape": str(case)}
-    return lines(cell, times, ours="fast, default", limit=MATMULS, work=work, chunks=chunks, memory=memory)
+    return lines(
+        cell, times, ours="fast, default", limit=MATMULS, work=work, chunks=chunks, memory=memory, absent=absent
+    )
+
+
+def judged(on: OnDevice, calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """(our calls that fit the device, why others do not); WrongAnswer if one is wrong."""
+    fit, absent = {}, {}
+    for name, call in calls.items():
+        try:
+            on.check(call, ours=True)
+            fit[name] = call
+        except torch.OutOfMemoryError as error:
+            absent[name] = _first_line(error)
+            torch.cuda.empty_cache()
+    return fit, absent
 
 
 def ours(rows: int) -> dict[str, Loss]:
@@ -154,7 +200,7 @@ def refusal(on: OnDevice, call: Call) -> str:
     except WrongAnswer as error:
         return f"its answer is wrong: {error}"
     except Exception as error:  # a rival may fail in any way: out of memory, a type it does not take, its compiler
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+        return _first_line(error)
     return ""
 
 
@@ -162,5 +208,9 @@ def _why_not(module: str) -> str:
     try:
         importlib.import_module(module)
     except Exception as error:  # not installed, or not for this Triton or this machine
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return _first_line(error)
     return ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
