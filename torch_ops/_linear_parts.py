@@ -13,6 +13,7 @@ from torch_ops import _rows as rows
 from torch_ops._chunks import spans
 from torch_ops._native import _is_plain
 from torch_ops._targets import _TRACING
+from torch_ops._unrounded import add_product
 
 # Entries of a temporary that stands beside the logits: 2 MiB of bfloat16.
 _PIECE = 1 << 20
@@ -78,9 +79,12 @@ def class_pieces(linear_weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[in
 
 
 def add_input_gradient(dx: Tensor, dz: Tensor, linear_weight: Tensor) -> None:
-    """dX += dz W, where dX has the type of dz."""
-    for i, j, w in class_pieces(linear_weight, dz.dtype):
-        dx.addmm_(dz[:, i:j], w)
+    """dX += dz W, where dX has the type of dz, or is summed in float32."""
+    if dx.dtype == dz.dtype:
+        for i, j, w in class_pieces(linear_weight, dz.dtype):
+            dx.addmm_(dz[:, i:j], w)
+    elif not add_product(dx, dz, linear_weight, first=False):
+        dx.add_(torch.mm(dz, linear_weight))
 
 
 def ignored_rows(target: Tensor) -> Tensor | None:
@@ -114,8 +118,8 @@ def first_maximum(z: Tensor, scale: float, softcap: float | None) -> tuple[Tenso
 class ClassGradient:
     """dW = sum over chunks of dzT x and db = sum of dz, in the compute type.
 
-    Where matmuls of a half-precision type round their product, it is rounded before it is added. Not `summed`: there
-    is one chunk, and dW takes its product in its own type.
+    A half-precision product is rounded before it is added, but on CUDA (`add_product`). Not `summed`: there is one
+    chunk, and dW takes its product in its own type.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool, summed: bool) -> None:
@@ -147,7 +151,9 @@ class ClassGradient:
 
 
 def add_weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
-    """dW += dzT x, or dW = dzT x, where dW has another type than dz: by pieces of the classes."""
+    """dW += dzT x, or dW = dzT x, where dW has another type than dz: by pieces of the classes, or unrounded."""
+    if add_product(dw, dz.t(), x, first=first):
+        return
     pieces = spans(dz.shape[1], max(1, PIECE_OF_WEIGHT // max(1, x.shape[1])))
     room = dz.new_empty(max(j - i for i, j in pieces), x.shape[1])
     for i, j in pieces:
