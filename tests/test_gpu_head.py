@@ -1,8 +1,11 @@
-"""What the linear head does on a GPU and nowhere else: cuBLAS' float32 sums, here by a stand-in for its calls."""
+"""The linear head on a GPU, without one: cuBLAS' float32 sums by a stand-in for its calls, and no look at a value."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +14,12 @@ pytest.importorskip("torch")
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torch_ops
-from torch_ops import _linear_ops, _linear_parts, _linear_rows, _linear_slices, _unrounded
+from tests import interpreter
+from torch_ops import _linear_ops, _linear_parts, _linear_rows, _linear_slices, _triton, _unrounded
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -140,3 +146,109 @@ def test_chunks_cost_no_accuracy(calls: list[Any], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_unrounded, "_offered", lambda *_: False)
     assert _errors("fast", 8)[1] > 1.05 * many, "the measurement sees rounded products"
     assert _errors("lean", 4)[0] > 1.05 * sliced
+
+
+@pytest.mark.parametrize("shape", [(301, 77), (50,)])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_scaling_at_once_is_scaling_by_pieces(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for to, factor in product((torch.float32, *HALVES), (torch.tensor(0.3337), None)):
+        out = torch.empty_like(x, dtype=to)
+        assert torch.equal(_linear_parts._at_once(x, factor, out), _linear_parts.scaled(x, factor, to))
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses what would wait for a device: a look at a value, a size made of values, a copy from or to the host.
+
+    A meta tensor has no values, so a look has nothing to see and raises by itself; a copy to it would pass.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.lift_fresh.default):
+            tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, Tensor)]
+            assert {v.device.type for v in tensors} == {"meta"}, f"{func} from one device to another"
+        assert func not in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+        return out
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """One that the Triton ops and cuBLAS' float32 sums serve."""
+    if interpreter.why_not():
+        pytest.skip(f"Triton's interpreter: {interpreter.why_not()}")
+    monkeypatch.setattr(_triton, "DEVICES", ("meta",))
+    monkeypatch.setattr(_unrounded, "_offered", lambda *_: True)
+    monkeypatch.setattr(_unrounded, "_add", lambda out, a, b: out.add_(a @ b))
+    with OnDevice():
+        yield "meta"
+
+
+HEADS = [
+    {},
+    {"memory": "lean", "chunk_size": 3},
+    {"chunk_size": 2, "linear_bias": True, "z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.7, "shift": 1},
+    {"chunk_size": 2, "weight": True, "label_smoothing": 0.1, "token_weight": True, "on_all_ignored": "zero"},
+    {"memory": "lean", "linear_bias": True, "weight": True, "label_smoothing": 0.1, "softcap": 3.0, "z_loss": 0.1},
+    {"stats": ("lse", "logprob", "entropy", "argmax"), "chunk_size": 2, "weight": True, "label_smoothing": 0.1},
+    {"memory": "lean", "stats": ("lse", "logprob", "entropy", "argmax"), "reduction": "none", "shift": 1},
+    {"soft": True, "chunk_size": 2, "weight": True, "linear_bias": True, "stats": ("entropy",)},
+    {"soft": True, "memory": "lean", "chunk_size": 3, "weight": True, "label_smoothing": 0.1, "z_loss": 0.1},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_nothing_of_a_head_waits_for_the_device(options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    """Forward and backward of the loops themselves, and backward twice."""
+    options = dict(options)
+    of = {"device": device, "dtype": dtype, "requires_grad": True}
+    x, w, n = torch.empty(2, 3, 4, **of), torch.empty(7, 4, **of), (2, 3)
+    soft = options.pop("soft", False)
+    target = torch.empty(*n, 7, device=device) if soft else torch.empty(n, dtype=torch.int64, device=device)
+    shapes = {"linear_bias": ((7,), dtype), "weight": ((7,), torch.float32), "token_weight": (n, torch.float32)}
+    more = {
+        name: torch.empty(shape, device=device, dtype=kind, requires_grad=True)
+        for name, (shape, kind) in shapes.items()
+        if options.pop(name, False)
+    }
+    head: Any = torch_ops.linear_cross_entropy
+    out = head(x, w, target, **more, **options)
+    loss, stats = out if isinstance(out, tuple) else (out, {})
+    total: Tensor = loss.sum()
+    for value in stats.values():
+        total = total + value.sum() if value.is_floating_point() else total
+    assert total.device.type == device
+    given = [x, w, *more.values()]
+    grads = torch.autograd.grad(total, given, create_graph=True, allow_unused=True)
+    assert {g.device.type for g in grads if g is not None} == {device}
+    torch.autograd.grad(grads[0].sum() + grads[1].sum(), given, allow_unused=True)
+
+
+def test_a_look_and_a_copy_would_be_seen(device: str) -> None:
+    x = torch.empty(3, device=device)
+    for wait in (
+        lambda: bool(x.any()),
+        lambda: x.sum().item(),
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+        lambda: x.cpu(),
+        lambda: torch.zeros(3).to(device),
+        lambda: torch.tensor(1.0).to(device),
+        lambda: torch.zeros(3, device=device).copy_(torch.zeros(3)),
+        lambda: x.fill_(0) if x.max() > 0 else None,
+    ):
+        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+            wait()
+
+
+def test_no_number_is_copied_to_a_device() -> None:
+    """torch.tensor(number, device=..) copies from the host, unseen by dispatch modes; full and new_full fill."""
+    folder = Path(torch_ops.__file__).parent
+    found = {
+        f"{path.name}: {line.strip()}"
+        for path in folder.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"torch\.(tensor|as_tensor)\(", line) and ">>>" not in line
+    }
+    assert found == {"_parallel.py: wrong = torch.tensor(float(error is not None))"}, "that one where a look is free"
