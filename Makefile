@@ -85,7 +85,7 @@ gpu: gpu-test gpu-bench
 
 gpu-test:
 	$(PYTHON) -m softmax_ext
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 4 tests/test_device.py
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 4 tests/test_device.py tests/test_device_head.py
 
 # Writes benchmarks/results/<device>.csv.
 gpu-bench:
