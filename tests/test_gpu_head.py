@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import torch_ops
 from tests import interpreter
-from torch_ops import _linear_ops, _linear_parts, _linear_rows, _linear_slices, _triton, _unrounded
+from torch_ops import _chunks, _linear_ops, _linear_parts, _linear_rows, _linear_slices, _triton, _unrounded
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -58,7 +58,7 @@ def half_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "formed_in", lambda x, target: x.dtype)
 
 
-def _chunks(dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+def _pairs(dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 6, generator=g).to(dtype)
     pairs = [(torch.randn(9, 40, generator=g).to(dtype), torch.randn(9, 6, generator=g).to(dtype)) for _ in range(3)]
@@ -67,7 +67,7 @@ def _chunks(dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_products_are_summed_in_order_and_unrounded(dtype: torch.dtype, calls: list[Any]) -> None:
-    weight, pairs = _chunks(dtype)
+    weight, pairs = _pairs(dtype)
     sums = _linear_parts.ClassGradient(weight, None, True, False, summed=True)
     want = torch.full((40, 6), torch.nan)
     for k, (dz, x) in enumerate(pairs):
@@ -89,7 +89,7 @@ def test_a_refusal_is_remembered(refused: str, error: Any, calls: list[Any], mon
         raise error("self and mat2 must have the same dtype, but got Float and BFloat16")
 
     monkeypatch.setattr(_unrounded, refused, refuse)
-    weight, pairs = _chunks(torch.bfloat16)
+    weight, pairs = _pairs(torch.bfloat16)
     sums = _linear_parts.ClassGradient(weight, None, True, False, summed=True)
     want = torch.zeros(40, 6)
     for dz, x in pairs:
@@ -223,6 +223,19 @@ def test_nothing_of_a_head_waits_for_the_device(options: dict[str, Any], dtype: 
     grads = torch.autograd.grad(total, given, create_graph=True, allow_unused=True)
     assert {g.device.type for g in grads if g is not None} == {device}
     torch.autograd.grad(grads[0].sum() + grads[1].sum(), given, allow_unused=True)
+
+
+def test_a_devices_workspace_is_its_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rows; slices of the vocabulary, for those short of memory, have what a CPU has."""
+    monkeypatch.setattr(_chunks, "WORKSPACE_ON_DEVICE", 1 << 30)
+    for at, rows in ((device, 1024), ("cpu", 256)):
+        x, w, t = (
+            torch.empty(4096, 8, device=at),
+            torch.empty(1 << 18, 8, device=at),
+            torch.empty(4096, dtype=torch.int64, device=at),
+        )
+        assert {j - i for i, j in _linear_rows._Buffer(x[:2048], w, t, None).spans} == {rows}
+        assert {j - i for i, j in _linear_slices._Slices(x, w[: 1 << 15], None, t, None).spans} == {1 << 14}
 
 
 def test_a_look_and_a_copy_would_be_seen(device: str) -> None:

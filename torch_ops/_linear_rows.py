@@ -140,7 +140,7 @@ class _Buffer:
         # another type than theirs.
         beside = 0 if x.dtype in (torch.float32, torch.float64) else 2 * PIECE_OF_WEIGHT * kind.itemsize
         features = 0 if kind == x.dtype else 2 * x.shape[1]
-        self.spans = spans(n, that_fit(chunk_size, classes + features, kind.itemsize, beside))
+        self.spans = spans(n, that_fit(chunk_size, classes + features, kind.itemsize, beside, x.device))
         self.data = x.new_empty(max(j - i for i, j in self.spans), classes, dtype=kind)
 
     def rows(self, count: int) -> Tensor:

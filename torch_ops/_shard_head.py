@@ -105,7 +105,7 @@ class HeadDoor:
         # The longest chunk is that of the rank with the most classes, whichever type a rank's CPU forms logits in.
         kind, widest_type = formed_in(x, target), torch.promote_types(x.dtype, torch.float32)
         beside = 0 if x.dtype == widest_type else 2 * PIECE_OF_WEIGHT * widest_type.itemsize
-        size = that_fit(self.plan.chunk_size, self.extent.widest or 0, widest_type.itemsize, beside)
+        size = that_fit(self.plan.chunk_size, self.extent.widest or 0, widest_type.itemsize, beside, x.device)
         chunks = spans(target.shape[0], size)
         buffer = x.new_empty(max(j - i for i, j in chunks), self.extent.count, dtype=kind)
         dx = torch.zeros_like(x, dtype=kind, memory_format=torch.contiguous_format) if needs[0] else None
