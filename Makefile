@@ -52,7 +52,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard softmax_ext/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --group frameworks
-	$(BIN)/python -m pip install --quiet --group test --group demo --group integrations --group docs --editable .
+	$(BIN)/python -m pip install --quiet --group test --group demo --group integrations --group docs --group rivals --editable .
 	touch $@
 
 # Pages from docs/ and the docstrings, into build/docs; a warning is an error.

@@ -1,4 +1,4 @@
-"""`make bench`: our ops beside the frameworks' own, in one process, taking turns, each answer checked first.
+"""`make bench`: our ops beside the frameworks' own and other libraries', taking turns, each answer checked first.
 
 For each op, shape and type: how many times as long as ours each rival takes; ours in copies, the time of copying
 the logits into memory that was there before; the least bytes the op can read and write, and the speed at which
@@ -19,7 +19,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from benchmarks import table
 from benchmarks.cases import DTYPES, OPS, PLAN, SHAPES, Case, shape_of
 from benchmarks.check import WrongAnswer, check
 from benchmarks.heads import HEAD_OPS, HEAD_PLAN, HEADS, HeadCase, head_of
-from benchmarks.timing import peak_bytes, take_turns
+from benchmarks.timing import LARGE, Call, peak_bytes, take_turns
 
 DOORS = ("torch", "jax")
 RESULTS = Path("benchmarks", "results")
@@ -56,6 +56,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         help="names, or sizes: 1024x32000, the second is the class axis; a head's: rows x features @ classes, 256x64@9",
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="(default: float32; float64 is PyTorch's only)")
+    parser.add_argument("--built-ins", action="store_true", help="beside these alone, no compiler, no other library")
     parser.add_argument("--threads", type=_count, help="cores to run on (default: all there are)")
     parser.add_argument("--seconds", type=float, default=1.5, help="for the rounds of an op (default: %(default)s)")
     parser.add_argument("--rounds", type=_count, default=5, help="at least so many (default: %(default)s)")
@@ -113,13 +114,18 @@ def cpu() -> str:
 
 
 def measure(
-    about: dict[str, Any], case: Case | HeadCase, door: Any, inputs: Any, limit: Any, options: argparse.Namespace
+    about: dict[str, Any],
+    case: Case | HeadCase,
+    door: Any,
+    calls: Mapping[str, Call],
+    limit: Call,
+    options: argparse.Namespace,
 ) -> list[table.Line]:
     """One op of one door on one case: judged, then timed."""
-    calls = door.CALLS[about["op"]](inputs)
     for name, call in calls.items():
         try:
-            check(case, about["op"], [door.numpy(answer) for answer in call()], ours=name.startswith(table.OURS))
+            answers = call.answers() if call.answers else [door.numpy(answer) for answer in call()]
+            check(case, about["op"], answers, ours=name.startswith(table.OURS))
         except WrongAnswer as error:
             raise WrongAnswer(f"{name}: {error}") from None
     memory: dict[str, dict[str, int | None]] = {}
@@ -133,8 +139,10 @@ def measure(
         name_of_limit = table.COPY
         work = dict.fromkeys(calls, case.least_bytes(OPS[about["op"]], door.INDEX_BYTES))
         work[name_of_limit] = 2 * case.logits_bytes
-        if case.logits_bytes > 2**23:  # resident memory is counted by the page, in batches for each thread
-            memory = {name: {"peak_bytes": peak_bytes(call)} for name, call in calls.items()}
+        if case.logits_bytes > LARGE:
+            memory = {
+                name: {"peak_bytes": call.peak() if call.peak else peak_bytes(call)} for name, call in calls.items()
+            }
     turns = take_turns({**calls, name_of_limit: limit}, budget=options.seconds, least=options.rounds)
     return table.lines(about, turns, memory, limit=name_of_limit, work=work)
 
@@ -148,7 +156,7 @@ def main(given: Sequence[str] | None = None) -> int:
     torch_calls = importlib.import_module("benchmarks.torch_calls")
     modules = {
         room: [importlib.import_module(f"benchmarks.{door}_{room}") for door in DOORS if door in options.door]
-        for room in ("calls", "heads")
+        for room in ("calls", "heads", "rivals")
     }
     doors = modules["calls"]
     gc.freeze()  # the frameworks need not be looked at by each collection
@@ -165,9 +173,15 @@ def main(given: Sequence[str] | None = None) -> int:
         )
         for shape, case in options.cases
     ]
-    if any(isinstance(case, HeadCase) for _, case, _ in todo):
-        for reason in filter(None, (door.skipped() for door in modules["heads"])):
-            console.print(reason)
+    rivals = {
+        door: module
+        for room in ("calls", "heads")
+        for door, module in zip(modules[room], modules["rivals"], strict=True)
+    }
+    if options.built_ins:
+        rivals = {}
+    for reason in dict.fromkeys(r for _, case, _ in todo for module in rivals.values() for r in module.skipped(case)):
+        console.print(reason)
     with Progress(
         SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn(), console=console, transient=True
     ) as progress:
@@ -184,9 +198,12 @@ def main(given: Sequence[str] | None = None) -> int:
                     inputs = {door: door.Inputs(case)}  # one door's arrays at a time
                 about = {"device": device, "threads": threads, "framework": door.VERSION, "op": op}
                 about |= {"dtype": case.dtype, "shape": str(case)}
+                calls = door.CALLS[op](inputs[door])
+                if door in rivals:
+                    calls = {**calls, **rivals[door].more(op, inputs[door])}
                 limit_call = copy or door.limit(inputs[door])
                 try:
-                    found.append(measure(about, case, door, inputs[door], limit_call, options))
+                    found.append(measure(about, case, door, calls, limit_call, options))
                 except WrongAnswer as error:
                     refused.append(table.cell_of(about))
                     wrong.append(f"{title}, {door.VERSION}, {op}: {error}")

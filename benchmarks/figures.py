@@ -102,19 +102,25 @@ def overview(kept: Kept) -> str:
     ):
         (torch,) = _cells_of(kept, "torch", op, LARGE)
         jax = _cells_of(kept, "jax", op.replace("_grad", "_value_and_grad"), LARGE)
-        (rival,) = rivals(torch)
+        eager, compiled = (_line(torch, call) for call in ("torch", "torch.compile"))
         jax_ratio = _ratio(rivals(jax[0])[0]) if jax else ""
-        memory = f"{_mb(torch[0].peak_bytes)} : {_mb(rival.peak_bytes)}"
+        memory = " : ".join(_mb(line.peak_bytes) for line in (torch[0], eager, compiled))
         errors = [_ulp(kept.worst(quantity, "float32", call).worst_ulp) for call in ("torch_ops", "torch")]
-        rows.append((name, LARGE, _ratio(rival), jax_ratio, memory, " : ".join(errors)))
+        rows.append((name, LARGE, _ratio(eager), _ratio(compiled), jax_ratio, memory, " : ".join(errors)))
     (torch,), (jax,) = (_cells_of(kept, door, "linear_cross_entropy", HEAD) for door in ("torch", "jax"))
+    eager, compiled = (_line(torch, call) for call in ("F.linear + F.cross_entropy", "torch.compile"))
+    memory = " : ".join(_mb(line.workspace_bytes) for line in (torch[0], eager, compiled))
+    rows.append(("linear_cross_entropy", HEAD, *map(_ratio, (eager, compiled, rivals(jax)[0])), memory, ""))
     for rival in rivals(torch):
-        same = rivals(jax)[0] if rival is rivals(torch)[0] else None
-        memory = f"{_mb(torch[0].workspace_bytes)} : {_mb(rival.workspace_bytes)}"
-        jax_ratio = "" if same is None else _ratio(same)
-        rows.append((f"linear_cross_entropy beside {rival.call}", HEAD, _ratio(rival), jax_ratio, memory, ""))
-    head = ("float32", "shape", "PyTorch's time / ours", "JAX's time / ours", "memory, MB", "worst error, ulp")
-    return _markdown(head, rows)
+        if rival.call.startswith("F.linear_cross_entropy"):
+            memory = f"{_mb(torch[0].workspace_bytes)} : {_mb(rival.workspace_bytes)}"
+            rows.append((f"the same beside {rival.call}", HEAD, _ratio(rival), "", "", memory, ""))
+    times = ("PyTorch's time / ours", "torch.compile's", "JAX's")
+    return _markdown(("float32", "shape", *times, "memory, MB", "worst error, ulp"), rows)
+
+
+def _line(cell: Iterable[Line], call: str) -> Line:
+    return next(line for line in cell if line.call == call)
 
 
 def _cells_of(kept: Kept, door: str, op: str, shape: str, dtype: str = "float32") -> list[list[Line]]:
@@ -176,11 +182,12 @@ def speed(kept: Kept) -> str:
     rows = []
     for door in ("torch", "jax"):
         for op in dict.fromkeys(line.op for line in kept.speed):
-            cells = {(c[0].shape, c[0].dtype): c for c in kept.cells(op=op) if c[0].framework.startswith(door)}
-            found = [_ratio(rivals(cells[at])[0]) if at in cells and rivals(cells[at]) else "" for at in shapes]
-            if any(found):
-                rows.append((door, f"`{op}`", *found))
-    return _markdown(("", "its time / ours", *(f"{shape} {dtype}" for shape, dtype in shapes)), rows)
+            mine = [c for c in kept.cells(op=op) if c[0].framework.startswith(door)]
+            cells = {(c[0].shape, c[0].dtype): c for c in mine if (c[0].shape, c[0].dtype) in shapes}
+            for call in dict.fromkeys(line.call for cell in cells.values() for line in rivals(cell)):
+                found = {at: _ratio(line) for at, cell in cells.items() for line in cell if line.call == call}
+                rows.append((f"`{op}`", call, *(found.get(at, "") for at in shapes)))
+    return _markdown(("its time / ours", "", *(f"{shape} {dtype}" for shape, dtype in shapes)), rows)
 
 
 def heads(kept: Kept) -> str:

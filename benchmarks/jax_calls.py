@@ -1,4 +1,4 @@
-"""JAX's calls by op, each under jit: ours, and each rival's."""
+"""JAX's calls by op, each under jit: ours, and the built-in's."""
 
 from __future__ import annotations
 

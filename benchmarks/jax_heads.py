@@ -15,7 +15,7 @@ from benchmarks.heads import HeadCase
 from benchmarks.jax_calls import VERSION, numpy
 from benchmarks.timing import Call
 
-__all__ = ["CALLS", "DTYPES", "LOSSES", "VERSION", "Inputs", "compiled", "limit", "numpy", "skipped", "workspace_bytes"]
+__all__ = ["CALLS", "DTYPES", "LOSSES", "VERSION", "Inputs", "call", "compiled", "limit", "numpy", "workspace_bytes"]
 
 DTYPES = ("float32", "bfloat16")
 Loss = Callable[[jax.Array, jax.Array, jax.Array], Any]
@@ -43,11 +43,6 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def skipped() -> str | None:
-    """Why a rival is missing."""
-    return None
-
-
 def compiled(loss: Loss, *arrays: Any, frozen: bool = False) -> Any:
     """Loss and gradients as one program, of arrays or of their shapes."""
     return jax.jit(jax.value_and_grad(loss, (0,) if frozen else (0, 1))).lower(*arrays).compile()
@@ -58,22 +53,23 @@ def workspace_bytes(program: Any) -> int:
     return program.memory_analysis().temp_size_in_bytes
 
 
-def _head(on: Inputs) -> dict[str, Call]:
+def call(loss: Loss, on: Inputs) -> Call:
+    """Loss and gradients."""
     arrays = (on.input, on.linear_weight, on.target)
+    program = compiled(loss, *arrays)
 
-    def call(loss: Loss) -> Call:
-        program = compiled(loss, *arrays)
+    def run() -> tuple[jax.Array, ...]:
+        value, gradients = jax.block_until_ready(program(*arrays))
+        return value, *gradients
 
-        def run() -> tuple[jax.Array, ...]:
-            value, gradients = jax.block_until_ready(program(*arrays))
-            return value, *gradients
+    def workspace(frozen: bool) -> int:
+        return workspace_bytes(compiled(loss, *arrays, frozen=True) if frozen else program)
 
-        def workspace(frozen: bool) -> int:
-            return workspace_bytes(compiled(loss, *arrays, frozen=True) if frozen else program)
+    return Call(run, workspace=workspace)
 
-        return Call(run, workspace=workspace)
 
-    return {name: call(loss) for name, loss in LOSSES.items()}
+def _head(on: Inputs) -> dict[str, Call]:
+    return {name: call(loss, on) for name, loss in LOSSES.items()}
 
 
 def limit(on: Inputs) -> Call:

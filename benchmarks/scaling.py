@@ -97,7 +97,7 @@ def main(given: Sequence[str] | None = None) -> int:
 def _measure(threads: int, options: argparse.Namespace) -> int:
     """`make bench` on so many cores: they are chosen before the frameworks are loaded."""
     shapes = [shape for sweep in (*ROWS, *HEADS) for shape in sweep.shapes(options.start)]
-    words = ["--op", *ROW_OPS, HEAD_OP, "--shape", *dict.fromkeys(shapes), "--threads", str(threads)]
+    words = ["--built-ins", "--op", *ROW_OPS, HEAD_OP, "--shape", *dict.fromkeys(shapes), "--threads", str(threads)]
     words += ["--seconds", options.seconds, "--rounds", options.rounds, "--results", str(options.results)]
     return subprocess.run([sys.executable, "-m", "benchmarks.bench", *words], check=False).returncode
 

@@ -1,4 +1,4 @@
-"""docs/speed.png: every measured cell's rivals by ours, an op a line, a shape a mark."""
+"""docs/speed.png: every measured cell's rivals by ours, an op a line, a shape a mark; the built-in's is full."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ def _draw(axes: Axes, cells: Sequence[Sequence[Line]], shapes: Sequence[tuple[st
     for i, (shape, dtype) in enumerate(shapes):
         colour, marker = f"C{i % 10}", MARKERS[i % len(MARKERS)]
         place = (i / max(1, len(shapes) - 1) - 0.5) * 0.6
-        points = [
-            (line, ops.index(line.op) + place)
-            for cell in cells
-            for line in cell
-            if (line.shape, line.dtype) == (shape, dtype) and not line.call.startswith(OURS) and line.call not in LIMITS
-        ]
-        if points:
-            at = [y for _, y in points]
-            axes.hlines(at, [p.ratio_low for p, _ in points], [p.ratio_high for p, _ in points], colour, alpha=0.4)
-            axes.plot([p.ratio for p, _ in points], at, marker, color=colour, label=f"{shape} {dtype}", markersize=5)
+        mine = [cell for cell in cells if (cell[0].shape, cell[0].dtype) == (shape, dtype)]
+        found = [[line for line in cell if not line.call.startswith(OURS) and line.call not in LIMITS] for cell in mine]
+        for others, points in ((False, [lines[:1] for lines in found]), (True, [lines[1:] for lines in found])):
+            shown = [line for lines in points for line in lines]
+            at = [ops.index(line.op) + place for line in shown]
+            label = None if others or not shown else f"{shape} {dtype}"
+            fill = {"markerfacecolor": "none", "alpha": 0.6} if others else {}
+            axes.hlines(
+                at, [p.ratio_low for p in shown], [p.ratio_high for p in shown], colour, alpha=0.2 if others else 0.4
+            )
+            axes.plot([p.ratio for p in shown], at, marker, color=colour, label=label, markersize=5, **fill)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_yticks(range(len(ops)), ops, fontsize="small")
     axes.invert_yaxis()
-    axes.set_xlabel("built-in's time / ours, with quartiles")
+    axes.set_xlabel("its time / ours, with quartiles; hollow: compiled, in huge pages, other libraries")
     axes.set_title("ours is faster to the right of 1", fontsize="small", loc="right")
     axes.grid(axis="x", alpha=0.3)

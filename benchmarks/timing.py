@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SLICE = 1e-3  # seconds: calls shorter than this are repeated, the clock and one interruption being too coarse
+LARGE = 2**23  # bytes: resident memory is counted by the page, in batches for each thread
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Call:
     run: Callable[..., Any]
     fresh: Callable[[], Any] | None = None
     workspace: Callable[[bool], int] | None = None  # bytes beyond arguments and answers; with the weight frozen?
+    # Of a call that another process makes:
+    peak: Callable[[], int | None] | None = None  # what `peak_bytes` saw there
+    answers: Callable[[], Any] | None = None  # as arrays of NumPy
 
     def __call__(self) -> Any:
         """Once, on its own argument."""

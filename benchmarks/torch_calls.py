@@ -1,4 +1,4 @@
-"""PyTorch's calls by op: ours, and each rival's."""
+"""PyTorch's calls by op: ours, and the built-in's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch_ops import _native as native
 VERSION = f"torch {torch.__version__}"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 INDEX_BYTES = 8
+Function = Callable[..., Tensor]
 
 
 class Inputs:
@@ -51,45 +52,32 @@ def copy(on: Inputs) -> Call:
     return Call(partial(torch.empty_like(on.logits).copy_, on.logits))
 
 
-def _forward(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], on: Inputs) -> dict[str, Call]:
-    return {"ours": Call(lambda: (ours(on.logits, 1),)), "torch": Call(lambda: (theirs(on.logits, 1),))}
+def _forward(softmax: Function, on: Inputs) -> Call:
+    return Call(lambda: (softmax(on.logits, 1),))
 
 
-def _backward(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], on: Inputs) -> dict[str, Call]:
+def _backward(softmax: Function, on: Inputs) -> Call:
     """The backward alone, through autograd, of a forward that has been."""
-
-    def call(y: Tensor) -> Call:
-        return Call(lambda: torch.autograd.grad(y, on.leaf, on.upstream, retain_graph=True))
-
-    return {"ours": call(ours(on.leaf, 1)), "torch": call(theirs(on.leaf, 1))}
+    y = softmax(on.leaf, 1)
+    return Call(lambda: torch.autograd.grad(y, on.leaf, on.upstream, retain_graph=True))
 
 
-def _cross_entropy(on: Inputs) -> dict[str, Call]:
-    return {
-        "ours": Call(lambda: (torch_ops.cross_entropy(on.logits, on.target),)),
-        "torch": Call(lambda: (F.cross_entropy(on.logits, on.target),)),
-    }
+def _value(loss: Function, on: Inputs) -> Call:
+    return Call(lambda: (loss(on.logits, on.target),))
 
 
-def _gradient(loss: Callable[..., Tensor], on: Inputs, logits: Tensor) -> tuple[Tensor, ...]:
+def _gradient(loss: Function, on: Inputs) -> Call:
+    return Call(lambda: _value_and_gradient(loss, on, on.leaf))
+
+
+def _gradient_inplace(loss: Function, on: Inputs) -> Call:
+    """Of logits just computed, as a linear layer hands them on: not a leaf, pages in place, used once."""
+    return Call(partial(_value_and_gradient, loss, on), fresh=lambda: on.leaf.clone())
+
+
+def _value_and_gradient(loss: Function, on: Inputs, logits: Tensor) -> tuple[Tensor, ...]:
     value = loss(logits, on.target)
     return value, *torch.autograd.grad(value, logits)
-
-
-def _cross_entropy_grad(on: Inputs) -> dict[str, Call]:
-    return {
-        "ours": Call(lambda: _gradient(torch_ops.cross_entropy, on, on.leaf)),
-        "torch": Call(lambda: _gradient(F.cross_entropy, on, on.leaf)),
-    }
-
-
-def _cross_entropy_grad_inplace(on: Inputs) -> dict[str, Call]:
-    """Both on logits just computed, as a linear layer hands them on: not a leaf, pages in place, used once."""
-    inplace = partial(torch_ops.cross_entropy, inplace_backward=True)
-    return {
-        "ours": Call(partial(_gradient, inplace, on), fresh=lambda: on.leaf.clone()),
-        "torch": Call(partial(_gradient, F.cross_entropy, on), fresh=lambda: on.leaf.clone()),
-    }
 
 
 def _cross_entropy_one_visit(on: Inputs) -> dict[str, Call]:
@@ -106,13 +94,28 @@ def _cross_entropy_one_visit(on: Inputs) -> dict[str, Call]:
     return {"ours": Call(run, fresh=on.logits.clone)}
 
 
+# op: what is timed of a function, ours, the built-in.
+PARTS: dict[str, tuple[Callable[[Function, Any], Call], Function, Function]] = {
+    "softmax": (_forward, torch_ops.softmax, torch.softmax),
+    "softmax_bwd": (_backward, torch_ops.softmax, torch.softmax),
+    "log_softmax": (_forward, torch_ops.log_softmax, torch.log_softmax),
+    "log_softmax_bwd": (_backward, torch_ops.log_softmax, torch.log_softmax),
+    "cross_entropy": (_value, torch_ops.cross_entropy, F.cross_entropy),
+    "cross_entropy_grad": (_gradient, torch_ops.cross_entropy, F.cross_entropy),
+    "cross_entropy_grad_inplace": (
+        _gradient_inplace,
+        partial(torch_ops.cross_entropy, inplace_backward=True),
+        F.cross_entropy,
+    ),
+}
+
+
+def _both(op: str, on: Inputs) -> dict[str, Call]:
+    call, ours, built_in = PARTS[op]
+    return {"ours": call(ours, on), "torch": call(built_in, on)}
+
+
 CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
-    "softmax": partial(_forward, torch_ops.softmax, torch.softmax),
-    "softmax_bwd": partial(_backward, torch_ops.softmax, torch.softmax),
-    "log_softmax": partial(_forward, torch_ops.log_softmax, torch.log_softmax),
-    "log_softmax_bwd": partial(_backward, torch_ops.log_softmax, torch.log_softmax),
-    "cross_entropy": _cross_entropy,
-    "cross_entropy_grad": _cross_entropy_grad,
-    "cross_entropy_grad_inplace": _cross_entropy_grad_inplace,
+    **{op: partial(_both, op) for op in PARTS},
     **({} if native.missing else {"cross_entropy_one_visit": _cross_entropy_one_visit}),
 }

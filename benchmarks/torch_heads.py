@@ -15,7 +15,7 @@ from benchmarks.heads import HeadCase
 from benchmarks.timing import Call
 from benchmarks.torch_calls import VERSION, numpy
 
-__all__ = ["CALLS", "DTYPES", "VERSION", "Inputs", "limit", "numpy", "skipped", "workspace_bytes"]
+__all__ = ["CALLS", "DTYPES", "PARTS", "VERSION", "Inputs", "call", "limit", "numpy", "skipped", "workspace_bytes"]
 
 DTYPES = ("float32", "bfloat16")
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -72,11 +72,13 @@ def gradients(loss: Loss, on: Inputs, *, frozen: bool = False) -> tuple[Tensor, 
     return value, *torch.autograd.grad(value, (on.input,) if frozen else (on.input, weight))
 
 
+def call(loss: Loss, on: Inputs) -> Call:
+    """Loss and gradients."""
+    return Call(partial(gradients, loss, on), workspace=partial(_workspace, loss, on))
+
+
 def _head(on: Inputs) -> dict[str, Call]:
-    return {
-        name: Call(partial(gradients, loss, on), workspace=partial(_workspace, loss, on))
-        for name, loss in rivals(on.case).items()
-    }
+    return {name: call(loss, on) for name, loss in rivals(on.case).items()}
 
 
 def _workspace(loss: Loss, on: Inputs, frozen: bool) -> int:
@@ -124,4 +126,5 @@ def limit(on: Inputs) -> Call:
     return Call(run)
 
 
+PARTS = {"linear_cross_entropy": (call, torch_ops.linear_cross_entropy, built_in)}
 CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {"linear_cross_entropy": _head}

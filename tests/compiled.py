@@ -50,12 +50,18 @@ def loss(dtype: torch.dtype, shape: tuple[int, ...], options: tuple[float, float
     ops.cross_entropy_fwd_bwd_(x, target, weight, a, b, c, d, 1, scale, cap, everything, everything)
 
 
+def indices() -> None:
+    """Class indices to the canonical form."""
+    ops.canonical(torch.empty(3000, dtype=torch.int64, device="meta"), 128256, -100)
+
+
 def compute(dtype: torch.dtype) -> torch.dtype:
     return F64 if dtype == F64 else F32
 
 
 # The widest row held in one block, the loop beyond it, a middle axis, float64.
 FEW: dict[str, Callable[[], None]] = {
+    "class indices": indices,
     "softmax bfloat16 32768": lambda: softmax(BF16, 32768),
     "loss bfloat16 32768": lambda: loss(BF16, (64, 32768), (1.0, None), False),
     "loss of everything float32 4096": lambda: loss(F32, (64, 4096), ALL, True),
@@ -74,7 +80,7 @@ MANY: dict[str, Callable[[], None]] = {
 
 
 def compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], target: GPUTarget) -> Any:
-    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in constants}
     given = dict(zip([n for n in kernel.arg_names if n not in constants], args, strict=True))
     signature, values, aligned = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):

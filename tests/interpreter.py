@@ -36,6 +36,7 @@ def interpreted() -> Iterator[list[str]]:
     ops: Any = importlib.import_module("torch_ops._triton_ops")
     builder: Any = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
     launch, cast, serves, cpu = ops._launch, builder.cast_impl, triton.serves, native.serves
+    directly = native.serves_directly
     ran: list[str] = []
 
     def counted(kernel: Any, *args: Any, **constants: Any) -> None:
@@ -46,11 +47,12 @@ def interpreted() -> Iterator[list[str]]:
     ops._launch = counted
     builder.cast_impl = _rounded(cast)
     triton.serves = lambda x, dim: cpu(x, dim)
-    native.serves = lambda x, dim: False
+    native.serves = native.serves_directly = lambda *_: False
     try:
         yield ran
     finally:
         ops._launch, builder.cast_impl, triton.serves, native.serves = launch, cast, serves, cpu
+        native.serves_directly = directly
 
 
 def _rounded(cast: Any) -> Any:

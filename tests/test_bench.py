@@ -31,7 +31,7 @@ def _run(folder: Path, *given: str) -> tuple[int, list[table.Line]]:
 
 
 def test_every_op_is_judged_timed_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, lines = _run(tmp_path, "--op", *OPS, "--shape", "3x5x2x2", "--dtype", "float32")
+    status, lines = _run(tmp_path, "--built-ins", "--op", *OPS, "--shape", "3x5x2x2", "--dtype", "float32")
     assert status == 0
     printed = capsys.readouterr().out
     for name in ("torch_calls", "jax_calls"):
@@ -46,10 +46,10 @@ def test_every_op_is_judged_timed_shown_and_kept(tmp_path: Path, capsys: pytest.
 
 
 def test_a_cell_measured_again_replaces_itself_alone(tmp_path: Path) -> None:
-    only = ("--door", "torch", "--op", "softmax", "log_softmax")
+    only = ("--built-ins", "--door", "torch", "--op", "softmax", "log_softmax")
     _run(tmp_path, *only, "--shape", "3x5")
     _, before = _run(tmp_path, *only, "--shape", "3x5", "4x5")
-    _, after = _run(tmp_path, "--door", "torch", "--op", "softmax", "--shape", "3x5")
+    _, after = _run(tmp_path, "--built-ins", "--door", "torch", "--op", "softmax", "--shape", "3x5")
     assert len(before) == len(after) == 12
     assert [line for line in after if line.cell != after[-1].cell] == [
         line for line in before if line.cell != after[-1].cell
@@ -132,7 +132,7 @@ def test_a_wrong_kernel_is_not_timed(
         calls = right(on)
         return {**calls, name: Call(lambda: (calls[name]()[0] * (1 + 2e-3),))}
 
-    given = ("--door", "torch", "--op", "softmax", "log_softmax", "--shape", "4x6")
+    given = ("--built-ins", "--door", "torch", "--op", "softmax", "log_softmax", "--shape", "4x6")
     status, lines = _run(tmp_path, *given)
     assert status == 0
     assert {line.op for line in lines} == {"softmax", "log_softmax"}

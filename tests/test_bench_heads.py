@@ -28,7 +28,7 @@ NAMES = HEAD_OPS[OP].answers
 
 
 def _run(folder: Path, *given: str) -> tuple[int, list[table.Line]]:
-    quick = ["--op", OP, "--rounds", "1", "--seconds", "0", "--device", "cpu", "--results", str(folder)]
+    quick = ["--built-ins", "--op", OP, "--rounds", "1", "--seconds", "0", "--device", "cpu", "--results", str(folder)]
     status = bench.main([*quick, *given])
     file = folder / "cpu.csv"
     return status, table.read(file) if file.exists() else []

@@ -129,6 +129,15 @@ def head_fwd_bwd(
     return join(parts), [dx, *shared.unrounded()]
 
 
+def rows_that_fit(x: Tensor, classes: int, kind: torch.dtype, chunk_size: int | None) -> int:
+    """The chunk size asked for, or how many rows of logits of the type `kind` fit the workspace."""
+    # Two pieces at most: W's before it is multiplied, dW's before it is added. Of the chunk's rows, x and dX in
+    # another type than theirs.
+    beside = 0 if x.dtype in (torch.float32, torch.float64) else 2 * PIECE_OF_WEIGHT * kind.itemsize
+    features = 0 if kind == x.dtype else 2 * x.shape[1]
+    return that_fit(chunk_size, classes + features, kind.itemsize, beside, x.device)
+
+
 class _Buffer:
     """The chunk's logits, in memory that every chunk writes over."""
 
@@ -136,11 +145,7 @@ class _Buffer:
         self, x: Tensor, linear_weight: Tensor, target: Tensor, chunk_size: int | None, n: int | None = None
     ) -> None:
         n, classes, kind = x.shape[0] if n is None else n, linear_weight.shape[0], formed_in(x, target)
-        # Two pieces at most: W's before it is multiplied, dW's before it is added. Of the chunk's rows, x and dX in
-        # another type than theirs.
-        beside = 0 if x.dtype in (torch.float32, torch.float64) else 2 * PIECE_OF_WEIGHT * kind.itemsize
-        features = 0 if kind == x.dtype else 2 * x.shape[1]
-        self.spans = spans(n, that_fit(chunk_size, classes + features, kind.itemsize, beside, x.device))
+        self.spans = spans(n, rows_that_fit(x, classes, kind, chunk_size))
         self.data = x.new_empty(max(j - i for i, j in self.spans), classes, dtype=kind)
 
     def rows(self, count: int) -> Tensor:

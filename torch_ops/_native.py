@@ -61,15 +61,18 @@ def serves(x: Tensor, dim: int) -> bool:
 
 
 def serves_directly(x: Any) -> bool:
-    """Whether x may go to a native op as it is: eager, and nothing converts, maps, intercepts or traces the call.
+    """Whether x may go to a native op as it is.
 
     Asked before any rule of the contract, so true only of tensors that no rule refuses. The order of the questions
     is their price: this is what a call on a small array costs beside the op.
     """
+    return type(x) is Tensor and x.is_cpu and is_direct(x) and _library is not None
+
+
+def is_direct(x: Tensor) -> bool:
+    """Whether a call on x is eager, and nothing converts, maps, intercepts or traces it."""
     return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.dtype in _FLOATS
+        x.dtype in _FLOATS
         and x.numel() > 0
         and not is_compiling()
         and _transform() is None
@@ -78,7 +81,6 @@ def serves_directly(x: Any) -> bool:
         and _modes() == 0
         and x.layout is torch.strided
         and not x.is_nested
-        and _library is not None
     )
 
 

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from torch_ops import _rows as rows
-from torch_ops._chunks import join, spans, that_fit
+from torch_ops._chunks import join, spans
 from torch_ops._collectives import shared, summed
 from torch_ops._linear import head_rows
 from torch_ops._linear_ops import Plan, head_bwd, head_fwd, levelled
 from torch_ops._linear_parts import (
-    PIECE_OF_WEIGHT,
     ClassGradient,
     formed_in,
     ignored_rows,
@@ -23,7 +22,7 @@ from torch_ops._linear_parts import (
     scaled,
     without,
 )
-from torch_ops._linear_rows import _products
+from torch_ops._linear_rows import _products, rows_that_fit
 from torch_ops._linear_slices import _Slices
 from torch_ops._linear_sum import LinearSum, one_pass, weighted
 from torch_ops._sharded import merged, sharded_rows, told_from_nan, without_classes
@@ -102,10 +101,9 @@ class HeadDoor:
             lambda own: summed(own, self.extent.group),
         )
         c = c if peak is None or c is None else c / peak
-        # The longest chunk is that of the rank with the most classes, whichever type a rank's CPU forms logits in.
+        # All ranks' chunks are those of the rank with the most classes and the widest type a CPU forms logits in.
         kind, widest_type = formed_in(x, target), torch.promote_types(x.dtype, torch.float32)
-        beside = 0 if x.dtype == widest_type else 2 * PIECE_OF_WEIGHT * widest_type.itemsize
-        size = that_fit(self.plan.chunk_size, self.extent.widest or 0, widest_type.itemsize, beside, x.device)
+        size = rows_that_fit(x, self.extent.widest or 0, widest_type, self.plan.chunk_size)
         chunks = spans(target.shape[0], size)
         buffer = x.new_empty(max(j - i for i, j in chunks), self.extent.count, dtype=kind)
         dx = torch.zeros_like(x, dtype=kind, memory_format=torch.contiguous_format) if needs[0] else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from softmax_ext import contract
+from torch_ops import _triton as triton
 from torch_ops._arrays import is_transformed
 from torch_ops._rows import IGNORED, INVALID
 
@@ -20,6 +21,8 @@ def canonical(op: str, target: Tensor, classes: int, ignored: int) -> Tensor:
 
     The comparison with `ignored` is made in a wide signed type: uint8 156 is not -100.
     """
+    if _is_eager(target) and triton.serves_indices(target):
+        return triton.ops.canonical(target, classes, ignored)
     t = target.to(torch.int64)
     if _can_look(target) and t.numel():
         low, high = (int(v) for v in t.aminmax())
@@ -40,9 +43,12 @@ def canonical(op: str, target: Tensor, classes: int, ignored: int) -> Tensor:
 
 def _can_look(target: Tensor) -> bool:
     # Elsewhere a look is a device sync (CUDA), a graph break (compile) or impossible (vmap, fake, meta).
+    return target.device.type == "cpu" and _is_eager(target)
+
+
+def _is_eager(target: Tensor) -> bool:
     return (
-        target.device.type == "cpu"
-        and type(target) is Tensor
+        type(target) is Tensor
         and not torch.compiler.is_compiling()
         and not is_transformed(target)
         and not any(torch._C._get_dispatch_mode(mode) for mode in _TRACING)

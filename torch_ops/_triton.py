@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops._native import _FLOATS, _is_plain
+from torch_ops._native import _FLOATS, _is_plain, is_direct
+from torch_ops._plain import IGNORED
 
 # ROCm calls itself "cuda". Everything else (MPS, TPU, private devices) has the plain path.
 DEVICES = ("cuda", "xpu")
+# uint64 is compared by its own rules: a value from 2**63 on is no negative one.
+_INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 missing = "" if importlib.util.find_spec("triton") else "Triton is not installed"
 ops: Any = torch.ops.softmax_ext_triton
@@ -30,6 +33,23 @@ def serves(x: Tensor, dim: int) -> bool:
         and not why_not(x.device)
         and not (x.device.type == "xpu" and x.dtype == torch.float64)  # some of these chips have no float64
     )
+
+
+def serves_directly(x: Any) -> bool:
+    """Whether x may go to a Triton op as it is: `_native.serves_directly` on a GPU."""
+    return type(x) is Tensor and x.device.type in DEVICES and is_direct(x) and serves(x, -1)
+
+
+def serves_indices(target: Tensor) -> bool:
+    """Whether the kernel of class indices takes an eager call's."""
+    return target.device.type in DEVICES and target.dtype in _INDICES and not why_not(target.device)
+
+
+def cross_entropy_mean(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """(loss, m, rest, how many rows are kept) of logits (N, V) and canonical indices, 0 / 0 where none is kept."""
+    nll, _, m, rest = ops.cross_entropy_fwd(logits, target, None, 1, 1.0, None, False, False)
+    kept = (target != IGNORED).sum()
+    return nll.sum() / kept, m, rest, kept
 
 
 @functools.cache

@@ -17,9 +17,22 @@ from torch import Tensor
 
 from softmax_ext import gpu_cross_entropy as ce
 from softmax_ext import gpu_rows as gpu
+from softmax_ext import gpu_targets
 from torch_ops._native import _dense_like, _rows
 
 tl: Any = gpu.tl  # as they are, Triton's types are not Python's
+
+
+def canonical(target: Tensor, classes: int, ignored: int) -> Tensor:
+    """Class indices as int64: in [0, classes), IGNORED or INVALID."""
+    target = target.contiguous()
+    out = torch.empty_like(target, dtype=torch.int64)
+    if target.numel():
+        count, block = target.numel(), gpu_targets.BLOCK
+        with _current(target.device):
+            launch: Any = gpu_targets.canonical_kernel[(-(-count // block),)]
+            launch(target, out, count, classes, ignored, BLOCK=block)
+    return out
 
 
 def softmax_fwd(x: Tensor, dim: int) -> Tensor:
@@ -229,6 +242,7 @@ _OPTIONS = "int dim, float scale, float? softcap"
 _UPSTREAM = "Tensor? d_nll, Tensor? d_lse, Tensor? d_smooth, Tensor? d_entropy"
 _INPUTS = "logits, Tensor target, Tensor? weight"
 _SCHEMAS: dict[Any, str] = {
+    canonical: "(Tensor target, int classes, int ignored) -> Tensor",
     softmax_fwd: "(Tensor x, int dim) -> Tensor",
     softmax_bwd: "(Tensor dy, Tensor y, int dim) -> Tensor",
     log_softmax_fwd: "(Tensor x, int dim) -> (Tensor, Tensor, Tensor)",
@@ -240,6 +254,7 @@ _SCHEMAS: dict[Any, str] = {
 }
 # What each returns, to whoever traces it.
 _FAKES: dict[Any, Any] = {
+    canonical: lambda target, classes, ignored: torch.empty_like(target, dtype=torch.int64).contiguous(),
     softmax_fwd: lambda x, dim: _dense_like(x),
     softmax_bwd: lambda dy, y, dim: _dense_like(y),
     log_softmax_fwd: lambda x, dim: (_dense_like(x), *_rows(x, dim, 2)),

@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from softmax_ext import contract
 from torch_ops import _native as native
 from torch_ops import _rows as rows
+from torch_ops import _triton as triton
 from torch_ops._arrays import (
     Rule,
     batch_first,
@@ -212,26 +213,36 @@ def _is_default(given: tuple[Any, ...]) -> bool:
 
 
 def _mean(input: Any, target: Any, inplace: bool) -> Tensor | None:
-    """The loss without options, in one native call; None where that call is not for these arguments."""
-    if type(target) is not Tensor or target.is_nested or not native.serves_directly(input):
+    """The loss without options, by a short way; None where that is not for these arguments."""
+    if type(target) is not Tensor or target.is_nested:
         return None
-    if input.requires_grad:
-        return _Mean.apply(input, target, inplace and _may_overwrite(input))[0]
-    found = native.cross_entropy_mean(input, target, False)
-    return found[0] if found else None
+    if native.serves_directly(input):
+        if not input.requires_grad:
+            found = native.cross_entropy_mean(input, target, False)
+            return found[0] if found else None
+    elif triton.serves_directly(input) and triton.serves_indices(target):
+        if (input.dim(), input.shape[:1], input.device) != (2, target.shape, target.device):
+            return None
+        target = triton.ops.canonical(target, input.shape[1], contract.LossOptions().ignored)
+    else:
+        return None
+    return _Mean.apply(input, target, inplace and _may_overwrite(input))[0]
 
 
 class _Mean(Rule):
-    """(loss, m, rest), or three times None: `_Row` and the reduction in one. Saves logits, target, m and rest."""
+    """(loss, m, rest, kept), or nothing but None: `_Row` and the reduction in one. Saves these, logits and target."""
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor | None, ...]:
-        return (*native.cross_entropy_mean(logits, target, True),) or (None, None, None)
+        if triton.serves(logits, 1):
+            return triton.cross_entropy_mean(logits, target)
+        # there all rows are kept, or it is not for these targets
+        return *(native.cross_entropy_mean(logits, target, True) or [None] * 3), None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         if output[0] is not None:
-            ctx.mark_non_differentiable(*output[1:])
+            ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*inputs[:2], *output[1:])
             ctx.inplace = inputs[2]
@@ -240,9 +251,9 @@ class _Mean(Rule):
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> Any:
         if d_loss is None:
             return None, None, None
-        logits, target, m, rest = ctx.saved_tensors
-        d_nll = (d_loss / len(target)).expand(len(target))
-        args = (logits, target, None, m, rest, d_nll, None, None, None)
+        logits, target, m, rest, kept = ctx.saved_tensors
+        count = len(target) if kept is None else kept.clamp(min=1)  # of a mean over nothing the gradient is 0
+        args = (logits, target, None, m, rest, (d_loss / count).expand(len(target)), None, None, None)
         return _input_bwd(args, (1, 1.0, None), inplace=ctx.inplace), None, None
 
 
