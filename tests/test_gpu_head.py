@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import torch_ops
 from tests import interpreter
-from torch_ops import _chunks, _linear_ops, _linear_parts, _linear_rows, _linear_slices, _triton, _unrounded
+from torch_ops import _chunks, _linear_ops, _linear_parts, _linear_rows, _linear_slices, _targets, _triton, _unrounded
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -223,6 +223,12 @@ def test_nothing_of_a_head_waits_for_the_device(options: dict[str, Any], dtype: 
     grads = torch.autograd.grad(total, given, create_graph=True, allow_unused=True)
     assert {g.device.type for g in grads if g is not None} == {device}
     torch.autograd.grad(grads[0].sum() + grads[1].sum(), given, allow_unused=True)
+
+
+def test_indices_of_a_group_are_made_canonical_without_a_look(device: str) -> None:
+    """The whole vocabulary's size is a tensor there: as a kernel's number it would be looked at."""
+    target, classes = (torch.empty(shape, dtype=torch.int64, device=device) for shape in ((5,), ()))
+    assert _targets.canonical("linear_cross_entropy", target, classes, -100).shape == (5,)  # pyright: ignore
 
 
 def test_a_devices_workspace_is_its_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
