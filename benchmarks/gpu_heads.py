@@ -110,24 +110,25 @@ def _but_for_rows(case: HeadCase) -> tuple[object, ...]:
 
 def measure(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevice) -> list[Line]:
     """One case's lines: every call judged, timed in turns, its memory counted."""
-    calls, absent = judged(on, {name: on.call(loss) for name, loss in ours(case.rows).items()})
-    absent |= missing()
+    calls, remarks = judged(on, {name: on.call(loss) for name, loss in ours(case.rows).items()})
+    remarks |= missing()
     torch._dynamo.reset()
     for name, loss in rivals(case, settings.backend).items():
         call = on.call(loss)
-        why = refusal(on, call)
+        why, ran = judgement(on, call)
         if why:
-            absent[name] = why
-            torch.cuda.empty_cache()
-        else:
+            remarks[name] = why
+        if ran:
             calls[name] = call
+        else:
+            torch.cuda.empty_cache()
     memory = {name: workspace_bytes(call, settings.device) for name, call in calls.items()}
     calls[MATMULS] = on.limit()
     times = take_turns(calls, settings.device, seconds=settings.seconds)
     work = {name: (4 if "lean" in name else 3) / 3 for name in calls}
     chunks = {name: case.rows for name in calls if "one chunk" in name}
     cell = about | {"part": "heads", "op": OP, "dtype": case.dtype, "shape": str(case)}
-    return lines(cell, times, ours=OURS, limit=MATMULS, work=work, chunks=chunks, memory=memory, absent=absent)
+    return lines(cell, times, ours=OURS, limit=MATMULS, work=work, chunks=chunks, memory=memory, remarks=remarks)
 
 
 def sweep(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevice) -> list[Line]:
@@ -140,27 +141,27 @@ def sweep(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevic
             name = f"{mode}, {size or 'default'}"
             calls[name] = on.call(partial(head, memory=mode, chunk_size=size))
             chunks[name], work[name] = size, LINEAR_MATMULS[mode] / 3
-    calls, absent = judged(on, calls)
+    calls, remarks = judged(on, calls)
     memory = {name: workspace_bytes(call, settings.device) for name, call in calls.items()}
     calls[MATMULS] = on.limit()
     times = take_turns(calls, settings.device, seconds=settings.seconds)
     cell = about | {"part": "chunks", "op": OP, "dtype": case.dtype, "shape": str(case)}
     return lines(
-        cell, times, ours="fast, default", limit=MATMULS, work=work, chunks=chunks, memory=memory, absent=absent
+        cell, times, ours="fast, default", limit=MATMULS, work=work, chunks=chunks, memory=memory, remarks=remarks
     )
 
 
 def judged(on: OnDevice, calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
     """(our calls that fit the device, why others do not); WrongAnswer if one is wrong."""
-    fit, absent = {}, {}
+    fit, remarks = {}, {}
     for name, call in calls.items():
         try:
             on.check(call, ours=True)
             fit[name] = call
         except torch.OutOfMemoryError as error:
-            absent[name] = _first_line(error)
+            remarks[name] = _first_line(error)
             torch.cuda.empty_cache()
-    return fit, absent
+    return fit, remarks
 
 
 def ours(rows: int) -> dict[str, Loss]:
@@ -173,35 +174,39 @@ def rivals(case: HeadCase, backend: str) -> dict[str, Loss]:
     """What else there is here, by name."""
     found = {name: loss for name, loss in torch_heads.rivals(case).items() if not name.startswith(OURS)}
     found["F.linear + F.cross_entropy, compiled"] = torch.compile(torch_heads.built_in, backend=backend)
-    for name, (module, function) in LIBRARIES.items():
+    for name, (module, function, options) in LIBRARIES.items():
         if not _why_not(module):
-            found[name] = getattr(importlib.import_module(module), function)
+            found[name] = partial(getattr(importlib.import_module(module), function), **options)
     return found
 
 
-# (loss, dX, dW) by their own kernels; called as they are, with (input, linear_weight, target).
-LIBRARIES = {
-    "Liger-Kernel": ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
-    "Cut Cross-Entropy": ("cut_cross_entropy", "linear_cross_entropy"),
+# Losses by their own kernels, of (input, linear_weight, target).
+LIBRARIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Liger-Kernel": ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", {}),
+    "Cut Cross-Entropy": ("cut_cross_entropy", "linear_cross_entropy", {}),
+    "Cut Cross-Entropy, nothing left out": ("cut_cross_entropy", "linear_cross_entropy", {"filter_eps": None}),
 }
 
 
 def missing() -> dict[str, str]:
     """Rivals that are not here, and why."""
-    found = {name: why for name, (module, _) in LIBRARIES.items() if (why := _why_not(module))}
+    found = {name: why for name, (module, *_) in LIBRARIES.items() if (why := _why_not(module))}
     why = torch_heads.skipped()
     return found | ({"F.linear_cross_entropy": why} if why else {})
 
 
-def refusal(on: OnDevice, call: Call) -> str:
-    """Why a rival cannot be timed, or ""."""
+def judgement(on: OnDevice, call: Call) -> tuple[str, bool]:
+    """(what is to be said of a rival, whether it ran). One that answers wrongly is timed, with a remark.
+
+    Cut Cross-Entropy leaves out gradients below its type's roundoff, by design.
+    """
     try:
         on.check(call, ours=False)
     except WrongAnswer as error:
-        return f"its answer is wrong: {error}"
+        return f"its answer is wrong: {error}", True
     except Exception as error:  # a rival may fail in any way: out of memory, a type it does not take, its compiler
-        return _first_line(error)
-    return ""
+        return _first_line(error), False
+    return "", True
 
 
 def _why_not(module: str) -> str:

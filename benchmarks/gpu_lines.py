@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import records
@@ -32,7 +33,7 @@ class Line:
     limits: float | None  # its time / the limit's for its work: a copy of its bytes, or bare matmuls of its flops
     workspace_bytes: int | None  # beyond arguments and answers
     rounds: int
-    absent: str  # why there are no figures
+    remark: str  # why there are no figures, or what is wrong with a rival's answer
 
 
 def lines(
@@ -44,18 +45,21 @@ def lines(
     work: Mapping[str, float],
     chunks: Mapping[str, int | None] | None = None,
     memory: Mapping[str, int | None] | None = None,
-    absent: Mapping[str, str] | None = None,
+    remarks: Mapping[str, str] | None = None,
 ) -> list[Line]:
-    """A cell's lines from its rounds, `work` in units of the limit's; then those of calls that could not be made."""
-    found = []
+    """A cell's lines from its rounds, `work` in units of the limit's; then remarks on calls that could not be made."""
+    found, remarks = [], remarks or {}
     for name, these in times.items():
         limits = _quotient(these, times[limit]) / work[name]
         size = (memory or {}).get(name)
         chunk = (chunks or {}).get(name)
         figures = (_short(statistics.median(these)), _short(_quotient(these, times[ours])), _short(limits))
-        found.append(Line(**about, call=name, chunk=chunk, **_figures(*figures, size, len(these)), absent=""))
-    for name, why in (absent or {}).items():
-        found.append(Line(**about, call=name, chunk=None, **_figures(None, None, None, None, 0), absent=why))
+        found.append(
+            Line(**about, call=name, chunk=chunk, **_figures(*figures, size, len(these)), remark=remarks.get(name, ""))
+        )
+    for name, why in remarks.items():
+        if name not in times:
+            found.append(Line(**about, call=name, chunk=None, **_figures(None, None, None, None, 0), remark=why))
     return found
 
 
@@ -74,13 +78,15 @@ def show(cell: Sequence[Line]) -> Table | str:
         ours, *rivals = (line for line in cell if line.ratio is not None)
         others = ", ".join(f"{line.call} {line.ratio}" for line in rivals)
         return f"{title}: {ours.milliseconds} ms, {ours.limits} of the limit's time; beside ours {others}"
-    table = Table(title=title, title_justify="left", header_style="", box=None)
+    remarks = "\n".join(f"{line.call}: {line.remark}" for line in cell if line.remark)
+    table = Table(
+        title=title, title_justify="left", header_style="", box=None, caption=escape(remarks), caption_justify="left"
+    )
     table.add_column("call")
     for name in ("chunk", "ms", "its time / ours", "its time / the limit's", "workspace, MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in cell:
-        if line.absent:
-            table.add_row(f"{line.call}: {line.absent}")
+        if line.milliseconds is None:
             continue
         size = "" if line.workspace_bytes is None else f"{line.workspace_bytes / 2**20:.0f}"
         chunk = "" if line.chunk is None else str(line.chunk)

@@ -36,7 +36,7 @@ def _run(folder: Path, *given: str) -> tuple[int, list[gpu_lines.Line]]:
 def test_a_rehearsal_writes_every_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_heads, "LIBRARIES", {"nobody's": ("no_such_module", "loss")})
+    monkeypatch.setattr(gpu_heads, "LIBRARIES", {"nobody's": ("no_such_module", "loss", {})})
     status, found = _run(tmp_path, "--heads", "6x5@40", "5x5@40", "--dtypes", "bfloat16")
     assert status == 0
     keys = {(line.part, line.op, line.shape, line.call) for line in found}
@@ -50,13 +50,13 @@ def test_a_rehearsal_writes_every_line(
         assert any(name.startswith("F.linear_cross_entropy") for name in calls)
         assert calls["ours"].ratio == calls["three matmuls"].limits == 1
         assert calls["ours, one chunk"].chunk == rows
-        assert calls["nobody's"].absent.startswith("ModuleNotFoundError")
+        assert calls["nobody's"].remark.startswith("ModuleNotFoundError")
         assert calls["nobody's"].milliseconds is None
         swept = {(line.call, line.chunk) for line in found if (line.part, line.shape) == ("chunks", shape)}
         every = {("fast, default", None), (f"fast, {rows}", rows), ("lean, default", None), ("lean, 40", 40)}
         assert swept == every | {("three matmuls", None)}
     for line in found:
-        assert line.absent or (line.milliseconds and line.milliseconds > 0 and line.rounds >= 4), line
+        assert line.remark or (line.milliseconds and line.milliseconds > 0 and line.rounds >= 4), line
         assert line.workspace_bytes is None  # nobody counts here
     printed = capsys.readouterr().out
     assert "no_such_module" in printed
@@ -120,9 +120,23 @@ def test_a_rivals_failure_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> tuple[torch.Tensor, ...]:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    assert gpu_heads.refusal(on, right) == ""
-    assert gpu_heads.refusal(on, full) == "OutOfMemoryError: CUDA out of memory."
-    assert "wrong" in gpu_heads.refusal(on, lambda: (right()[0] * 0, *right()[1:]))
+    assert gpu_heads.judgement(on, right) == ("", True)
+    assert gpu_heads.judgement(on, full) == ("OutOfMemoryError: CUDA out of memory.", False)
+    why, ran = gpu_heads.judgement(on, lambda: (right()[0] * 0, *right()[1:]))
+    assert ran
+    assert "wrong" in why
+
+
+def test_a_rivals_wrong_answer_stands_in_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return gpu_heads.torch_heads.built_in(x, w.detach(), t) + 0 * w.sum()
+
+    monkeypatch.setattr(gpu_heads, "rivals", lambda case, backend: {"careless": careless})
+    status, found = _run(tmp_path, "--part", "heads", "--heads", "6x5@40")
+    (line,) = (line for line in found if line.call == "careless")
+    assert status == 0
+    assert line.milliseconds
+    assert "d_linear_weight" in line.remark
 
 
 @pytest.mark.parametrize("op", ["softmax", "log_softmax", "cross_entropy"])
