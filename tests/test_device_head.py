@@ -364,5 +364,5 @@ def test_jax_temporaries_are_bounded_by_the_chunk(memory: str) -> None:
         lambda x, w, t: jax_ops.linear_cross_entropy(x, w, t, memory=memory, chunk_size=chunk), argnums=(0, 1)
     )
     size = jax.jit(f).lower(x, w, t).compile().memory_analysis().temp_size_in_bytes
-    assert size < 3 * (256 * v * 4) + 2 * (n + v) * d * 4, f"{size / MIB:.0f} MiB"
+    assert size < 4 * (256 * v * 4) + 2 * (n + v) * d * 4, f"{size / MIB:.0f} MiB"
     assert size < n * v * 2, "less than the logits"
