@@ -79,15 +79,16 @@ scaling: $(STAMP)
 figures: $(STAMP)
 	$(BIN)/python -m benchmarks.figures
 
-# On a machine with a GPU: the device tests and the benchmark, about 10 minutes each. Installs nothing: $(PYTHON) is
-# an interpreter that has PyTorch, Triton and pytest (and JAX), from the repository's root.
+# On a machine with a GPU: the device tests and the benchmark, each meant to take less than 10 minutes. Installs nothing:
+# $(PYTHON) is an interpreter that has PyTorch, Triton and pytest (and JAX), from the repository's root.
 gpu: gpu-test gpu-bench
 
 gpu-test:
 	$(PYTHON) -m softmax_ext
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 4 tests/test_device.py
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 4 tests/test_device.py tests/test_device_head.py
 
-# Writes benchmarks/results/<device>.csv.
+# Writes benchmarks/results/<device>.csv after every cell, the linear head first. Where a command may not take that long:
+# BENCH="--part heads chunks" (4 minutes), then BENCH="--part rows" (4); lines of other parts stay. --results FOLDER.
 gpu-bench:
 	$(PYTHON) -m benchmarks.gpu $(BENCH)
 

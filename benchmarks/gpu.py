@@ -1,141 +1,96 @@
-"""The ops on a GPU beside the built-ins, eager and compiled, and beside a copy: benchmarks/results/<device>.csv.
+"""The ops on a GPU beside the built-ins, other libraries and the machine's limits: benchmarks/results/<device>.csv.
 
-    python -m benchmarks.gpu [--seconds 0.1] [--dtypes bfloat16 float32] [--classes 1024 4096 ...]
+    python -m benchmarks.gpu [--part rows heads chunks] [--device cpu --results FOLDER ...]
 
-Times are medians by device events over inputs that together outgrow the cache. `share` is the bytes that must move by
-the time they took, of what a copy of the logits moved: 1 is the speed of memory. Each answer is checked first.
+rows: softmax, log_softmax and cross_entropy; their limit is a copy of the logits. heads: linear_cross_entropy; its
+limit is the three bare matmuls. chunks: the head's time against chunk_size. Times are medians by device events of calls
+that take turns; each answer is checked first, against float64. With --device cpu everything runs likewise, by the
+host's clock and without counting memory: a rehearsal, at --entries and --heads of its own.
+
+On an H200 at 790 TFLOP/s rows are expected to take 4 minutes (70 compilations), heads 3 (50 s of float64, 40 s of
+compilations, 60 s of rounds), chunks 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import re
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from rich.console import Console
 
-import torch_ops
+from benchmarks import gpu_heads, gpu_lines, gpu_rows
+from benchmarks.check import WrongAnswer
+from benchmarks.gpu_clock import name_of
+from benchmarks.heads import HeadCase, head_of
+from benchmarks.table import file_of
+from benchmarks.torch_calls import VERSION
 
-CLASSES = (1024, 4096, 16384, 32000, 65536, 128256, 262144)
-ENTRIES = 1 << 28  # of the logits of a call
-FIELDS: list[str] = ["device", "torch", "dtype", "rows", "classes", "op", "milliseconds", "share", "eager", "compiled"]
-Call = Callable[[torch.Tensor], torch.Tensor]
-
-
-def calls(t: torch.Tensor) -> dict[str, tuple[Call, Call, bool, float]]:
-    """op: (ours, the built-in, whether backwards too, how often the logits' bytes must move)."""
-    softmaxes = (lambda x: torch_ops.softmax(x), lambda x: torch.softmax(x, -1))
-    log_softmaxes = (lambda x: torch_ops.log_softmax(x), lambda x: torch.log_softmax(x, -1))
-    losses = (lambda x: torch_ops.cross_entropy(x, t), lambda x: F.cross_entropy(x, t))
-    return {
-        "softmax": (*softmaxes, False, 2),
-        "log_softmax": (*log_softmaxes, False, 2),
-        "cross_entropy": (*losses, False, 1),
-        "softmax + backward": (*softmaxes, True, 5),
-        "cross_entropy + backward": (*losses, True, 3),
-    }
+PARTS = ("heads", "chunks", "rows")
+RESULTS = Path("benchmarks", "results")
 
 
-def whole(op: Call, backward: bool, up: torch.Tensor) -> Call:
-    """The call that is timed."""
-    if not backward:
-        return lambda x: op(x.detach())
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        y = op(x)
-        return torch.autograd.grad(y, x, up if y.dim() else None)[0]
-
-    return call
-
-
-def milliseconds(call: Call, inputs: list[torch.Tensor], seconds: float) -> float:
-    """Median of one call, the inputs taking turns."""
-    for x in inputs:
-        call(x)
-    torch.cuda.synchronize()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 10 or time.perf_counter() < end:
-        pairs = []
-        for x in inputs * 4:
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call(x)
-            stop.record()
-            pairs.append((start, stop))
-        torch.cuda.synchronize()
-        times += [start.elapsed_time(stop) for start, stop in pairs]
-    return statistics.median(times)
-
-
-def check(name: str, ours: Call, theirs: Call, x: torch.Tensor, t: torch.Tensor) -> None:
-    """Refuse to time a wrong answer: against the built-in in float64 on a few rows (losses: their own type)."""
-    found = ours(x).detach()
-    assert torch.isfinite(found).all(), name
-    if found.dim() == 0:
-        torch.testing.assert_close(
-            found.float(), theirs(x.detach().float().requires_grad_()).float(), rtol=1e-5, atol=0
-        )
-    elif name == "cross_entropy + backward":
-        few = x[:4].detach().double().requires_grad_()
-        loss = F.cross_entropy(few, t[:4], reduction="sum") / len(x)
-        truth = torch.autograd.grad(loss, few)[0]
-        torch.testing.assert_close(found[:4].double(), truth, rtol=8e-3, atol=1e-3 * truth.abs().max().item())
-    elif name in ("softmax", "log_softmax"):
-        truth = getattr(torch, name)(x[:4].detach().double(), -1)
-        torch.testing.assert_close(found[:4].double(), truth, rtol=8e-3, atol=1e-9)
-
-
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.1)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
+def main(given: Sequence[str] | None = None) -> int:
+    """Measure, print and keep, a cell at a time; 1 if an answer of ours is wrong."""
+    options = arguments(given)
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no CUDA or ROCm device: nothing to measure")
-    device = torch.cuda.get_device_name()
-    file = Path(__file__).parent / "results" / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, FIELDS)
-        writer.writeheader()
-        for dtype in options.dtypes:
-            for classes in options.classes:
-                rows = ENTRIES // classes
-                kind = getattr(torch, dtype)
-                inputs = [torch.randn(rows, classes, device="cuda", dtype=kind).mul_(3).requires_grad_() for _ in "ab"]
-                t = torch.randint(classes, (rows,), device="cuda")
-                old = torch.empty_like(inputs[0])
-                copy = milliseconds(lambda x, old=old: old.copy_(x.detach()), inputs, options.seconds)
-                up = torch.randn_like(inputs[0])
-                for name, (ours, theirs, backward, moved) in calls(t).items():
-                    torch._dynamo.reset()
-                    ran = [whole(op, backward, up) for op in (ours, theirs, torch.compile(theirs))]
-                    check(name, ran[0], ran[1], inputs[0], t)
-                    mine, *rivals = [milliseconds(call, inputs, options.seconds) for call in ran]
-                    line = {
-                        "device": device,
-                        "torch": torch.__version__,
-                        "dtype": dtype,
-                        "rows": rows,
-                        "classes": classes,
-                        "op": name,
-                        "milliseconds": f"{mine:.4f}",
-                        "share": f"{copy * moved / 2 / mine:.3f}",
-                        "eager": f"{rivals[0] / mine:.3f}",
-                        "compiled": f"{rivals[1] / mine:.3f}",
-                    }
-                    writer.writerow(line)
-                    out.flush()
-                    print(*(line[k] for k in FIELDS[2:]), sep="\t", flush=True)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    file = file_of(name_of(options.device), options.results)
+    try:
+        for cell in cells(options):
+            console.print(gpu_lines.show(cell))
+            gpu_lines.keep(cell, file)
+    except WrongAnswer as error:
+        console.print(f"not timed, {error}", markup=False)
+        return 1
+    return 0
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of an op's rounds; a head has ten times as many")
+    parser.add_argument("--dtypes", nargs="+", default=gpu_rows.DTYPES, choices=gpu_rows.DTYPES, help="of the rows")
+    parser.add_argument("--classes", nargs="+", type=int, default=gpu_rows.CLASSES, help="of the rows")
+    parser.add_argument("--entries", type=int, default=gpu_rows.ENTRIES, help="of the rows' logits")
+    parser.add_argument("--heads", nargs="+", type=_head, help="N x D @ V, in bfloat16 (default: Llama, Gemma)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs (default: %(default)s)")
+    return parser.parse_args(given)
+
+
+def cells(options: argparse.Namespace) -> Iterator[list[gpu_lines.Line]]:
+    """The lines of what is measured together, one after the other."""
+    about = {"device": name_of(options.device), "framework": VERSION}
+    settings = gpu_rows.Settings(options.device, options.seconds, options.backend)
+    longer = gpu_rows.Settings(options.device, 10 * options.seconds, options.backend)
+    swept = gpu_heads.SWEPT if options.heads is None else options.heads
+    given = gpu_heads.CASES if options.heads is None else [HeadCase(shape, "bfloat16") for shape in swept]
+    wanted = [case for case in given if "heads" in options.part or case.shape in swept]
+    for case in gpu_heads.sharing(wanted) if {"heads", "chunks"} & {*options.part} else ():
+        on = gpu_heads.OnDevice(case, options.device)
+        if "heads" in options.part:
+            yield gpu_heads.measure(about, longer, case, on)
+        if "chunks" in options.part and case.shape in swept:
+            yield gpu_heads.sweep(about, longer, case, on)
+        del on
+    if "rows" in options.part:
+        yield from gpu_rows.measure(about, settings, options.dtypes, options.classes, options.entries)
+
+
+def _head(text: str) -> tuple[int, int, int]:
+    shape = head_of(text)
+    if shape is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no N x D @ V")
+    return shape
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

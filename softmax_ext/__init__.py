@@ -1,5 +1,8 @@
 """Framework-neutral core of softmax-ext: the contract, the reference and the row kernels."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("softmax-ext")
+try:
+    __version__ = version("softmax-ext")
+except PackageNotFoundError:  # imported from a checkout, as `make gpu` does, which installs nothing
+    __version__ = "not installed"

@@ -16,6 +16,10 @@ from torch.autograd import Function
 from torch_ops._arrays import forward_rule
 
 WORKSPACE = 1 << 28  # bytes of logits that may exist at a time
+# The same where memory="fast" goes by rows on a GPU. Each chunk reads and writes the float32 dW once, in about
+# 1053 / rows of its matmul's time by an H100's published rates: longer chunks may be worth their memory there.
+# benchmarks/gpu.py has the sweep that is to say so; nobody has run it yet.
+WORKSPACE_ON_DEVICE = WORKSPACE
 # A derivative of a derivative holds about this many arrays of the chunk's size.
 DERIVED = 16
 
@@ -28,11 +32,14 @@ def spans(n: int, size: int) -> list[tuple[int, int]]:
     return [(k * n // count, (k + 1) * n // count) for k in range(count)]
 
 
-def that_fit(chunk_size: int | None, other: int, itemsize: int, beside: int = 0) -> int:
+def that_fit(
+    chunk_size: int | None, other: int, itemsize: int, beside: int = 0, device: torch.device | None = None
+) -> int:
     """The chunk size asked for, or the most lines of `other` entries that fit the workspace with `beside` bytes."""
     if chunk_size is not None:
         return chunk_size
-    return max(1, max(WORKSPACE - beside, WORKSPACE // 4) // max(1, other * itemsize))
+    room = WORKSPACE if device is None or device.type == "cpu" else WORKSPACE_ON_DEVICE
+    return max(1, max(room - beside, room // 4) // max(1, other * itemsize))
 
 
 class RowMap(NamedTuple):

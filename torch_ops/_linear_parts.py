@@ -13,9 +13,12 @@ from torch_ops import _rows as rows
 from torch_ops._chunks import spans
 from torch_ops._native import _is_plain
 from torch_ops._targets import _TRACING
+from torch_ops._unrounded import add_product
 
-# Entries of a temporary that stands beside the logits: 2 MiB of bfloat16.
+# Entries of a temporary that stands beside the logits: 2 MiB of bfloat16, and on a device, where a piece is a launch or
+# several of some microseconds each, 32.
 _PIECE = 1 << 20
+_PIECE_ON_DEVICE = 1 << 24
 # Entries of a piece of dW on its way into a wider sum, or of W on its way to a wider matmul: 8 MiB of bfloat16.
 # Matmuls of fewer classes are slower (at D = 2304 and 512 rows: 455 classes at a time take 1.7 times as long as 2048).
 PIECE_OF_WEIGHT = 1 << 22
@@ -78,9 +81,12 @@ def class_pieces(linear_weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[in
 
 
 def add_input_gradient(dx: Tensor, dz: Tensor, linear_weight: Tensor) -> None:
-    """dX += dz W, where dX has the type of dz."""
-    for i, j, w in class_pieces(linear_weight, dz.dtype):
-        dx.addmm_(dz[:, i:j], w)
+    """dX += dz W, where dX has the type of dz, or is summed in float32."""
+    if dx.dtype == dz.dtype:
+        for i, j, w in class_pieces(linear_weight, dz.dtype):
+            dx.addmm_(dz[:, i:j], w)
+    elif not add_product(dx, dz, linear_weight, first=False):
+        dx.add_(torch.mm(dz, linear_weight))
 
 
 def ignored_rows(target: Tensor) -> Tensor | None:
@@ -99,7 +105,7 @@ def without(x: Tensor, ignored: Tensor | None, i: int, j: int) -> Tensor:
 def first_maximum(z: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """(value, position) of the first maximum of the scaled and capped logits, which may tie where z do not."""
     top, at = [], []
-    for i, j in spans(z.shape[0], max(1, _PIECE // max(1, z.shape[1]))):
+    for i, j in spans(z.shape[0], _lines(z)):
         part = rows.capped(z[i:j], scale, softcap)
         if part.shape[1]:
             value, index = part.max(1)[0], part.argmax(1)
@@ -114,8 +120,8 @@ def first_maximum(z: Tensor, scale: float, softcap: float | None) -> tuple[Tenso
 class ClassGradient:
     """dW = sum over chunks of dzT x and db = sum of dz, in the compute type.
 
-    Where matmuls of a half-precision type round their product, it is rounded before it is added. Not `summed`: there
-    is one chunk, and dW takes its product in its own type.
+    A half-precision product is rounded before it is added, but on CUDA (`add_product`). Not `summed`: there is one
+    chunk, and dW takes its product in its own type.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool, summed: bool) -> None:
@@ -147,7 +153,9 @@ class ClassGradient:
 
 
 def add_weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
-    """dW += dzT x, or dW = dzT x, where dW has another type than dz: by pieces of the classes."""
+    """dW += dzT x, or dW = dzT x, where dW has another type than dz: by pieces of the classes, or unrounded."""
+    if add_product(dw, dz.t(), x, first=first):
+        return
     pieces = spans(dz.shape[1], max(1, PIECE_OF_WEIGHT // max(1, x.shape[1])))
     room = dz.new_empty(max(j - i for i, j in pieces), x.shape[1])
     for i, j in pieces:
@@ -165,9 +173,24 @@ def scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if factor is not None and (is_traced() or not by_hand(factor)):
         return (x.to(kind) * factor).to(dtype)
     out = torch.empty_like(x, dtype=dtype)
+    if x.device.type != "cpu":
+        return _at_once(x, factor, out)
     for i, j in spans(x.shape[0], max(1, _PIECE * x.shape[0] // max(1, x.numel()))):
         out[i:j] = x[i:j] if factor is None else x[i:j].to(kind) * factor
     return out
+
+
+def _at_once(x: Tensor, factor: Tensor | None, out: Tensor) -> Tensor:
+    """x * factor in one kernel, which converts on its way in and out; on a CPU temporaries would do that."""
+    if factor is None:
+        return out.copy_(x)
+    # With as many dimensions as x it keeps its type: a half-precision x would round a 0-d factor.
+    return torch.mul(x, factor.reshape([1] * x.dim()), out=out)
+
+
+def _lines(z: Tensor) -> int:
+    """Rows of logits that a temporary beside them may have."""
+    return max(1, (_PIECE if z.device.type == "cpu" else _PIECE_ON_DEVICE) // max(1, z.shape[1]))
 
 
 class MassGradient:
@@ -197,7 +220,7 @@ class MassGradient:
         target = self.target[these, classes] if self.soft else self.target[these]
         w = None if self.weight is None else self.weight[classes]
         log_total, m = torch.log1p(rest).unsqueeze(1), m.unsqueeze(1)
-        for i, j in spans(z.shape[0], max(1, _PIECE // max(1, z.shape[1]))):
+        for i, j in spans(z.shape[0], _lines(z)):
             minus_log_p = log_total[i:j] - (rows.capped(z[i:j], scale, softcap) - m[i:j])
             minus_log_p.masked_fill_(minus_log_p == math.inf, 0.0)  # as in the derivative in plain ops
             if self.d_target is not None and d_nll is not None:

@@ -135,7 +135,7 @@ def rows_that_fit(x: Tensor, classes: int, kind: torch.dtype, chunk_size: int | 
     # another type than theirs.
     beside = 0 if x.dtype in (torch.float32, torch.float64) else 2 * PIECE_OF_WEIGHT * kind.itemsize
     features = 0 if kind == x.dtype else 2 * x.shape[1]
-    return that_fit(chunk_size, classes + features, kind.itemsize, beside)
+    return that_fit(chunk_size, classes + features, kind.itemsize, beside, x.device)
 
 
 class _Buffer:

@@ -129,10 +129,8 @@ def head_bwd(
         mass.add(z, m, rest, upstream, scale, softcap, slice(None), slice(i, j))
         if any(needs[:3]) and j > i:
             rows.cross_entropy_bwd(z, local, w, m, rest, *part, **layout, out=z)
-            if dx is not None and dx.dtype == z.dtype:
+            if dx is not None:
                 add_input_gradient(dx, z, linear_weight[i:j])
-            elif dx is not None:
-                dx.add_(torch.mm(z, linear_weight[i:j]))
             if dw is not None and dw.dtype == z.dtype:
                 torch.mm(z.t(), x, out=dw[i:j])
             elif dw is not None:

@@ -21,7 +21,7 @@ def canonical(op: str, target: Tensor, classes: int, ignored: int) -> Tensor:
 
     The comparison with `ignored` is made in a wide signed type: uint8 156 is not -100.
     """
-    if _is_eager(target) and triton.serves_indices(target):
+    if isinstance(classes, int) and _is_eager(target) and triton.serves_indices(target):  # a group's V is a tensor
         return triton.ops.canonical(target, classes, ignored)
     t = target.to(torch.int64)
     if _can_look(target) and t.numel():

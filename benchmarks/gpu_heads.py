@@ -1,0 +1,221 @@
+"""The linear head on a device: ours beside what everyone writes, Liger-Kernel and Cut Cross-Entropy, and bare matmuls.
+
+Of a sweep over chunk sizes come the times that the default is set from.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import torch_ops
+from benchmarks import torch_heads
+from benchmarks.check import WrongAnswer
+from benchmarks.gpu_clock import Call, take_turns, workspace_bytes
+from benchmarks.gpu_lines import OURS, Line, lines
+from benchmarks.gpu_rows import Settings
+from benchmarks.heads import BLOCK, HEAD_OPS, HeadCase
+from benchmarks.torch_heads import Inputs, Loss, gradients
+
+OP = "linear_cross_entropy"
+MATMULS = "three matmuls"
+LLAMA = ((4096, 4096, 128256), (32768, 4096, 128256))
+CASES = (
+    *(HeadCase(shape, "bfloat16") for shape in LLAMA),
+    HeadCase((8192, 2304, 256000), "bfloat16"),
+    HeadCase((2048, 1024, 32000), "float32"),
+)
+# Rows (fast) and classes (lean) at a time; more than there are is left out, all there are is taken.
+SWEEP = {"fast": (512, 1024, 2048, 4096, 8192, 16384, 32768), "lean": (2048, 4096, 8192, 16384, 32768, 128256)}
+SWEPT = LLAMA
+LINEAR_MATMULS = {"fast": 3, "lean": 4}
+
+
+class OnDevice(Inputs):
+    """One case's tensors on a device, its bare matmuls, and the truth its answers are judged by."""
+
+    def __init__(self, case: HeadCase, device: str) -> None:
+        super().__init__(case)
+        self.input = self.input.detach().to(device).requires_grad_()
+        self.linear_weight = self.linear_weight.detach().to(device).requires_grad_()
+        self.target = self.target.to(device)
+
+    def call(self, loss: Loss) -> Call:
+        """The loss and its gradients."""
+        return partial(gradients, loss, self)
+
+    def limit(self) -> Call:
+        """The yardstick: logits, dX and dW by bare matmuls into memory that was there before."""
+        run = torch_heads.limit(self)
+        return lambda: run() or ()
+
+    def check(self, call: Call, *, ours: bool) -> None:
+        """Raise WrongAnswer unless loss and gradients are the truth's: benchmarks.check, where the answers are.
+
+        A gigabyte on its way to the host, and there in float32, would take longer than all that is timed.
+        """
+        for name, given in zip(HEAD_OPS[OP].answers, call(), strict=True):
+            answer = given.detach()
+            if answer.shape != self.case.due(name):
+                raise WrongAnswer(f"an answer of shape {tuple(answer.shape)} where {self.case.due(name)} is due")
+            truth, allowed = self._judges[name, ours]
+            found = answer[self._judged] if name == "d_linear_weight" else answer.reshape(-1, *answer.shape[1:])
+            for first, block in zip(range(0, len(found), BLOCK), found.split(BLOCK), strict=True):
+                lines = torch.arange(first, first + len(block), device=block.device) % len(truth)
+                # Not `any(off > allowed)`: a NaN is greater than nothing.
+                good = (block.double() - truth[lines]).abs() <= allowed[lines]
+                if not bool(good.all()):
+                    at = [int(i) for i in (~good).nonzero()[0]]
+                    where = [self.case.place(name, first + at[0]), *at[1:]]
+                    due = float(truth[lines][tuple(at)])
+                    raise WrongAnswer(f"{name}{where} is {float(block[tuple(at)]):.9g}, in truth {due:.9g}")
+
+    @cached_property
+    def _judged(self) -> Tensor:
+        return torch.from_numpy(self.case.judged).to(self.target.device)
+
+    @cached_property
+    def _judges(self) -> dict[tuple[str, bool], tuple[Tensor, Tensor]]:
+        """(answer, whether ours): what it is in truth, and how far off it may be."""
+        found = {}
+        for name, ours in product(HEAD_OPS[OP].answers, (True, False)):
+            value, scale = self.case.truth(name)
+            both = (np.atleast_1d(value), np.atleast_1d(self.case.allowed(scale, ours=ours)))
+            found[name, ours] = tuple(torch.from_numpy(v).to(self.target.device) for v in both)
+        return found
+
+
+def sharing(cases: Sequence[HeadCase]) -> Iterator[HeadCase]:
+    """The cases; one that has the data of the one before it, but for the number of rows, does not make them again."""
+    before = None
+    for case in cases:
+        if before is not None and _but_for_rows(before) == _but_for_rows(case):
+            vars(case)["_distinct"] = before._distinct
+        if before is not None:
+            vars(before).pop("_distinct", None)  # gigabytes
+        before = case
+        yield case
+
+
+def _but_for_rows(case: HeadCase) -> tuple[object, ...]:
+    return *case.shape[1:], case.dtype, case.period
+
+
+def measure(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevice) -> list[Line]:
+    """One case's lines: every call judged, timed in turns, its memory counted."""
+    calls, remarks = judged(on, {name: on.call(loss) for name, loss in ours(case.rows).items()})
+    remarks |= missing()
+    torch._dynamo.reset()
+    for name, loss in rivals(case, settings.backend).items():
+        call = on.call(loss)
+        why, ran = judgement(on, call)
+        if why:
+            remarks[name] = why
+        if ran:
+            calls[name] = call
+        else:
+            torch.cuda.empty_cache()
+    memory = {name: workspace_bytes(call, settings.device) for name, call in calls.items()}
+    calls[MATMULS] = on.limit()
+    times = take_turns(calls, settings.device, seconds=settings.seconds)
+    work = {name: (4 if "lean" in name else 3) / 3 for name in calls}
+    chunks = {name: case.rows for name in calls if "one chunk" in name}
+    cell = about | {"part": "heads", "op": OP, "dtype": case.dtype, "shape": str(case)}
+    return lines(cell, times, ours=OURS, limit=MATMULS, work=work, chunks=chunks, memory=memory, remarks=remarks)
+
+
+def sweep(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevice) -> list[Line]:
+    """Time and memory against chunk_size in both memory modes, the default among them."""
+    calls, chunks, work = {}, {}, {MATMULS: 1.0}
+    head: Any = torch_ops.linear_cross_entropy
+    for mode, sizes in SWEEP.items():
+        most = case.rows if mode == "fast" else case.classes
+        for size in (None, *sorted({min(size, most) for size in sizes})):
+            name = f"{mode}, {size or 'default'}"
+            calls[name] = on.call(partial(head, memory=mode, chunk_size=size))
+            chunks[name], work[name] = size, LINEAR_MATMULS[mode] / 3
+    calls, remarks = judged(on, calls)
+    memory = {name: workspace_bytes(call, settings.device) for name, call in calls.items()}
+    calls[MATMULS] = on.limit()
+    times = take_turns(calls, settings.device, seconds=settings.seconds)
+    cell = about | {"part": "chunks", "op": OP, "dtype": case.dtype, "shape": str(case)}
+    return lines(
+        cell, times, ours="fast, default", limit=MATMULS, work=work, chunks=chunks, memory=memory, remarks=remarks
+    )
+
+
+def judged(on: OnDevice, calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """(our calls that fit the device, why others do not); WrongAnswer if one is wrong."""
+    fit, remarks = {}, {}
+    for name, call in calls.items():
+        try:
+            on.check(call, ours=True)
+            fit[name] = call
+        except torch.OutOfMemoryError as error:
+            remarks[name] = _first_line(error)
+            torch.cuda.empty_cache()
+    return fit, remarks
+
+
+def ours(rows: int) -> dict[str, Loss]:
+    """Ours, with the default chunk, all rows in one, and lean."""
+    head = torch_ops.linear_cross_entropy
+    return {OURS: head, "ours, one chunk": partial(head, chunk_size=rows), "ours, lean": partial(head, memory="lean")}
+
+
+def rivals(case: HeadCase, backend: str) -> dict[str, Loss]:
+    """What else there is here, by name."""
+    found = {name: loss for name, loss in torch_heads.rivals(case).items() if not name.startswith(OURS)}
+    found["F.linear + F.cross_entropy, compiled"] = torch.compile(torch_heads.built_in, backend=backend)
+    for name, (module, function, options) in LIBRARIES.items():
+        if not _why_not(module):
+            found[name] = partial(getattr(importlib.import_module(module), function), **options)
+    return found
+
+
+# Losses by their own kernels, of (input, linear_weight, target).
+LIBRARIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Liger-Kernel": ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", {}),
+    "Cut Cross-Entropy": ("cut_cross_entropy", "linear_cross_entropy", {}),
+    "Cut Cross-Entropy, nothing left out": ("cut_cross_entropy", "linear_cross_entropy", {"filter_eps": None}),
+}
+
+
+def missing() -> dict[str, str]:
+    """Rivals that are not here, and why."""
+    found = {name: why for name, (module, *_) in LIBRARIES.items() if (why := _why_not(module))}
+    why = torch_heads.skipped()
+    return found | ({"F.linear_cross_entropy": why} if why else {})
+
+
+def judgement(on: OnDevice, call: Call) -> tuple[str, bool]:
+    """(what is to be said of a rival, whether it ran). One that answers wrongly is timed, with a remark.
+
+    Cut Cross-Entropy leaves out gradients below its type's roundoff, by design.
+    """
+    try:
+        on.check(call, ours=False)
+    except WrongAnswer as error:
+        return f"its answer is wrong: {error}", True
+    except Exception as error:  # a rival may fail in any way: out of memory, a type it does not take, its compiler
+        return _first_line(error), False
+    return "", True
+
+
+def _why_not(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # not installed, or not for this Triton or this machine
+        return _first_line(error)
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

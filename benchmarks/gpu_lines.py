@@ -1,0 +1,118 @@
+"""What was measured on a device: one line a call, kept as CSV, shown as a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks import records
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One call's figures: medians over the rounds, each quotient taken within its round."""
+
+    device: str
+    framework: str
+    part: str  # rows, heads or chunks
+    op: str
+    dtype: str
+    shape: str
+    call: str  # ours and its variants, the limit's or a rival's name
+    chunk: int | None  # rows (fast) or classes (lean) at a time; None: the default
+    milliseconds: float | None
+    ratio: float | None  # its time / ours
+    limits: float | None  # its time / the limit's for its work: a copy of its bytes, or bare matmuls of its flops
+    workspace_bytes: int | None  # beyond arguments and answers
+    rounds: int
+    remark: str  # why there are no figures, or what is wrong with a rival's answer
+
+
+def lines(
+    about: Mapping[str, Any],
+    times: Mapping[str, Sequence[float]],
+    *,
+    ours: str,
+    limit: str,
+    work: Mapping[str, float],
+    chunks: Mapping[str, int | None] | None = None,
+    memory: Mapping[str, int | None] | None = None,
+    remarks: Mapping[str, str] | None = None,
+) -> list[Line]:
+    """A cell's lines from its rounds, `work` in units of the limit's; then remarks on calls that could not be made."""
+    found, remarks = [], remarks or {}
+    for name, these in times.items():
+        limits = _quotient(these, times[limit]) / work[name]
+        size = (memory or {}).get(name)
+        chunk = (chunks or {}).get(name)
+        figures = (_short(statistics.median(these)), _short(_quotient(these, times[ours])), _short(limits))
+        found.append(
+            Line(**about, call=name, chunk=chunk, **_figures(*figures, size, len(these)), remark=remarks.get(name, ""))
+        )
+    for name, why in remarks.items():
+        if name not in times:
+            found.append(Line(**about, call=name, chunk=None, **_figures(None, None, None, None, 0), remark=why))
+    return found
+
+
+def keep(new: Sequence[Line], file: Path) -> None:
+    """Put the lines in the file; what was measured of the same part, op, type and shape before is replaced."""
+    replaced = {_cell(line) for line in new}
+    known = [] if not file.exists() else [line for line in records.read(Line, file) if _cell(line) not in replaced]
+    records.write(Line, [*known, *new], file)
+
+
+def show(cell: Sequence[Line]) -> Table | str:
+    """A head's cell as a table, a call a row; a row op's as one line."""
+    first = cell[0]
+    title = f"{first.part}: {first.op} {first.dtype} {first.shape}"
+    if first.part == "rows":
+        ours, *rivals = (line for line in cell if line.ratio is not None)
+        others = ", ".join(f"{line.call} {line.ratio}" for line in rivals)
+        return f"{title}: {ours.milliseconds} ms, {ours.limits} of the limit's time; beside ours {others}"
+    remarks = "\n".join(f"{line.call}: {line.remark}" for line in cell if line.remark)
+    table = Table(
+        title=title, title_justify="left", header_style="", box=None, caption=escape(remarks), caption_justify="left"
+    )
+    table.add_column("call")
+    for name in ("chunk", "ms", "its time / ours", "its time / the limit's", "workspace, MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in cell:
+        if line.milliseconds is None:
+            continue
+        size = "" if line.workspace_bytes is None else f"{line.workspace_bytes / 2**20:.0f}"
+        chunk = "" if line.chunk is None else str(line.chunk)
+        table.add_row(line.call, chunk, f"{line.milliseconds:.4g}", f"{line.ratio:.3f}", f"{line.limits:.3f}", size)
+    return table
+
+
+def _figures(
+    milliseconds: float | None, ratio: float | None, limits: float | None, size: int | None, rounds: int
+) -> dict[str, Any]:
+    return {
+        "milliseconds": milliseconds,
+        "ratio": ratio,
+        "limits": limits,
+        "workspace_bytes": size,
+        "rounds": rounds,
+    }
+
+
+def _cell(line: Line) -> tuple[str, ...]:
+    return line.device, line.part, line.op, line.dtype, line.shape
+
+
+def _quotient(times: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.4g}")
