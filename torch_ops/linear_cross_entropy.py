@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arrays import describe, enter_graph
+from torch_ops._arrays import describe, enter_graph, has_autocast
 from torch_ops._linear_layout import each_row, lay_out, total
 from torch_ops._mesh import is_on_mesh
 from torch_ops._reduction import coefficients, combine, reduce, statistics
@@ -209,7 +209,7 @@ def _autocast(x: Any, *more: Any) -> tuple[Any, ...]:
     """The arrays in the type F.linear would compute in under the autocast that is on."""
     arrays = (x, *more)
     device = x.device.type if isinstance(x, Tensor) else "cpu"
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (has_autocast(device) and torch.is_autocast_enabled(device)):
         return arrays
     dtype = torch.get_autocast_dtype(device)
     return tuple(
