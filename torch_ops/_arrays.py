@@ -35,7 +35,7 @@ def describe(x: Any) -> Array:
 
 
 def has_autocast(device: str) -> bool:
-    """torch.amp.is_autocast_available: a constant to the compiler, which in PyTorch 2.11 cannot trace it (_graph.py)."""
+    """torch.amp.is_autocast_available, which PyTorch 2.11's compiler cannot trace: a constant to it (_graph.py)."""
     return torch.amp.is_autocast_available(device)
 
 
