@@ -21,8 +21,25 @@ anything else an invalid one (nll and gradient NaN). No target is used as an add
 import triton
 import triton.language as tl
 
-from softmax_ext.gpu_math import capped, exp, log1p, origin, over, ratio, slope
-from softmax_ext.gpu_rows import HOLDS_FEW, HOLDS_MANY, HOLDS_ONE, HOLDS_TWO, closed, no_rows, place, seen, step
+from softmax_ext.gpu_math import at_origin, capped, exp, log1p, origin, over, ratio, slope
+from softmax_ext.gpu_rows import (
+    HOLDS_FEW,
+    HOLDS_MANY,
+    HOLDS_ONE,
+    HOLDS_TWO,
+    closed,
+    dealt,
+    finite,
+    joined,
+    no_rows,
+    nothing,
+    of_row,
+    place,
+    seen,
+    step,
+    total,
+    whole,
+)
 
 
 def widest(half, both, capped, many):
@@ -69,10 +86,16 @@ def _masses(target, weight, at, cols, mask, SOFT: tl.constexpr, F: tl.constexpr)
 
 
 @triton.jit
-def _dot(mass, d, d0):
-    """sum of mass_j d_j, where a mass of 0 on a d of -inf counts 0; in two parts of rows (R, 1)."""
+def _dot(mass, d, LANES: tl.constexpr):
+    """sum of mass_j d_j, where a mass of 0 on a d of -inf counts 0."""
     free = (mass == 0.0) & (d == -float("inf"))
-    return tl.sum(tl.where(free, tl.zeros_like(d), mass * d), axis=1, keep_dims=True) + d0
+    return total(tl.where(free, tl.zeros_like(d), mass * d), LANES)
+
+
+@triton.jit
+def _moved(sum_of_masses, by):
+    """What a sum of mass_j d_j grows by where each d_j does; no mass on an infinite d is none."""
+    return tl.where(sum_of_masses == 0.0, tl.zeros_like(by), sum_of_masses * by)
 
 
 @triton.jit
@@ -107,57 +130,79 @@ def _visit(
     ONE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """What one read of a row leaves: (m, top, rest, sums, its only block's x and exps if ONE).
 
     sums = (sum e_j d_j, sum w_j d_j, sum w_j, sum a_j d_j, sum a_j) with d_j = z_j - m; those not asked for are 0.
     """
-    m, top, rest = no_rows(ROWS, F)
-    zero = tl.zeros([ROWS, 1], F)
-    ed, wd, ws, ad, asum = zero, zero, zero, zero, zero
     cols = tl.arange(0, COLS)[None, :]
     if ONE:
+        zero = tl.zeros([ROWS, 1], F)
+        ed, wd, ws, ad, asum = zero, zero, zero, zero, zero
         at, mask = first + step(cols, inner, INNER), alive & (cols < V)
         raw = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
         z = capped(raw, scale, cap, F, SCALED, CAPPED)
-        m, top, rest, e, _ = seen(z, m, top, rest, F, FAST)
+        m, top, rest, e = whole(z, F, FAST)
         if SOFT or SMOOTH or ENTROPY:
-            d = z - tl.where(m > -float("inf"), m, zero)
+            d = z - finite(m)
             if ENTROPY:
-                ed = tl.sum(tl.where(e > 0.0, e * d, tl.zeros_like(e)), axis=1, keep_dims=True)
+                ed = total(tl.where(e > 0.0, e * d, tl.zeros_like(e)), 1)
             if SOFT or SMOOTH:
                 w, a = _masses(target, weight, at, cols, mask, SOFT, F)
                 if SMOOTH:
-                    wd = _dot(w, d, zero)
-                    ws = tl.sum(w, axis=1, keep_dims=True)
+                    wd, ws = _dot(w, d, 1), total(w, 1)
                 if SOFT:
-                    ad = _dot(a, d, zero)
-                    asum = tl.sum(a, axis=1, keep_dims=True)
+                    ad, asum = _dot(a, d, 1), total(a, 1)
         return m, top, rest, ed, wd, ws, ad, asum, raw, e
     else:
+        m, top, rest = no_rows(ROWS, F, LANES)
+        zero = nothing(ROWS, F, LANES)
+        ed, wd, ws, ad, asum = zero, zero, zero, zero, zero
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), alive & (begin + cols < V)
-            z = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
-            z = capped(z, scale, cap, F, SCALED, CAPPED)
+            raw = dealt(tl.load(x + at, mask=mask, other=-float("inf")), LANES, VECTOR).to(F)
+            z = capped(raw, scale, cap, F, SCALED, CAPPED)
             old, old_top, old_rest = m, top, rest
-            m, top, rest, e, carry = seen(z, m, top, rest, F, FAST)
+            m, top, rest, e, carry = seen(z, m, top, rest, F, FAST, LANES)
             if SOFT or SMOOTH or ENTROPY:
                 # older sums move to the new origin: d_j grows by old - m for each
-                now = tl.where(m > -float("inf"), m, zero)
-                moved = tl.where(old > -float("inf"), old, zero) - now
+                now = finite(m)
+                by = finite(old) - now
                 d = z - now
                 if ENTROPY:
-                    before = tl.where(old > -float("inf"), carry * (ed + moved * (old_top + old_rest)), zero)
-                    ed = before + tl.sum(tl.where(e > 0.0, e * d, tl.zeros_like(e)), axis=1, keep_dims=True)
+                    before = tl.where(old > -float("inf"), carry * (ed + by * (old_top + old_rest)), zero)
+                    ed = before + total(tl.where(e > 0.0, e * d, tl.zeros_like(e)), LANES)
                 if SOFT or SMOOTH:
                     w, a = _masses(target, weight, at, begin + cols, mask, SOFT, F)
                     if SMOOTH:
-                        wd = _dot(w, d, wd + tl.where(ws == 0.0, zero, ws * moved))
-                        ws += tl.sum(w, axis=1, keep_dims=True)
+                        w = dealt(w, LANES, VECTOR)
+                        wd = _dot(w, d, LANES) + (wd + _moved(ws, by))
+                        ws += total(w, LANES)
                     if SOFT:
-                        ad = _dot(a, d, ad + tl.where(asum == 0.0, zero, asum * moved))
-                        asum += tl.sum(a, axis=1, keep_dims=True)
-        return m, top, rest, ed, wd, ws, ad, asum, zero, zero
+                        a = dealt(a, LANES, VECTOR)
+                        ad = _dot(a, d, LANES) + (ad + _moved(asum, by))
+                        asum += total(a, LANES)
+        lane, lane_top, lane_rest = m, top, rest
+        m, top, rest, carry = joined(m, top, rest, F, FAST, LANES)
+        if LANES > 1:
+            by = finite(lane) - tl.reshape(finite(m), [ROWS, 1, 1, 1])
+            if ENTROPY:
+                ed = tl.where(lane > -float("inf"), carry * (ed + by * (lane_top + lane_rest)), zero)
+            if SMOOTH:
+                wd = wd + _moved(ws, by)
+            if SOFT:
+                ad = ad + _moved(asum, by)
+        ed, wd, ws, ad, asum = (
+            of_row(ed, LANES),
+            of_row(wd, LANES),
+            of_row(ws, LANES),
+            of_row(ad, LANES),
+            of_row(asum, LANES),
+        )
+        none = tl.zeros([ROWS, 1], F)
+        return m, top, rest, ed, wd, ws, ad, asum, none, none
 
 
 @triton.jit
@@ -285,6 +330,8 @@ def cross_entropy_fwd_kernel(
     ONE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """(nll, lse, [smooth], [entropy], m, rest) of each row."""
     row, first, real = place(outer, V, inner, INNER, ROWS)
@@ -296,7 +343,7 @@ def cross_entropy_fwd_kernel(
     target_z = capped(target_z, scale, cap, F, SCALED, CAPPED)
     m, top, rest, ed, wd, ws, ad, asum, _, _ = _visit(
         x, target, weight, first, real & (ignored == 0), V, inner, scale, cap,
-        SOFT, SMOOTH, ENTROPY, F, FAST, SCALED, CAPPED, INNER, ONE, ROWS, COLS,
+        SOFT, SMOOTH, ENTROPY, F, FAST, SCALED, CAPPED, INNER, ONE, ROWS, COLS, LANES, VECTOR,
     )  # fmt: skip
     _results(
         row, real, counts, ignored, target_z, m, top, rest, ed, wd, ws, ad, asum,
@@ -338,6 +385,8 @@ def cross_entropy_bwd_kernel(
     ONE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """dL/dx of each row; `dx` may be x. BOTH: the forward's results too, m and rest written instead of read."""
     row, first, real = place(outer, V, inner, INNER, ROWS)
@@ -357,7 +406,7 @@ def cross_entropy_bwd_kernel(
         m, top, rest, ed, wd, ws, ad, asum, raw, e = _visit(
             x, target, weight, first, alive, V, inner, scale, cap,
             SOFT, smooth_out is not None, ENTROPY or entropy_out is not None,
-            F, FAST, SCALED, CAPPED, INNER, ONE, ROWS, COLS,
+            F, FAST, SCALED, CAPPED, INNER, ONE, ROWS, COLS, LANES, VECTOR,
         )  # fmt: skip
         _results(
             row, real, counts, ignored, target_z, m, top, rest, ed, wd, ws, ad, asum,
@@ -365,24 +414,26 @@ def cross_entropy_bwd_kernel(
         )  # fmt: skip
         rest = closed(m, rest)
         m = tl.where(tl.abs(m) < float("inf"), m, zero)
-        big, floor, magic = origin(m, F)
+        big, floor, magic = origin(m, F, FAST)
     else:
         m, rest = _row(m_row, row, alive, F), _row(rest_row, row, alive, F)
         m = tl.where(tl.abs(m) < float("inf"), m, zero)
-        big, floor, magic = origin(m, F)
-        top = exp(m, big, floor, magic, F, False)
+        big, floor, magic = origin(m, F, FAST)
+        top = at_origin(m, big, floor, magic, F, FAST)
         rest = rest * top
         if SOFT or ENTROPY:  # sums over the row that the forward did not keep
+            e_d, a_all = tl.zeros([ROWS, COLS], F), tl.zeros([ROWS, COLS], F)
             for begin in range(0, V, COLS):
                 at, mask = first + step(begin + cols, inner, INNER), alive & (begin + cols < V)
                 if ENTROPY:
                     z = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
                     z = capped(z, scale, cap, F, SCALED, CAPPED)
                     ez = exp(z, big, floor, magic, F, FAST)
-                    ed += tl.sum(tl.where(ez > 0.0, ez * (z - m), tl.zeros_like(ez)), axis=1, keep_dims=True)
+                    e_d += tl.where(ez > 0.0, ez * (z - m), tl.zeros_like(ez))
                 if SOFT:
                     _w, a = _masses(target, weight, at, begin + cols, mask, SOFT, F)
-                    asum += tl.sum(a, axis=1, keep_dims=True)
+                    a_all += a
+            ed, asum = total(e_d, 1), total(a_all, 1)
     d_nll, d_lse = _row(d_nll_in, row, real, F), _row(d_lse_in, row, real, F)
     d_smooth, d_entropy = _row(d_smooth_in, row, real, F), _row(d_entropy_in, row, real, F)
 

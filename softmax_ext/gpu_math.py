@@ -11,15 +11,26 @@ import triton.language as tl
 
 
 @triton.jit
-def origin(shift, F: tl.constexpr):
-    """(big, floor, magic): what `exp` needs of a row's shift, a finite number near the row's maximum.
+def origin(shift, F: tl.constexpr, FAST: tl.constexpr):
+    """Three numbers that `exp` needs of a row's shift, a finite number near the row's maximum.
 
-    exp(z - shift) is never formed. `exp` returns exp(z) 2^-c for the integer c nearest to shift / ln 2: the reduction
-    of its argument then starts from z itself, and no z - shift is ever rounded (that costs up to 64 ulp). Where
-    |shift| is so large that z / ln 2 would no longer have fraction bits, `big` = shift is subtracted first: exact
-    there by Sterbenz wherever exp is not 0.
+    exp(z - shift) is never formed. `exp` returns exp(z) 2^-c for a c near shift / ln 2, so that no z - shift is ever
+    rounded (that costs up to 64 ulp). Where |shift| is so large that z / ln 2 would no longer have fraction bits, shift
+    is subtracted first (`big`): exact there by Sterbenz wherever exp is not 0.
+
+    Accurate: (big, floor, magic), c an integer. FAST: (big, factor, c), c = factor * shift rounded, which all numbers
+    of the row have in common. FAST == 2, for logits that are half-precision numbers as they stand: big is not used.
+    From 2^16 on such numbers are at least 256 apart: factor 1 serves as well as 1 / ln 2 there, and c is shift itself.
     """
-    if F == tl.float64:
+    if FAST:
+        if FAST == 2:
+            big = tl.zeros_like(shift)
+            factor = tl.where(tl.abs(shift) < 65536.0, 1.4426950408889634 + big, 1.0 + big)
+        else:
+            big = tl.where(tl.abs(shift) >= 256.0, shift, tl.zeros_like(shift))
+            factor = 1.4426950408889634 + tl.zeros_like(shift)
+        return big, factor, (shift - big) * factor
+    elif F == tl.float64:
         big = tl.where(tl.abs(shift) >= 2048.0, shift, tl.zeros_like(shift))
         c = tl.fma(shift - big, tl.full([1, 1], 1.4426950408889634, F), tl.full([1, 1], 6755399441055744.0, F))
         c = c - 6755399441055744.0
@@ -37,28 +48,48 @@ def exp(z, big, floor, magic, F: tl.constexpr, FAST: tl.constexpr):
 
     n = round(z / ln 2) comes out of the low bits of a sum, which are also the exponent of 2^(n - c): at `floor` that
     field is 0 and so is the power. With n the argument is reduced exactly to 2^-26 (one rounding of a number below
-    1/2, twice), whatever z was. FAST, for half-precision logits, takes the hardware's exp2 of the fraction (2 ulp on
-    NVIDIA by its manual, 1 on AMD): eight operations an element instead of twelve, where a half-precision loss at
-    4 TB/s leaves room for thirteen. Otherwise a minimax polynomial of csrc/exp.h, within half an ulp.
+    1/2, twice), whatever z was; then a minimax polynomial of csrc/exp.h, within half an ulp. Twelve operations.
+
+    FAST, for half-precision logits: the hardware's exp2 (2 ulp on NVIDIA by its manual, 1 on AMD) of one fused product
+    and sum, whose rounding is 2^-24 of log2 of the result. Two operations, where a half-precision loss at the speed of
+    memory leaves room for fourteen in all. `floor` is the factor then, and `magic` c.
     """
-    a = tl.maximum(z - big, floor, propagate_nan=tl.PropagateNan.ALL)
-    if F == tl.float64:
-        t = tl.fma(a, tl.full([1, 1], 1.4426950408889634, F), magic)
-        n = t - magic
-        r = tl.fma(n, tl.full([1, 1], -0.6931471805599453, F), a)
-        r = tl.fma(n, tl.full([1, 1], -2.3190468138462996e-17, F), r)
-        p = tl.fma(_tail(r, F), r, tl.full([1, 1], 1.0, F))
+    if FAST:
+        a = z
+        if FAST == 1:
+            a = z - big
+        return tl.exp2(tl.fma(a, floor, -magic))
     else:
-        t = tl.fma(a, tl.full([1, 1], 1.44269502162933349609375, F), magic)
-        n = t - magic
-        if FAST:
-            f = tl.fma(a, tl.full([1, 1], 1.44269502162933349609375, F), -n)
-            p = tl.exp2(tl.fma(a, tl.full([1, 1], 1.92596299112661746887e-08, F), f))
+        a = tl.maximum(z - big, floor, propagate_nan=tl.PropagateNan.ALL)
+        if F == tl.float64:
+            t = tl.fma(a, tl.full([1, 1], 1.4426950408889634, F), magic)
+            n = t - magic
+            r = tl.fma(n, tl.full([1, 1], -0.6931471805599453, F), a)
+            r = tl.fma(n, tl.full([1, 1], -2.3190468138462996e-17, F), r)
         else:
+            t = tl.fma(a, tl.full([1, 1], 1.44269502162933349609375, F), magic)
+            n = t - magic
             r = tl.fma(n, tl.full([1, 1], -0.693147182464599609375, F), a)
             r = tl.fma(n, tl.full([1, 1], 1.90465429995776804525e-09, F), r)
-            p = tl.fma(_tail(r, F), r, tl.full([1, 1], 1.0, F))
-    return p * _power(t, F)
+        return tl.fma(_tail(r, F), r, tl.full([1, 1], 1.0, F)) * _power(t, F)
+
+
+@triton.jit
+def at_origin(shift, big, floor, magic, F: tl.constexpr, FAST: tl.constexpr):
+    """exp of the shift itself, which every number of the row is divided by: never the hardware's.
+
+    FAST: within 2^-8 of 1, for c is shift / ln 2 but for its rounding.
+    """
+    if FAST:
+        a = shift
+        if FAST == 1:
+            a = shift - big
+        r = tl.fma(a, floor, -magic) * 0.6931471805599453
+        p = tl.fma(r, tl.full([1, 1], 1.0 / 6, F), tl.full([1, 1], 0.5, F))
+        p = tl.fma(p, r, tl.full([1, 1], 1.0, F))
+        return tl.fma(p, r, tl.full([1, 1], 1.0, F))
+    else:
+        return exp(shift, big, floor, magic, F, FAST)
 
 
 @triton.jit

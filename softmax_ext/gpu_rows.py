@@ -4,7 +4,8 @@ An array of logits has the layout (outer, V, inner), contiguous. A program owns 
 there are no atomics and any run gives the same bits. With inner > 1 its rows are neighbours along inner: the tile is
 read in memory order and a middle axis needs no transpose, which would cost one more read and write of everything.
 A row of at most 32768 classes (fewer for kernels that hold more than its exps) is one block, held in registers; a
-longer one is read block by block.
+longer one is read block by block. Then a row's columns are dealt out to LANES, one to a thread, and each lane keeps
+numbers of its own: threads wait for one another once a row, not once a block.
 
 Same algorithm and names as csrc: m the maximum, `rest` the sum of exp(z - m) over all but one position of it.
 """
@@ -15,34 +16,46 @@ Same algorithm and names as csrc: m the maximum, `rest` the sum of exp(z - m) ov
 import triton
 import triton.language as tl
 
-from softmax_ext.gpu_math import exp, log1p, origin, over, ratio
+from softmax_ext.gpu_math import at_origin, exp, log1p, origin, over, ratio
 
 # The widest row that is held in registers, by the number of arrays that live at a time: what compiles without a spill
 # for sm_80, sm_90 and sm_100 (tests/test_gpu_compiled.py asserts it). Wider rows are read block by block.
 HOLDS_ONE, HOLDS_TWO, HOLDS_FEW, HOLDS_MANY = 32768, 16384, 8192, 4096
 HOLDS_FLOAT64 = 2048
+# Beyond this a row that need be read only once is streamed: while one block is summed up the next is on its way.
+STREAMS = 8192
 
 
-def plan(outer, classes, inner, widest, double=False, lanes=32):
-    """(number of programs, the launch's constants) for one row kernel; `lanes` make a warp."""
-    widest = min(widest, HOLDS_FLOAT64 if double else HOLDS_TWO if lanes == 64 else HOLDS_ONE)
-    one = classes <= widest
+def plan(outer, classes, inner, widest, itemsize=4, lanes=32, once=False):
+    """(number of programs, the launch's constants) for one row kernel.
+
+    `itemsize` is that of the logits, `lanes` make a warp, and `once` says that a row need be read only once.
+    """
+    widest = min(widest, HOLDS_FLOAT64 if itemsize == 8 else HOLDS_TWO if lanes == 64 else HOLDS_ONE)
+    # The more numbers a thread has, the less is what each does for the whole row; kernels of many arrays have no room.
+    each = 8 if itemsize == 8 else 32 if widest > HOLDS_FEW else 16
+    one = classes <= (min(widest, STREAMS) if once else widest)
+    deal = {"LANES": 1, "VECTOR": 1}
     if inner == 1:
-        columns = triton.next_power_of_2(classes) if one else min(widest, HOLDS_FEW)
-        rows = max(1, 2048 // columns)
+        rows = max(1, 2048 // triton.next_power_of_2(classes)) if classes <= 512 else 1
+        if one:
+            columns = triton.next_power_of_2(classes)
+            warps = 4 if rows > 1 else max(1, columns // (32 * each))
+        else:
+            warps = 8
+            columns = min(widest, warps * 32 * each)
+            vector = 16 // itemsize  # what a thread loads at a time
+            deal = {"LANES": min(warps * 32, columns // (2 * vector)), "VECTOR": vector}
         programs = triton.cdiv(outer, rows)
     else:
         rows = min(triton.next_power_of_2(inner), 64)
         columns = min(triton.next_power_of_2(classes), min(widest, HOLDS_MANY) // rows)
         one = classes <= columns
         programs = outer * triton.cdiv(inner, rows)
-    # 16 numbers a thread (8 of float64 or where tiles are turned), more only where a block may have no more threads
-    warps = min(
-        max(rows * columns // (256 if double or inner > 1 else 512), 4), 32 if rows * columns > HOLDS_TWO else 16
-    )
-    constants = {"INNER": inner > 1, "ONE": one, "ROWS": rows, "COLS": columns, "num_warps": warps * 32 // lanes}
+        warps = min(max(rows * columns // 256, 4), 16)
+    constants = {"INNER": inner > 1, "ONE": one, "ROWS": rows, "COLS": columns, **deal}
     # Fused products would undo what gpu_math does about rounding; 3.9 no longer fuses unasked, 3.6 does.
-    return programs, {**constants, "enable_fp_fusion": False}
+    return programs, {**constants, "num_warps": max(1, warps * 32 // lanes), "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -70,33 +83,150 @@ def step(cols, inner, INNER: tl.constexpr):
 
 
 @triton.jit
-def no_rows(ROWS: tl.constexpr, F: tl.constexpr):
-    """(m, top, rest) before anything was seen."""
-    return tl.full([ROWS, 1], -float("inf"), F), tl.full([ROWS, 1], 1.0, F), tl.zeros([ROWS, 1], F)
+def dealt(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A block (R, COLS) as (R, times, LANES, VECTOR), the last two as memory and threads have them; or as it is."""
+    if LANES == 1:
+        return x
+    else:
+        return tl.reshape(x, [x.shape[0], x.shape[1] // (LANES * VECTOR), LANES, VECTOR])
 
 
 @triton.jit
-def seen(z, m, top, rest, F: tl.constexpr, FAST: tl.constexpr):
-    """A block's classes join their rows: (m, top, rest, exps of the block, what carries older sums to this origin).
+def largest(x, LANES: tl.constexpr):
+    """The maximum of each lane, (R, 1, LANES, 1), or of each row, (R, 1)."""
+    if LANES == 1:
+        return tl.max(x, axis=1, keep_dims=True)
+    else:
+        return tl.max(tl.max(x, axis=3, keep_dims=True), axis=1, keep_dims=True)
 
-    top = exp(m) and rest are in units of 2^c, c the origin of m. How often the block holds its maximum comes from two
-    sums, of all of it and of what lies below the maximum: their difference is that many times top, and rounding the
-    quotient is exact up to 2^20 columns. Only a block that raises the maximum needs it. A block of -inf alone
-    changes nothing.
+
+@triton.jit
+def total(x, LANES: tl.constexpr):
+    """The sum of each lane or row."""
+    if LANES == 1:
+        return tl.sum(x, axis=1, keep_dims=True)
+    else:
+        return tl.sum(tl.sum(x, axis=3, keep_dims=True), axis=1, keep_dims=True)
+
+
+@triton.jit
+def of_row(x, LANES: tl.constexpr):
+    """The sum of a row's lanes, (R, 1)."""
+    if LANES == 1:
+        return x
+    else:
+        return tl.reshape(tl.sum(x, axis=2, keep_dims=True), [x.shape[0], 1])
+
+
+@triton.jit
+def nothing(ROWS: tl.constexpr, F: tl.constexpr, LANES: tl.constexpr):
+    """Zeros for each lane."""
+    if LANES == 1:
+        return tl.zeros([ROWS, 1], F)
+    else:
+        return tl.zeros([ROWS, 1, LANES, 1], F)
+
+
+@triton.jit
+def no_rows(ROWS: tl.constexpr, F: tl.constexpr, LANES: tl.constexpr):
+    """(m, top, rest) of each lane before anything was seen."""
+    zero = nothing(ROWS, F, LANES)
+    return zero - float("inf"), zero + 1.0, zero
+
+
+@triton.jit
+def finite(m):
+    """m, and 0 where nothing but -inf was seen."""
+    return tl.where(m > -float("inf"), m, tl.zeros_like(m))
+
+
+@triton.jit
+def quotient(a, b, F: tl.constexpr, FAST: tl.constexpr):
+    """a / b, rounded once unless FAST."""
+    if FAST:
+        return a / b
+    else:
+        return ratio(a, b, F)
+
+
+@triton.jit
+def ties(everything, less, top):
+    """How often a maximum occurs, from the sum of all exps and that of those below it.
+
+    Their difference is that many times top, and rounding the quotient is exact up to 2^20 columns.
     """
-    block = tl.max(z, axis=1, keep_dims=True)
+    return tl.floor((everything - less) / top + 0.5)
+
+
+@triton.jit
+def below(e, shift, big, floor, magic, F: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr):
+    """The sum of the exps that are less than the maximum's.
+
+    Exps are compared, not logits: a logit so little below the maximum that their exps are one number counts as one more
+    maximum, which adds the same to the sum. (What is compared last needs no register for what the comparison said.)
+    """
+    return total(tl.where(e == exp(shift, big, floor, magic, F, FAST), tl.zeros_like(e), e), LANES)
+
+
+@triton.jit
+def whole(z, F: tl.constexpr, FAST: tl.constexpr):
+    """(m, top, rest, exps) of rows that are one block.
+
+    top = exp(m) and rest are in units of 2^c, c that of m's origin.
+    """
+    m = largest(z, 1)
+    m = tl.where(m > -float("inf"), m, -float("inf"))  # no NaN
+    shift = finite(m)
+    big, floor, magic = origin(shift, F, FAST)
+    e = exp(z, big, floor, magic, F, FAST)
+    top = at_origin(shift, big, floor, magic, F, FAST)
+    less = below(e, shift, big, floor, magic, F, FAST, 1)
+    return m, top, less + (ties(total(e, 1), less, top) - 1.0) * top, e
+
+
+@triton.jit
+def seen(z, m, top, rest, F: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr):
+    """A block's classes join their lanes: (m, top, rest, exps of the block, what carries older sums to this origin).
+
+    Only a block that raises the maximum needs to know how often it holds it. A block of -inf alone changes nothing.
+    """
+    block = largest(z, LANES)
     raised = block > m
     now = tl.where(raised, block, m)
-    shift = tl.where(now > -float("inf"), now, tl.zeros_like(now))
-    big, floor, magic = origin(shift, F)
+    shift = finite(now)
+    big, floor, magic = origin(shift, F, FAST)
     e = exp(z, big, floor, magic, F, FAST)
-    new_top = exp(shift, big, floor, magic, F, False)  # never FAST: every number of the row is divided by it
-    everything = tl.sum(e, axis=1, keep_dims=True)
-    below = tl.sum(tl.where(z == now, tl.zeros_like(e), e), axis=1, keep_dims=True)
-    times = tl.floor((everything - below) / new_top + 0.5)
-    carry = tl.where(raised, ratio(exp(m, big, floor, magic, F, False), top, F), tl.full([1, 1], 1.0, F))
-    grown = tl.where(raised, (rest + top) * carry + (below + (times - 1.0) * new_top), rest + everything)
+    new_top = at_origin(shift, big, floor, magic, F, FAST)
+    everything = total(e, LANES)
+    less = below(e, shift, big, floor, magic, F, FAST, LANES)
+    times = ties(everything, less, new_top)
+    carry = tl.where(raised, quotient(exp(m, big, floor, magic, F, FAST), top, F, FAST), 1.0)
+    grown = tl.where(raised, (rest + top) * carry + (less + (times - 1.0) * new_top), rest + everything)
     return now, new_top, grown, e, carry
+
+
+@triton.jit
+def joined(m, top, rest, F: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr):
+    """A row's lanes become the row: (m, top, rest), each (R, 1), and what carries a lane's sums to the row's origin."""
+    if LANES == 1:
+        return m, top, rest, tl.full([1, 1], 1.0, F)
+    else:
+        most = tl.max(m, axis=2, keep_dims=True)
+        shift = finite(most)
+        big, floor, magic = origin(shift, F, FAST)
+        e = exp(m, big, floor, magic, F, FAST)
+        new_top = at_origin(shift, big, floor, magic, F, FAST)
+        everything = tl.sum(e, axis=2, keep_dims=True)
+        less = tl.sum(tl.where(m == most, tl.zeros_like(e), e), axis=2, keep_dims=True)
+        carry = quotient(e, top, F, FAST)
+        others = less + (ties(everything, less, new_top) - 1.0) * new_top
+        grown = tl.sum(rest * carry, axis=2, keep_dims=True) + others
+        m, top, rest = (
+            tl.reshape(most, [m.shape[0], 1]),
+            tl.reshape(new_top, [m.shape[0], 1]),
+            tl.reshape(grown, [m.shape[0], 1]),
+        )
+        return m, top, rest, carry
 
 
 @triton.jit
@@ -118,29 +248,32 @@ def softmax_fwd_kernel(
     ONE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """y = exp(x - m) / total."""
     _row, first, real = place(outer, V, inner, INNER, ROWS)
-    m, top, rest = no_rows(ROWS, F)
     cols = tl.arange(0, COLS)[None, :]
     if ONE:
         at, mask = first + step(cols, inner, INNER), real & (cols < V)
         z = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
-        m, top, rest, e, _ = seen(z, m, top, rest, F, FAST)
+        m, top, rest, e = whole(z, F, FAST)
         high, low = over(tl.full([1, 1], 1.0, F), top, closed(m, rest), F)
-        tl.store(y + at, tl.fma(e, high, e * low), mask=mask)
+        tl.store(y + at, e * high if FAST else tl.fma(e, high, e * low), mask=mask)
     else:
+        m, top, rest = no_rows(ROWS, F, LANES)
         for begin in range(0, V, COLS):
             mask = real & (begin + cols < V)
             z = tl.load(x + first + step(begin + cols, inner, INNER), mask=mask, other=-float("inf")).to(F)
-            m, top, rest, _e, _c = seen(z, m, top, rest, F, FAST)
+            m, top, rest, _e, _c = seen(dealt(z, LANES, VECTOR), m, top, rest, F, FAST, LANES)
+        m, top, rest, _c = joined(m, top, rest, F, FAST, LANES)
         high, low = over(tl.full([1, 1], 1.0, F), top, closed(m, rest), F)
-        big, floor, magic = origin(tl.where(m > -float("inf"), m, tl.zeros_like(m)), F)
+        big, floor, magic = origin(finite(m), F, FAST)
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
             z = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
             e = exp(z, big, floor, magic, F, FAST)
-            tl.store(y + at, tl.fma(e, high, e * low), mask=mask)
+            tl.store(y + at, e * high if FAST else tl.fma(e, high, e * low), mask=mask)
 
 
 @triton.jit(do_not_specialize=["outer"])
@@ -164,13 +297,14 @@ def softmax_bwd_kernel(
         at, mask = first + step(cols, inner, INNER), real & (cols < V)
         g = tl.load(dy + at, mask=mask, other=0.0).to(F)
         a = tl.load(y + at, mask=mask, other=0.0).to(F)
-        tl.store(dx + at, a * (g - tl.sum(a * g, axis=1, keep_dims=True)), mask=mask)
+        tl.store(dx + at, a * (g - total(a * g, 1)), mask=mask)
     else:
-        s = tl.zeros([ROWS, 1], F)
+        s = tl.zeros([ROWS, COLS], F)
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
             g = tl.load(dy + at, mask=mask, other=0.0).to(F)
-            s += tl.sum(tl.load(y + at, mask=mask, other=0.0).to(F) * g, axis=1, keep_dims=True)
+            s = tl.fma(tl.load(y + at, mask=mask, other=0.0).to(F), g, s)
+        s = total(s, 1)
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
             g = tl.load(dy + at, mask=mask, other=0.0).to(F)
@@ -192,22 +326,25 @@ def log_softmax_fwd_kernel(
     ONE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """y = (x - m) - log1p(rest), and m, rest for the backward."""
     row, first, real = place(outer, V, inner, INNER, ROWS)
-    m, top, rest = no_rows(ROWS, F)
     cols = tl.arange(0, COLS)[None, :]
     if ONE:
         at, mask = first + step(cols, inner, INNER), real & (cols < V)
         z = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
-        m, top, rest, _, _ = seen(z, m, top, rest, F, FAST)
+        m, top, rest, _ = whole(z, F, FAST)
         rest = ratio(closed(m, rest), top, F)
         tl.store(y + at, (z - m) - log1p(rest, F), mask=mask)
     else:
+        m, top, rest = no_rows(ROWS, F, LANES)
         for begin in range(0, V, COLS):
             mask = real & (begin + cols < V)
             z = tl.load(x + first + step(begin + cols, inner, INNER), mask=mask, other=-float("inf")).to(F)
-            m, top, rest, _e, _c = seen(z, m, top, rest, F, FAST)
+            m, top, rest, _e, _c = seen(dealt(z, LANES, VECTOR), m, top, rest, F, FAST, LANES)
+        m, top, rest, _c = joined(m, top, rest, F, FAST, LANES)
         rest = ratio(closed(m, rest), top, F)
         less = log1p(rest, F)
         for begin in range(0, V, COLS):
@@ -241,21 +378,20 @@ def log_softmax_bwd_kernel(
     m = tl.load(m_in + row, mask=real, other=0.0)
     rest = tl.load(rest_in + row, mask=real, other=0.0)
     shift = tl.where(tl.abs(m) < float("inf"), m, tl.zeros_like(m))
-    big, floor, magic = origin(shift, F)
-    top = exp(shift, big, floor, magic, F, False)
+    big, floor, magic = origin(shift, F, FAST)
+    top = at_origin(shift, big, floor, magic, F, FAST)
     if ONE:
         at, mask = first + step(cols, inner, INNER), real & (cols < V)
         g = tl.load(dy + at, mask=mask, other=0.0).to(F)
-        high, low = over(-tl.sum(g, axis=1, keep_dims=True), top, rest * top, F)
+        high, low = over(-total(g, 1), top, rest * top, F)
         e = exp(tl.load(x + at, mask=mask, other=-float("inf")).to(F), big, floor, magic, F, FAST)
         tl.store(dx + at, tl.fma(e, high, tl.fma(e, low, g)), mask=mask)
     else:
-        s = tl.zeros([ROWS, 1], F)
+        s = tl.zeros([ROWS, COLS], F)
         for begin in range(0, V, COLS):
             mask = real & (begin + cols < V)
-            g = tl.load(dy + first + step(begin + cols, inner, INNER), mask=mask, other=0.0).to(F)
-            s += tl.sum(g, axis=1, keep_dims=True)
-        high, low = over(-s, top, rest * top, F)
+            s += tl.load(dy + first + step(begin + cols, inner, INNER), mask=mask, other=0.0).to(F)
+        high, low = over(-total(s, 1), top, rest * top, F)
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
             g = tl.load(dy + at, mask=mask, other=0.0).to(F)

@@ -69,6 +69,8 @@ FEW: dict[str, Callable[[], None]] = {
 MANY: dict[str, Callable[[], None]] = {
     **FEW,
     "softmax float32 32768": lambda: softmax(F32, 32768),
+    "loss bfloat16 128256": lambda: loss(BF16, (64, 128256), (1.0, None), False),
+    "loss float32 128256": lambda: loss(F32, (64, 128256), (1.0, None), False),
     "softmax float32 128256": lambda: softmax(F32, 128256),
     "loss float32 16384": lambda: loss(F32, (64, 16384), (1.0, None), False),
     "capped loss float32 8192": lambda: loss(F32, (64, 8192), ALL, False),
@@ -99,22 +101,41 @@ def compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], targ
     return triton.compile(ASTSource(kernel, signature, values, aligned), target=target, options=options)
 
 
-def resources(binary: Any) -> dict[str, int]:
-    """Registers, bytes of stack (what spills go to) and of shared memory."""
+def resources(binary: Any) -> dict[str, Any]:
+    """Registers, bytes of stack (what spills go to) and of shared memory; of NVIDIA's the loops too."""
     if "cubin" not in binary.asm:
         text = binary.asm["amdgcn"]
         found = {k: int(re.findall(rf"\.{k}:\s*(\d+)", text)[0]) for k in ("vgpr_count", "private_segment_fixed_size")}
         spills = sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text))
         stack = found["private_segment_fixed_size"] + spills
         return {"registers": found["vgpr_count"], "stack": stack, "shared": binary.metadata.shared}
+    usage = _asked(binary, "-res-usage")
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    registers, stack, local = map(int, found)
+    shared = binary.metadata.shared
+    return {"registers": registers, "stack": stack + local, "shared": shared, "loops": loops(_asked(binary, "-sass"))}
+
+
+def _asked(binary: Any, question: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
-    registers, stack, local = map(int, usage)
-    return {"registers": registers, "stack": stack + local, "shared": binary.metadata.shared}
+        return subprocess.run([tool, question, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def loops(assembler: str) -> list[tuple[int, int]]:
+    """(instructions, those by which threads tell or await each other) of each loop: from a branch back to its end."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)([^;]*);", assembler)
+    at = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
+    found = []
+    for i, (_, op, rest) in enumerate(lines):
+        to = re.search(r"0x([0-9a-f]+)", rest) if op == "BRA" else None
+        begin = at.get(int(to[1], 16), i) if to else i
+        if i - begin > 20:  # the last branch of a program goes to itself
+            body = [name.split(".")[0] for _, name, _ in lines[begin : i + 1]]
+            found.append((len(body), sum(name in ("BAR", "SHFL", "LDS", "STS") for name in body)))
+    return found
 
 
 def main() -> None:
@@ -127,8 +148,10 @@ def main() -> None:
     case = ""
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        warps = constants.get("num_warps", 4)
         binary = compiled(kernel, args, constants, target)
-        print(json.dumps({"case": case, "kernel": kernel.fn.__name__, **resources(binary)}), flush=True)
+        each = constants.get("ROWS", 1) * constants.get("COLS", 1) // (target.warp_size * warps)  # numbers of a thread
+        print(json.dumps({"case": case, "kernel": kernel.fn.__name__, "each": each, **resources(binary)}), flush=True)
 
     triton.JITFunction.run = run  # pyright: ignore[reportAttributeAccessIssue]
     for case, launch in (MANY if name == "sm_90" else FEW).items():  # noqa: B007

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tests import checks
+
 # Triton decides when it is imported whether it compiles or interprets: so before anything imports it.
 if importlib.util.find_spec("torch") and not importlib.import_module("torch").cuda.is_available():
     assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "import tests.interpreter earlier"
@@ -48,11 +50,13 @@ def interpreted() -> Iterator[list[str]]:
     builder.cast_impl = _rounded(cast)
     triton.serves = lambda x, dim: cpu(x, dim)
     native.serves = native.serves_directly = lambda *_: False
+    checks.FAST_HALVES = checks.FAST
     try:
         yield ran
     finally:
         ops._launch, builder.cast_impl, triton.serves, native.serves = launch, cast, serves, cpu
         native.serves_directly = directly
+        checks.FAST_HALVES = 0.0
 
 
 def _rounded(cast: Any) -> Any:

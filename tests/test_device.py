@@ -47,7 +47,8 @@ class Cuda(type(FW) if FW else object):  # pyright: ignore[reportGeneralTypeIssu
 
 
 @pytest.fixture
-def cuda() -> Any:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(checks, "FAST_HALVES", checks.FAST)
     return Cuda()
 
 

@@ -17,9 +17,10 @@ from torch_ops._arrays import forward_rule
 
 WORKSPACE = 1 << 28  # bytes of logits that may exist at a time
 # The same where memory="fast" goes by rows on a GPU. Each chunk reads and writes the float32 dW once, in about
-# 1053 / rows of its matmul's time by an H100's published rates: longer chunks may be worth their memory there.
-# benchmarks/gpu.py has the sweep that is to say so; nobody has run it yet.
-WORKSPACE_ON_DEVICE = WORKSPACE
+# 1053 / rows of its matmul's time by an H100's published rates: 4096 rows of Llama-3's 128256 classes, 1 GiB, cost a
+# ninth of the three matmuls at most, the 981 of 256 MiB a third. By arithmetic: the sweep of benchmarks/gpu.py has not
+# been run yet.
+WORKSPACE_ON_DEVICE = 1 << 30
 # A derivative of a derivative holds about this many arrays of the chunk's size.
 DERIVED = 16
 

@@ -85,8 +85,8 @@ def cross_entropy_fwd(
     options, constants = _options(x, target, scale, softcap)
     many = target.is_floating_point() or smooth or entropy
     arrays = (x, target, weight, *_optional(out, smooth, entropy))
-    widest = ce.widest(_fast(x), False, bool(softcap), many)
-    _launch(ce.cross_entropy_fwd_kernel, arrays, x, dim, widest, *options, **constants)
+    widest = ce.widest(_fast(x) > 0, False, bool(softcap), many)
+    _launch(ce.cross_entropy_fwd_kernel, arrays, x, dim, widest, *options, once=not many, **constants)
     return out
 
 
@@ -175,22 +175,29 @@ def _backward(
     options, constants = _options(logits, target, scale, softcap)
     many = target.is_floating_point() or smoothed or upstream[3] is not None or any(r is not None for r in results[2:4])
     arrays = (logits, target, weight, weight_sum, *results, *upstream, dx)
-    widest = ce.widest(_fast(logits), both, bool(softcap), many)
+    widest = ce.widest(_fast(logits) > 0, both, bool(softcap), many)
     _launch(ce.cross_entropy_bwd_kernel, arrays, logits, dim, widest, *options, BOTH=both, **constants)
 
 
 def _launch(
-    kernel: Any, arrays: tuple[Tensor | None, ...], x: Tensor, dim: int, widest: int, *options: Any, **constants: Any
+    kernel: Any,
+    arrays: tuple[Tensor | None, ...],
+    x: Tensor,
+    dim: int,
+    widest: int,
+    *options: Any,
+    once: bool = False,
+    **constants: Any,
 ) -> None:
     if x.numel() == 0:
         return
     outer, classes, inner = math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
-    double = x.dtype == torch.float64
-    programs, layout = gpu.plan(outer, classes, inner, widest, double, _lanes(x))
+    programs, layout = gpu.plan(outer, classes, inner, widest, x.element_size(), _lanes(x), once)
+    if "LANES" not in kernel.arg_names:
+        del layout["LANES"], layout["VECTOR"]
+    kind = tl.float64 if x.dtype == torch.float64 else tl.float32
     with _current(x.device):
-        kernel[(programs,)](
-            *arrays, outer, classes, inner, *options, F=tl.float64 if double else tl.float32, **constants, **layout
-        )
+        kernel[(programs,)](*arrays, outer, classes, inner, *options, F=kind, **constants, **layout)
 
 
 def _lanes(x: Tensor) -> int:
@@ -209,7 +216,7 @@ def _options(x: Tensor, target: Tensor, scale: float, softcap: float | None) -> 
     cap = softcap or 1.0
     constants = {
         "SOFT": target.is_floating_point(),
-        "FAST": _fast(x),
+        "FAST": _fast(x, scale == 1.0 and not softcap),
         "SCALED": scale != 1.0,
         "CAPPED": bool(softcap),
     }
@@ -220,8 +227,9 @@ def _bits(x: float) -> int:
     return struct.unpack("<q", struct.pack("<d", x))[0]
 
 
-def _fast(x: Tensor) -> bool:
-    return x.dtype in (torch.float16, torch.bfloat16)
+def _fast(x: Tensor, as_stored: bool = True) -> int:
+    """Which exp of gpu_math: 0 accurate; for half precision 1, or 2 if the logits are the numbers stored."""
+    return 0 if x.dtype not in (torch.float16, torch.bfloat16) else 2 if as_stored else 1
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
