@@ -125,13 +125,13 @@ def linear_cross_entropy(
             (elsewhere that row's loss and gradient are NaN, and so are those of linear_weight and linear_bias).
 
     Memory:
-        At most 256 MiB of logits exist at a time (fast on a GPU: 1 GiB). fast with "mean" or "sum" forms the gradients in the forward
-        pass (three matmuls) and keeps them, the weight's in float32. With reduction "none", with `stats`, with
-        gradients for soft targets or class weights, under torch.func and forward mode, and in every case where
-        memory is "lean", two numbers per row are kept and the backward pass recomputes the logits (four matmuls).
-        Derivatives of derivatives recompute too. On an x86 CPU without AMX half-precision arguments with class
-        indices are multiplied in float32, by pieces of linear_weight: in half the time, with unrounded logits;
-        fast then keeps the input's gradient in float32 too.
+        At most 256 MiB of logits exist at a time (fast on a GPU: 1 GiB). fast with "mean" or "sum" forms the gradients
+        in the forward pass (three matmuls) and keeps them, the weight's in float32. With reduction "none", with
+        `stats`, with gradients for soft targets or class weights, under torch.func and forward mode, and in every case
+        where memory is "lean", two numbers per row are kept and the backward pass recomputes the logits (four matmuls).
+        Derivatives of derivatives recompute too. On an x86 CPU without AMX half-precision arguments with class indices
+        are multiplied in float32, by pieces of linear_weight: in half the time, with unrounded logits; fast then keeps
+        the input's gradient in float32 too.
 
     Source:
         Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Kurbiel 2021 for the rows.
