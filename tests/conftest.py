@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-import tests.interpreter  # before anything imports Triton  # noqa: F401
+# Before torch starts its threads: those that spin while they wait take the core of the other worker's.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import tests.interpreter  # noqa: F401  # before anything imports Triton
 
 DOORS = {"torch": "torch_ops", "jax": "jax_ops"}
 ABSENT = [name for name in DOORS if find_spec(name) is None]
