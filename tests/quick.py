@@ -1,0 +1,13 @@
+"""XLA told to optimise little: a program compiles in a quarter to a half of the time.
+
+For tests of what is computed. Those of roundings in float32, of memory and of what the compiler may fuse or contract
+leave XLA as users have it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK: dict[str, Any] = {"compiler_options": _OPTIONS}  # of jax.jit
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _OPTIONS.items())  # of a process, in XLA_FLAGS
