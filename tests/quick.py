@@ -1,7 +1,7 @@
 """XLA told to optimise little: a program compiles in a quarter to a half of the time.
 
-For tests of what is computed. Those of roundings in float32, of memory and of what the compiler may fuse or contract
-leave XLA as users have it.
+For tests of what is computed, and of temporary memory, which is the same to the byte. Those of roundings and of what
+the compiler may contract leave XLA as users have it.
 """
 
 from __future__ import annotations
