@@ -22,7 +22,7 @@ from jax.test_util import check_grads  # noqa: E402
 import jax_ops  # noqa: E402
 from jax_ops._autodiff import analytic  # noqa: E402
 from softmax_ext import reference  # noqa: E402
-from tests.quick import FLAGS, QUICK  # noqa: E402
+from tests.quick import FLAGS, QUICK, run  # noqa: E402
 
 N, V = 3, 5
 TARGET = np.array([1, -100, 4])
@@ -216,11 +216,28 @@ CHECKED: dict[str, tuple[Callable[..., Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", CHECKED)
-def test_check_grads(case: str, order: int) -> None:
+def check(case: str, order: int) -> None:
     fn, names = CHECKED[case]
     check_grads(jax.jit(fn), [IN[name] for name in names], order, ("fwd", "rev"), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_check_grads(case: str) -> None:
+    check(case, 1)
+
+
+SECOND = """
+from tests import test_jax_transforms as here
+for case in here.CHECKED:
+    print(case, flush=True)
+    here.check(case, 2)
+print("all checked")
+"""
+
+
+@pytest.mark.slow
+def test_check_grads_of_order_2() -> None:
+    run(SECOND)
 
 
 def test_class_weights_that_differ_by_example_under_vmap() -> None:
