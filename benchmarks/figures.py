@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks import accuracy_plot, records, speed_plot, table
 from benchmarks.accuracy import ALL, CALLS, QUANTITIES, UNITS, Error
 from benchmarks.scaling import CROSSOVERS, Crossover
-from benchmarks.table import LIMITS, OURS, Line
+from benchmarks.table import LIMITS, Line, rivals
 from benchmarks.weight_error import WeightError
 from examples import confident
 
@@ -85,11 +85,6 @@ def filled(page: str, kept: Kept) -> str:
     return re.sub(r"(<!-- begin: (\w+) -->)\n.*?(<!-- end: \2 -->)", block, page, flags=re.DOTALL)
 
 
-def rivals(cell: Iterable[Line]) -> list[Line]:
-    """The calls that are not ours."""
-    return [line for line in cell if not line.call.startswith(OURS) and line.call not in LIMITS]
-
-
 def overview(kept: Kept) -> str:
     """The README's first table: speed, memory and error of each op at one large shape."""
     rows = []
@@ -104,12 +99,12 @@ def overview(kept: Kept) -> str:
         jax = _cells_of(kept, "jax", op.replace("_grad", "_value_and_grad"), LARGE)
         eager, compiled = (_line(torch, call) for call in ("torch", "torch.compile"))
         jax_ratio = _ratio(rivals(jax[0])[0]) if jax else ""
-        memory = " : ".join(_mb(line.peak_bytes) for line in (torch[0], eager, compiled))
+        memory = " : ".join(_mb(line.peak_bytes) for line in (torch[0], eager, compiled) if line)
         errors = [_ulp(kept.worst(quantity, "float32", call).worst_ulp) for call in ("torch_ops", "torch")]
         rows.append((name, LARGE, _ratio(eager), _ratio(compiled), jax_ratio, memory, " : ".join(errors)))
     (torch,), (jax,) = (_cells_of(kept, door, "linear_cross_entropy", HEAD) for door in ("torch", "jax"))
     eager, compiled = (_line(torch, call) for call in ("F.linear + F.cross_entropy", "torch.compile"))
-    memory = " : ".join(_mb(line.workspace_bytes) for line in (torch[0], eager, compiled))
+    memory = " : ".join(_mb(line.workspace_bytes) for line in (torch[0], eager, compiled) if line)
     rows.append(("linear_cross_entropy", HEAD, *map(_ratio, (eager, compiled, rivals(jax)[0])), memory, ""))
     for rival in rivals(torch):
         if rival.call.startswith("F.linear_cross_entropy"):
@@ -119,8 +114,8 @@ def overview(kept: Kept) -> str:
     return _markdown(("float32", "shape", *times, "memory, MB", "worst error, ulp"), rows)
 
 
-def _line(cell: Iterable[Line], call: str) -> Line:
-    return next(line for line in cell if line.call == call)
+def _line(cell: Iterable[Line], call: str) -> Line | None:
+    return next((line for line in cell if line.call == call), None)
 
 
 def _cells_of(kept: Kept, door: str, op: str, shape: str, dtype: str = "float32") -> list[list[Line]]:
@@ -241,8 +236,8 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
 
 
-def _ratio(line: Line) -> str:
-    return f"{line.ratio:.2f}"
+def _ratio(line: Line | None) -> str:
+    return "" if line is None else f"{line.ratio:.2f}"
 
 
 def _mb(size: int | None) -> str:

@@ -49,7 +49,7 @@ def lines(
 ) -> list[Line]:
     """A cell's lines from its rounds, `work` in units of the limit's; then remarks on calls that could not be made."""
     found, remarks = [], remarks or {}
-    for name, these in times.items():
+    for name, these in times.items() if ours in times else ():  # or ours had no room, and says so
         limits = _quotient(these, times[limit]) / work[name]
         size = (memory or {}).get(name)
         chunk = (chunks or {}).get(name)
@@ -58,7 +58,7 @@ def lines(
             Line(**about, call=name, chunk=chunk, **_figures(*figures, size, len(these)), remark=remarks.get(name, ""))
         )
     for name, why in remarks.items():
-        if name not in times:
+        if name not in times or ours not in times:
             found.append(Line(**about, call=name, chunk=None, **_figures(None, None, None, None, 0), remark=why))
     return found
 

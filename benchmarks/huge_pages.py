@@ -46,14 +46,14 @@ class Process:
                 os.environ[VARIABLE] = before
         its.close()
 
-    def call(self, op: str, *, is_head: bool, makes_its_argument: bool) -> Call:
-        """One op's call, as if it were made here; its answers are arrays of NumPy."""
+    def call(self, op: str, like: Call) -> Call:
+        """One op's call, for use as the same call made here; its answers are arrays of NumPy."""
         ask = partial(self._ask, op)
         return Call(
-            run=(lambda _: ask("run")) if makes_its_argument else partial(ask, "run"),
-            fresh=partial(ask, "fresh") if makes_its_argument else None,
-            workspace=partial(ask, "workspace") if is_head else None,
-            peak=None if is_head else partial(ask, "peak"),
+            run=(lambda _: ask("run")) if like.fresh else partial(ask, "run"),
+            fresh=partial(ask, "fresh") if like.fresh else None,
+            workspace=partial(ask, "workspace") if like.workspace else None,
+            peak=partial(ask, "peak"),
             answers=partial(ask, "answers"),
         )
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from benchmarks.table import LIMITS, OURS, Line
+from benchmarks.table import Line, rivals
 
 TITLE = {"torch": "PyTorch", "jax": "JAX"}
 MARKERS = "osD^v<>phP*Xd"
@@ -34,7 +34,7 @@ def _draw(axes: Axes, cells: Sequence[Sequence[Line]], shapes: Sequence[tuple[st
         colour, marker = f"C{i % 10}", MARKERS[i % len(MARKERS)]
         place = (i / max(1, len(shapes) - 1) - 0.5) * 0.6
         mine = [cell for cell in cells if (cell[0].shape, cell[0].dtype) == (shape, dtype)]
-        found = [[line for line in cell if not line.call.startswith(OURS) and line.call not in LIMITS] for cell in mine]
+        found = [rivals(cell) for cell in mine]
         for others, points in ((False, [lines[:1] for lines in found]), (True, [lines[1:] for lines in found])):
             shown = [line for lines in points for line in lines]
             at = [ops.index(line.op) + place for line in shown]

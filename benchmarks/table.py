@@ -49,6 +49,11 @@ class Line:
         return cell_of(asdict(self))
 
 
+def rivals(cell: Iterable[Line]) -> list[Line]:
+    """The calls that are not ours."""
+    return [line for line in cell if not line.call.startswith(OURS) and line.call not in LIMITS]
+
+
 def cell_of(about: Mapping[str, Any]) -> tuple[Any, ...]:
     """The key of what is measured together; another version of a framework measures the same cell."""
     framework = about["framework"].split()[0]
@@ -126,8 +131,7 @@ def show(title: str, cells: Sequence[list[Line]], logits_bytes: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
         ours = next(line for line in cell if line.call == OURS)
-        rivals: list[Line | None] = [line for line in cell if line.call not in (OURS, *LIMITS)] or [None]
-        for i, rival in enumerate(rivals):
+        for i, rival in enumerate(rivals(cell) or [None]):
             ratio = (
                 ""
                 if rival is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -77,7 +78,11 @@ def _busy_elsewhere() -> float | None:
         user, nice, system, _, _, *interrupts_and_steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     except (OSError, ValueError):
         return None
-    return (user + nice + system + sum(interrupts_and_steal)) / os.sysconf("SC_CLK_TCK") - time.process_time()
+    tick = os.sysconf("SC_CLK_TCK")
+    mine = time.process_time()
+    for process in multiprocessing.active_children():
+        mine += sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13])) / tick
+    return (user + nice + system + sum(interrupts_and_steal)) / tick - mine
 
 
 def _repeats(call: Call) -> int:

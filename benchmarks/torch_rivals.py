@@ -24,14 +24,12 @@ def more(op: str, on: Any) -> dict[str, Call]:
     if op not in PARTS:
         return {}
     make, _, built_in = PARTS[op]
-    is_head = isinstance(on.case, HeadCase)
     found: dict[str, Call] = {}
     if _no_compiler() is None:
         found[COMPILED] = make(_compiled(built_in), on)
     if huge_pages.why_not(on.case) is None:
-        inplace = op == "cross_entropy_grad_inplace"
-        found[HUGE_PAGES] = _elsewhere(on).call(op, is_head=is_head, makes_its_argument=inplace)
-    if is_head and _no_cut() is None:
+        found[HUGE_PAGES] = _elsewhere(on).call(op, make(built_in, on))
+    if isinstance(on.case, HeadCase) and _no_cut() is None:
         found[CUT] = make(_cut, on)
     return found
 

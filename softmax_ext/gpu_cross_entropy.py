@@ -171,8 +171,8 @@ def _visit(
                 now = finite(m)
                 by = finite(old) - now
                 d = z - now
-                if ENTROPY:
-                    before = tl.where(old > -float("inf"), carry * (ed + by * (old_top + old_rest)), zero)
+                if ENTROPY:  # by may be near -inf where nothing of before is carried on
+                    before = tl.where(carry > 0.0, carry * (ed + by * (old_top + old_rest)), zero)
                     ed = before + total(tl.where(e > 0.0, e * d, tl.zeros_like(e)), LANES)
                 if SOFT or SMOOTH:
                     w, a = _masses(target, weight, at, begin + cols, mask, SOFT, F)
@@ -189,7 +189,7 @@ def _visit(
         if LANES > 1:
             by = finite(lane) - tl.reshape(finite(m), [ROWS, 1, 1, 1])
             if ENTROPY:
-                ed = tl.where(lane > -float("inf"), carry * (ed + by * (lane_top + lane_rest)), zero)
+                ed = tl.where(carry > 0.0, carry * (ed + by * (lane_top + lane_rest)), zero)
             if SMOOTH:
                 wd = wd + _moved(ws, by)
             if SOFT:
@@ -231,6 +231,7 @@ def _results(
 ):
     """A row's numbers from what its visit left."""
     zero = tl.zeros_like(m)
+    told = tl.where((m == -float("inf")) & (rest != rest), float("nan"), m)  # of -inf alone rest is a number
     rest = ratio(closed(m, rest), top, F)  # in units of exp(m) from here on
     less = log1p(rest, F)
     nll = less * asum - ad if SOFT else tl.where(counts, m - target_z + less, float("nan"))
@@ -241,7 +242,7 @@ def _results(
         tl.store(smooth_out + row, tl.where(ignored, zero, less * ws - wd), mask=real)
     if entropy_out is not None:
         tl.store(entropy_out + row, tl.where(ignored, zero, less - ratio(ratio(ed, top, F), 1.0 + rest, F)), mask=real)
-    tl.store(m_out + row, tl.where(ignored, zero, m), mask=real)
+    tl.store(m_out + row, tl.where(ignored, zero, told), mask=real)
     tl.store(rest_out + row, tl.where(ignored, zero, rest), mask=real)
 
 

@@ -85,7 +85,7 @@ def test_a_wrong_rival_is_not_timed(
 
 @ELSEWHERE
 def test_the_other_process_has_the_variable(elsewhere: huge_pages.Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = elsewhere.call("about", is_head=False, makes_its_argument=False)
+    call = elsewhere.call("about", Call(print))
     assert call.answers
     assert call.peak
     assert call.run() is None
@@ -104,7 +104,7 @@ def test_the_other_process_has_the_variable(elsewhere: huge_pages.Process, monke
 
 @ELSEWHERE
 def test_its_failure_is_ours(elsewhere: huge_pages.Process) -> None:
-    call = elsewhere.call("fails", is_head=False, makes_its_argument=False)
+    call = elsewhere.call("fails", Call(print))
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"THP_MEM_ALLOC_ENABLE=1: KeyError.*NO_SUCH_VARIABLE"):
             call.run()
@@ -112,7 +112,7 @@ def test_its_failure_is_ours(elsewhere: huge_pages.Process) -> None:
 
 @ELSEWHERE
 def test_its_arguments_are_made_outside_of_the_time(elsewhere: huge_pages.Process) -> None:
-    call = elsewhere.call("spent", is_head=True, makes_its_argument=True)
+    call = elsewhere.call("spent", Call(print, fresh=lambda: None, workspace=int))
     assert call.fresh
     assert call.workspace
     assert call.answers

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from softmax_ext import reference
 from tests import cases, interpreter, test_facts, test_ops, test_rows
 from tests.frameworks import HERE
 
@@ -26,6 +27,7 @@ if interpreter.why_not():
     pytest.skip(f"Triton's interpreter: {interpreter.why_not()}", allow_module_level=True)
 
 torch: Any = importlib.import_module("torch")
+torch_ops: Any = importlib.import_module("torch_ops")
 ops: Any = importlib.import_module("torch_ops._triton_ops")
 FW: Any = next(fw for fw in HERE if fw.name == "torch")
 CE = ("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel")
@@ -148,6 +150,50 @@ def test_data_facts() -> None:
 
 
 @pytest.mark.parametrize("blocks", ["one", "many"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_masks_of_the_smallest_number(dtype: str, blocks: str, request: pytest.FixtureRequest) -> None:
+    """Lanes that hold nothing but finfo.min: the sums they bring to the row's maximum are of nothing, not 0 * inf."""
+    if blocks == "many":
+        request.getfixturevalue("narrow")
+    x = torch.full((2, 300), torch.finfo(getattr(torch, dtype)).min, dtype=getattr(torch, dtype))
+    x[0, 200], x[1, 7], x[1, 250] = 1.0, 0.5, 1.25
+    target = torch.tensor([200, 7])
+    value, stats = torch_ops.cross_entropy(x, target, reduction="none", stats=("lse", "entropy"))
+    truth, right = reference.cross_entropy(x.double(), target, reduction="none", stats=("lse", "entropy"))
+    for one, other in ((value, truth), (stats["lse"], right["lse"]), (stats["entropy"], right["entropy"])):
+        np.testing.assert_allclose(one.double(), np.asarray(other, np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", ["one", "many"])
+def test_a_row_of_nan_alone_is_told_from_one_of_masks(blocks: str, request: pytest.FixtureRequest) -> None:
+    """Its maximum is NaN: a slice or shard without a class is -inf, and takes no part in the row."""
+    if blocks == "many":
+        request.getfixturevalue("narrow")
+    x = torch.full((4, 90), -torch.inf)
+    x[0], x[1, 70], x[2, 3] = torch.nan, torch.nan, 2.0
+    for dtype in (torch.float32, torch.bfloat16):
+        for values in (
+            ops.cross_entropy_fwd(x.to(dtype), torch.zeros(4, dtype=torch.int64), None, 1, 1.0, None, False, False),
+            ops.cross_entropy_fwd_bwd_(
+                x.to(dtype, copy=True),
+                torch.zeros(4).long(),
+                None,
+                torch.ones(4),
+                None,
+                None,
+                None,
+                1,
+                1.0,
+                None,
+                False,
+                False,
+            ),
+        ):
+            assert str(values[-2].tolist()) == "[nan, nan, 2.0, -inf]"
+            assert str(values[-1].isnan().tolist()) == "[True, True, False, True]"
+
+
+@pytest.mark.parametrize("blocks", ["one", "many"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forward_and_gradient_in_one_visit(dtype: str, soft: bool, blocks: str, request: pytest.FixtureRequest) -> None:
@@ -213,6 +259,7 @@ def test_offsets_are_64_bit() -> None:
 
 
 WIDE = 1 << 20
+ONE: Any = None  # no request: the width is the mutant's
 
 
 CHECKS: dict[str, Callable[[], None]] = {
@@ -221,6 +268,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "soft": lambda: _loss("soft weighted", 65, "all"),
     "plain soft": lambda: _loss("soft", 33, "plain"),
     "canonical": lambda: test_rows.test_canonical_targets(FW),
+    "masks": lambda: test_masks_of_the_smallest_number("float32", "one", ONE),
+    "nan": lambda: test_a_row_of_nan_alone_is_told_from_one_of_masks("one", ONE),
     "confident": lambda: test_ops.test_confident_row_keeps_its_loss_and_gradient(FW, "float32", 0, "hard"),
 }
 # A mutant of the kernels: what is replaced, and by what; the check that must fail, and the widest block it is run with.
@@ -267,6 +316,20 @@ MUTANTS: dict[str, tuple[str, str, str, str, int]] = {
         "carry * (ed + by * (lane_top + lane_rest))",
         "carry * ed",
         "hard",
+        32,
+    ),
+    "-inf carried on": (
+        "gpu_cross_entropy",
+        "tl.where(carry > 0.0, carry",
+        "tl.where(carry >= 0.0, carry",
+        "masks",
+        32,
+    ),
+    "NaN taken for a mask": (
+        "gpu_cross_entropy",
+        "tl.where(ignored, zero, told)",
+        "tl.where(ignored, zero, m)",
+        "nan",
         32,
     ),
     "smooth's sum not moved": ("gpu_cross_entropy", "(wd + _moved(ws, by))", "wd", "hard", 32),

@@ -2,7 +2,7 @@
 
 Ops with a fake kernel, not `triton_op`: what the compiler could do with a look inside (fusing a neighbour into a
 row kernel) it does not do, and an op looks the same to every PyTorch and every Triton. Same names and schemas as
-the native CPU ops.
+the native CPU ops, but for `canonical`, which a CPU need not have.
 """
 
 from __future__ import annotations

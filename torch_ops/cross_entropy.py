@@ -204,7 +204,7 @@ def cross_entropy(
 
 
 _NAMES, _DEFAULTS = zip(*vars(contract.LossOptions()).items(), strict=True)
-_TYPES = [*map(type, _DEFAULTS)]
+_TYPES, _IGNORED = [*map(type, _DEFAULTS)], contract.LossOptions().ignored
 
 
 def _is_default(given: tuple[Any, ...]) -> bool:
@@ -223,7 +223,7 @@ def _mean(input: Any, target: Any, inplace: bool) -> Tensor | None:
     elif triton.serves_directly(input) and triton.serves_indices(target):
         if (input.dim(), input.shape[:1], input.device) != (2, target.shape, target.device):
             return None
-        target = triton.ops.canonical(target, input.shape[1], contract.LossOptions().ignored)
+        target = triton.ops.canonical(target, input.shape[1], _IGNORED)
     else:
         return None
     return _Mean.apply(input, target, inplace and _may_overwrite(input))[0]
