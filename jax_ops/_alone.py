@@ -78,8 +78,21 @@ def _lower(ctx: Any, *values: Any, pieces: Function, whole: Function) -> Any:
     return mlir.lower_fun(pieces if alone(ctx) else whole, multiple_results=False)(ctx, *values)
 
 
+def compiled(primitive: Primitive, *names: str) -> Function:
+    """What an eager call of a primitive does: its lowering, compiled. Under jax.disable_jit() too: it has no other."""
+    run = jax.jit(primitive.bind, static_argnames=names)
+
+    def call(*args: Any, **parameters: Any) -> Any:
+        if not jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            return run(*args, **parameters)
+        with jax.disable_jit(False):
+            return run(*args, **parameters)
+
+    return call
+
+
 _either = Primitive("softmax_ext_either")
-_either.def_impl(jax.jit(_either.bind, static_argnames=("pieces", "whole")))
+_either.def_impl(compiled(_either, "pieces", "whole"))
 _either.def_abstract_eval(_types)
 ad.primitive_jvps[_either] = _jvp
 ad.primitive_transposes[_either] = _transpose

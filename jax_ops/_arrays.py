@@ -13,11 +13,17 @@ from softmax_ext.contract import Array
 _KINDS = {"b": "bool", "c": "complex"}
 
 
-def unwrap(x: Any) -> Any:
-    """x itself, or the array that a wrapper or a Python number stands for."""
+def unwrap(x: Any, *, numbers: bool = True) -> Any:
+    """x itself, or the array that a wrapper, or a Python or NumPy number, stands for."""
     if not isinstance(x, jax.Array) and hasattr(x, "__jax_array__"):
         return x.__jax_array__()
-    return np.asarray(x) if isinstance(x, bool | int | float | complex | np.generic) else x
+    return np.asarray(x) if numbers and isinstance(x, bool | int | float | complex | np.generic) else x
+
+
+def unwrap_all(arrays: tuple[Any, ...]) -> list[Any]:
+    """The arrays of a loss; its last two, the weights, have a dimension, which no number has."""
+    last = len(arrays) - 2
+    return [None if a is None else unwrap(a, numbers=i < last) for i, a in enumerate(arrays)]
 
 
 def describe(x: Any) -> Array:

@@ -91,7 +91,7 @@ def _total(
                     d_here = d_nll, d_lse
                 if soft_wanted or weight_wanted:
                     d_target, d_weight = rows.cross_entropy_mass_bwd(z, t, weight, m, rest, d_nll, d_smooth, **layout)
-                    if soft_wanted:
+                    if d_target is not None:
                         sums["target"] = cut.put(sums["target"], d_target, part)
                     if weight_wanted:
                         sums["weight"] = sums["weight"] + d_weight

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_ops import _native as native
-from jax_ops._alone import alone
+from jax_ops._alone import alone, compiled
 
 _FLOATS = ("float32", "float64", "bfloat16", "float16")
 
@@ -45,7 +45,7 @@ class Row:
         self.aliases = {0: 0} if inplace else None
         self.primitive = p = Primitive(f"softmax_ext_{name}")
         p.multiple_results = True
-        p.def_impl(jax.jit(p.bind, static_argnames=("present", "axis", "options")))
+        p.def_impl(compiled(p, "present", "axis", "options"))
         p.def_abstract_eval(self._types)
         ad.primitive_jvps[p] = self._jvp
         batching.primitive_batchers[p] = self._batch

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jax_ops import _rows as rows
 from jax_ops import _sharded_rows
-from jax_ops._arrays import describe, same_axes, unwrap
+from jax_ops._arrays import describe, same_axes, unwrap_all
 from jax_ops._autodiff import analytic
 from jax_ops._reduction import coefficients, combine, reduce, statistics
 from jax_ops._shards import Shard, shard_of
@@ -121,7 +121,7 @@ def cross_entropy(
     options = contract.LossOptions(
         ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss, on_all_ignored, stats
     )
-    arrays = [None if a is None else unwrap(a) for a in (input, target, weight, token_weight)]
+    arrays = unwrap_all((input, target, weight, token_weight))
     facts = [None if a is None else describe(a) for a in arrays]
     about = contract.at_least_1d("cross_entropy", "input", facts[0])
     axis = contract.dimension("cross_entropy", "axis", axis, len(about.shape))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_ops import _linear_rows, _linear_slices, _linear_sum
-from jax_ops._arrays import describe, unwrap
+from jax_ops._arrays import describe, unwrap_all
 from jax_ops._chunks import cut
 from jax_ops._linear import wide
 from jax_ops._mesh import spread_of, under_auto_axes
@@ -148,8 +148,7 @@ def linear_cross_entropy(
     options = contract.LossOptions(
         ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss, on_all_ignored, stats
     )
-    given = (input, linear_weight, target, linear_bias, weight, token_weight)
-    arrays = [None if a is None else unwrap(a) for a in given]
+    arrays = unwrap_all((input, linear_weight, target, linear_bias, weight, token_weight))
     facts = [None if a is None else describe(a) for a in arrays]
     more = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
     soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **more)

@@ -326,7 +326,10 @@ def is_integer(value: Any) -> bool:
 def _number(op: str, name: str, value: Any, rule: str) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         _type(op, name, f"be a Python number {rule}", value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond every float
+        return math.inf if value >= 1 else -math.inf  # pyright: ignore[reportOperatorIssue]
 
 
 def _positive(op: str, name: str, value: Any) -> None:
@@ -367,6 +370,8 @@ def _words(value: Any) -> str:
     # Tracers, tensors and NumPy arrays print differently: one word for all keeps one sentence.
     if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, numbers.Number):
         return "an array"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
     plain = value is None or isinstance(value, str | int | float | complex | tuple | list)
     return repr(value) if plain else f"{type(value).__name__} object"
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-import tests.interpreter  # before anything imports Triton  # noqa: F401
+# Before torch starts its threads: those that spin while they wait take the core of the other worker's.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import tests.interpreter  # noqa: F401  # before anything imports Triton
 
 DOORS = {"torch": "torch_ops", "jax": "jax_ops"}
 ABSENT = [name for name in DOORS if find_spec(name) is None]
@@ -38,10 +42,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "no_cover: pytest-cov's, which not every environment has")
     for name in filter(None, str(config.getoption("--doors")).split(",")):
         why = _closed(name)
         if why:
             raise pytest.UsageError(f"the {name} door does not open: {why}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Coverage takes Python two thirds more time: the quick tests reach the lines, slow ones run without it.
+
+    Those of losses over several devices are the only ones that reach theirs.
+    """
+    for item in items:
+        if item.get_closest_marker("slow") and item.path.name != "test_parallel.py":
+            item.add_marker("no_cover")
 
 
 def pytest_report_header() -> list[str]:

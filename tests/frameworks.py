@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from tests.quick import QUICK
+
 Named = dict[str, Any]
 Answer = tuple[Named, Named]
 HALF = ("bfloat16", "float16")
@@ -120,13 +122,13 @@ class Jax:
             given = {k: self.array(v, dtype) for k, v in arrays.items()}
             kind = _expected(op, dtype)
             ups = None if upstream is None else {k: self.array(u, kind) for k, u in upstream.items()}
-            values, grads = self._compiled(op, tuple(sorted(options.items())))(given, ups)
+            values, grads = self._compiled(op, tuple(sorted(options.items())), dtype == "float64")(given, ups)
             assert all(v.dtype == kind for k, v in values.items() if k != "argmax")
             assert all(g.dtype == given[k].dtype for k, g in grads.items())
             return tuple({k: self.numpy(v) for k, v in d.items()} for d in (values, grads))  # pyright: ignore
 
     @functools.cache  # noqa: B019
-    def _compiled(self, op: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    def _compiled(self, op: str, options: tuple[tuple[str, Any], ...], wide: bool) -> Any:
         def answer(arrays: Named, ups: Named | None) -> Answer:
             floats = {k: v for k, v in arrays.items() if v.dtype.kind not in "iu"}
 
@@ -143,7 +145,7 @@ class Jax:
             }
             return values, pull(full)[0]
 
-        return self.jax.jit(answer)
+        return self.jax.jit(answer, **QUICK if wide else {})  # formulas in float64, roundings in what is used
 
 
 def _load(kind: Any) -> tuple[Any, str]:

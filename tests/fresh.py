@@ -72,8 +72,8 @@ def main(wheel: Path, frameworks: list[str], whole: bool) -> int:
         shutil.copy(ROOT / "pyproject.toml", home)
         # What an environment can change: whether the doors open, and what the ops do where a framework is absent. With
         # both there is nothing new but the two libraries in one process.
-        names = [*(f"native_{name}" for name in frameworks), "native_threads"]
-        names += [] if len(frameworks) == len(FRAMEWORKS) else ["ops", "rows", "facts"]
+        both = len(frameworks) == len(FRAMEWORKS)
+        names = ["native_threads"] if both else [f"native_{frameworks[0]}", "native_threads", "ops", "rows", "facts"]
         chosen = [] if whole else [f"tests/test_{name}.py" for name in names]
         ignored = [f"--ignore=tests/{name}" for name in OF_THE_CHECKOUT]
         tests = [str(python), "-m", "pytest", "-n", "2", "-m", "not slow", f"--doors={','.join(frameworks)}"]

@@ -22,6 +22,7 @@ from jax.test_util import check_grads  # noqa: E402
 import jax_ops  # noqa: E402
 from jax_ops._autodiff import analytic  # noqa: E402
 from softmax_ext import reference  # noqa: E402
+from tests.quick import FLAGS, QUICK, run  # noqa: E402
 
 N, V = 3, 5
 TARGET = np.array([1, -100, 4])
@@ -158,16 +159,13 @@ def _same(ours: Any, theirs: Any, tol: float = 1e-11) -> None:
 FEW = ("value", "grad", "jvp", "linearize", "hessian", "jacrev of jacrev", "jacfwd of jacfwd", "hvp", "vmap(grad)")
 CASES = [(op, transform) for op in SCALAR for transform in (FEW if "option" in op else TRANSFORMS)]
 
-# Little optimising: the numbers are few and the programs many.
-_QUICK: dict[str, Any] = {"compiler_options": {"xla_backend_optimization_level": 0}}
-
 
 @functools.cache
 def _answers(op: str) -> list[dict[str, Any]]:
     """Every transform of ours and of the composition, each in one program."""
     x = jnp.asarray(IN["x"])
     names = [transform for case, transform in CASES if case == op]
-    return [jax.jit(lambda x, f=f: {k: TRANSFORMS[k](f)(x) for k in names}, **_QUICK)(x) for f in SCALAR[op]]
+    return [jax.jit(lambda x, f=f: {k: TRANSFORMS[k](f)(x) for k in names}, **QUICK)(x) for f in SCALAR[op]]
 
 
 @pytest.mark.parametrize(("op", "transform"), CASES)
@@ -218,16 +216,33 @@ CHECKED: dict[str, tuple[Callable[..., Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", CHECKED)
-def test_check_grads(case: str, order: int) -> None:
+def check(case: str, order: int) -> None:
     fn, names = CHECKED[case]
     check_grads(jax.jit(fn), [IN[name] for name in names], order, ("fwd", "rev"), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("case", CHECKED)
+def test_check_grads(case: str) -> None:
+    check(case, 1)
+
+
+SECOND = """
+from tests import test_jax_transforms as here
+for case in here.CHECKED:
+    print(case, flush=True)
+    here.check(case, 2)
+print("all checked")
+"""
+
+
+@pytest.mark.slow
+def test_check_grads_of_order_2() -> None:
+    run(SECOND)
+
+
 def test_class_weights_that_differ_by_example_under_vmap() -> None:
     weights, x = np.stack([IN["w"], IN["w"][::-1]]), np.stack([IN["x"], -IN["x"]])
-    f = jax.jit(jax.grad(lambda x, w: jax_ops.cross_entropy(x, TARGET, w, label_smoothing=S), (0, 1)), **_QUICK)
+    f = jax.jit(jax.grad(lambda x, w: jax_ops.cross_entropy(x, TARGET, w, label_smoothing=S), (0, 1)), **QUICK)
     single = [f(a, w) for a, w in zip(x, weights, strict=True)]
     for batched, *parts in zip(jax.vmap(f)(x, weights), *single, strict=True):
         _same(batched, np.stack(parts))
@@ -244,7 +259,7 @@ POINTS = {
 @functools.cache
 def _higher(op: str) -> list[Callable[[Any], Any]]:
     names = ("hvp", "forward 3", "reverse 3")
-    return [jax.jit(lambda x, f=f: {k: TRANSFORMS[k](f)(x) for k in names}, **_QUICK) for f in SCALAR[op]]
+    return [jax.jit(lambda x, f=f: {k: TRANSFORMS[k](f)(x) for k in names}, **QUICK) for f in SCALAR[op]]
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -265,7 +280,7 @@ def test_masked_classes_change_no_derivative_of_the_others(kind: str) -> None:
         fewer = target[:, few]
     v = np.cos(np.arange(N * V)).reshape(N, V)
 
-    @functools.partial(jax.jit, **_QUICK)
+    @functools.partial(jax.jit, **QUICK)
     def orders(x: Any, t: Any, v: Any) -> Any:
         gradient = jax.grad(lambda x: jax_ops.cross_entropy(x, t, softcap=CAP, z_loss=Z, logit_scale=SCALE))
         return gradient(x), jax.jvp(gradient, (x,), (v,))[1], jax.grad(lambda x: (gradient(x) * v).sum())(x)
@@ -283,7 +298,7 @@ def test_ignored_rows_are_reached_by_no_derivative() -> None:
     x[1] = np.nan
     f = lambda x: jax_ops.cross_entropy(x, TARGET, label_smoothing=S, z_loss=Z, softcap=CAP)  # noqa: E731
     for transform in ("grad", "hvp", "reverse 3"):
-        ours = np.asarray(jax.jit(TRANSFORMS[transform](f), **_QUICK)(x))
+        ours = np.asarray(jax.jit(TRANSFORMS[transform](f), **QUICK)(x))
         assert (ours[1] == 0).all()
         assert np.isfinite(ours).all()
         assert np.abs(ours[0]).min() > 0
@@ -374,7 +389,7 @@ def test_softmax_has_the_semantics_of_jax_nn(op: str, axis: Any, where: str) -> 
             y = fn(x, axis if axis != [2, 0] or fn.__module__.startswith("jax_ops") else (2, 0), mask)
             return jnp.where(jnp.isfinite(y), y * jnp.arange(5.0), 0.0).sum(), y
 
-        return jax.jit(jax.grad(run, has_aux=True), **_QUICK)(BIG)
+        return jax.jit(jax.grad(run, has_aux=True), **QUICK)(BIG)
 
     (dx, y), (dx_, y_) = answer(getattr(jax_ops, op)), answer(getattr(jax.nn, op))
     np.testing.assert_allclose(y, y_, rtol=1e-12, atol=1e-14)
@@ -423,7 +438,7 @@ def test_optax_names_have_the_semantics_of_optax(kind: str, case: str) -> None:
             rows = getattr(module, name)(x, labels, **options)
             return (rows * jnp.arange(1.0, rows.size + 1).reshape(rows.shape)).sum(), rows
 
-        return jax.jit(jax.grad(run, has_aux=True), **_QUICK)(BIG)
+        return jax.jit(jax.grad(run, has_aux=True), **QUICK)(BIG)
 
     for ours, theirs in zip(answer(jax_ops), answer(optax), strict=True):
         _same(ours, theirs)
@@ -492,8 +507,8 @@ def test_export_with_symbolic_rows() -> None:
     program = export.export(jax.jit(head))(*shapes)  # serialising it needs flatbuffers, which JAX does not bring
     x, t = np.concatenate([IN["x"]] * 2), np.concatenate([TARGET] * 2)
     # What comes out of the program has a derivative as well: that of the loss is the gradient it returns.
-    again = jax.jit(jax.grad(lambda x, t: program.call(x, t)[0]), **_QUICK)(x, t)
-    loss, dx, *others = jax.jit(head, **_QUICK)(x, t)
+    again = jax.jit(jax.grad(lambda x, t: program.call(x, t)[0]), **QUICK)(x, t)
+    loss, dx, *others = jax.jit(head, **QUICK)(x, t)
     for ours, direct in zip((*program.call(x, t), again), (loss, dx, *others, dx), strict=True):
         _same(ours, direct)
 
@@ -588,7 +603,7 @@ print("all sharded checks ran")
 
 
 def test_batch_sharding_gathers_nothing() -> None:
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {FLAGS}"
     env = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command, root = [sys.executable, "-c", SHARDED], Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)

@@ -24,6 +24,7 @@ from jax_ops import _plain as plain  # noqa: E402
 from jax_ops import _rows as rows  # noqa: E402
 from softmax_ext import reference  # noqa: E402
 from tests import cases, checks  # noqa: E402
+from tests.quick import QUICK  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(native.missing), reason=native.missing)
 
@@ -33,10 +34,14 @@ CLOSE = {"float64": 2.0**-48, "float32": 2.0**-19, "bfloat16": 2.0**-7, "float16
 FLOOR = 2.0**-110  # the kernels flush subnormals
 
 
+def _compiled(f: Callable[..., Any], *args: Any) -> tuple[Any, list[str]]:
+    """The program, and the custom calls of ours in it."""
+    program = jax.jit(f, **QUICK).lower(*args).compile()
+    return program, sorted(re.findall(r'custom_call_target="softmax_ext_(\w+)"', program.as_text() or ""))
+
+
 def _calls(f: Callable[..., Any], *args: Any) -> list[str]:
-    """The custom calls of ours in the compiled program."""
-    text = jax.jit(f).lower(*args).compile().as_text() or ""
-    return sorted(re.findall(r'custom_call_target="softmax_ext_(\w+)"', text))
+    return _compiled(f, *args)[1]
 
 
 def _same(ours: Any, theirs: Any, dtype: str, *, size: Any = None) -> None:
@@ -55,10 +60,15 @@ def _same(ours: Any, theirs: Any, dtype: str, *, size: Any = None) -> None:
 
 def _known(results: Any, target: Any = None) -> list[Any]:
     """The results, the last two m and rest, which mean nothing where the row is ignored or, m, where rest is NaN."""
-    *values, m, rest = results
+    *values, m, rest = map(np.asarray, results)
     if target is not None and not rows.is_soft(target):
-        rest = jnp.where(target == rows.IGNORED, jnp.nan, rest)
-    return [*values, jnp.where(jnp.isnan(rest), rest, m), rest]
+        rest = np.where(np.asarray(target) == rows.IGNORED, np.nan, rest)
+    return [*values, np.where(np.isnan(rest), rest, m), rest]
+
+
+def _both(name: str, *arrays: Any, **on: Any) -> list[Any]:
+    """A function of the rows and of the plain rows, in one program."""
+    return jax.jit(lambda *arrays: [getattr(table, name)(*arrays, **on) for table in (rows, plain)], **QUICK)(*arrays)
 
 
 def _inputs(dtype: str, layout: str) -> tuple[int, dict[str, Any]]:
@@ -96,16 +106,17 @@ def test_softmax_rows_are_the_plain_rows(dtype: str, layout: str) -> None:
         axis, a = _inputs(dtype, layout)
         x, dy, on = a["x"], a["dy"], {"axis": axis}
         assert _calls(functools.partial(rows.softmax_fwd, **on), x) == ["softmax_fwd"]
-        y, wide = plain.softmax_fwd(x, **on), "float64" if dtype == "float64" else "float32"
-        _same(rows.softmax_fwd(x, **on), y, dtype)
-        size = np.asarray(y * (jnp.abs(dy) + jnp.abs(y * dy).sum(axis, keepdims=True)), float)
-        _same(rows.softmax_bwd(dy, y, **on), plain.softmax_bwd(dy, y, **on), dtype, size=size)
-        ours, theirs = (_known(table.log_softmax_fwd(x, **on)) for table in (rows, plain))
-        for one, other, kind in zip(ours, theirs, (dtype, wide, wide), strict=True):
+        (ours, y), wide = _both("softmax_fwd", x, **on), "float64" if dtype == "float64" else "float32"
+        _same(ours, y, dtype)
+        p, d = (np.asarray(v, float) for v in (y, dy))
+        size = p * (np.abs(d) + np.abs(p * d).sum(axis, keepdims=True))
+        back = _both("softmax_bwd", dy, y, **on)
+        _same(back[0], back[1], dtype, size=size)
+        ours, (*value, m, rest) = _both("log_softmax_fwd", x, **on)
+        for one, other, kind in zip(_known(ours), _known((*value, m, rest)), (dtype, wide, wide), strict=True):
             _same(one, other, kind)
-        _, m, rest = theirs
-        size = np.asarray(jnp.abs(dy) + y * jnp.abs(dy).sum(axis, keepdims=True), float)
-        back = [r.log_softmax_bwd(dy, x, m, rest, **on) for r in (rows, plain)]
+        size = np.abs(d) + p * np.abs(d).sum(axis, keepdims=True)
+        back = _both("log_softmax_bwd", dy, x, m, rest, **on)
         _same(back[0], back[1], dtype, size=size)
 
 
@@ -136,24 +147,26 @@ def test_cross_entropy_rows_are_the_plain_rows(dtype: str, layout: str, option: 
         on["axis"], wide = axis, "float64" if dtype == "float64" else "float32"
         arrays = a["x"], a["soft"] if o.get("soft") else a["target"], a["weight"] if o.get("weight") else None
 
-        def fwd(table: Any) -> Any:
-            return table.cross_entropy_fwd(*arrays, **on, smooth=smooth, entropy=entropy)
+        @functools.partial(jax.jit, **QUICK)
+        def about(x: Any, weight: Any) -> Any:
+            z = plain.capped(x, on["scale"], on["softcap"])
+            return z, jax.nn.softmax(z, axis), plain.class_row(weight, z, axis)
 
         # A scaled or capped logit carries a rounding, which enters log p whole.
-        z = plain.capped(a["x"], on["scale"], on["softcap"])
-        top = np.asarray(jnp.max(jnp.where(jnp.isfinite(z), jnp.abs(z), 0.0), axis), float)
-        mass = np.asarray(jnp.abs(arrays[1]).sum(axis), float) if o.get("soft") else 1.0
+        z, p, w = (np.asarray(v, float) for v in about(a["x"], a["weight"]))
+        top = np.max(np.where(np.isfinite(z), np.abs(z), 0.0), axis)
+        mass = np.abs(np.asarray(arrays[1], float)).sum(axis) if o.get("soft") else 1.0
         mass = mass + (np.asarray(a["weight"], float).sum() if o.get("weight") else 0.0)
         size = None if option in ("labels", "soft", "weight") else top * mass
-        for one, other in zip(*(_known(fwd(table), arrays[1]) for table in (rows, plain)), strict=True):
+        ours, theirs = _both("cross_entropy_fwd", *arrays, **on, smooth=smooth, entropy=entropy)
+        for one, other in zip(_known(ours, arrays[1]), _known(theirs, arrays[1]), strict=True):
             _same(one, other, wide, size=size)
-        *_, m, rest = fwd(plain)
+        *_, m, rest = theirs
         up = [a["up"][0], a["up"][1], a["up"][2] if smooth else None, a["up"][3] if entropy else None]
-        back = [table.cross_entropy_bwd(*arrays, m, rest, *up, **on) for table in (rows, plain)]
+        back = _both("cross_entropy_bwd", *arrays, m, rest, *up, **on)
         total = sum(np.abs(np.asarray(u, float)) for u in up if u is not None) * (1 + top) * (mass + 1)
-        p = np.asarray(jax.nn.softmax(z, axis), float)
-        w = np.asarray(plain.class_row(a["weight"], z, axis), float) if o.get("weight") else 0.0
-        y = a["soft"] if o.get("soft") else jax.nn.one_hot(a["target"], z.shape[axis], axis=axis)
+        w = w if o.get("weight") else 0.0
+        y = a["soft"] if o.get("soft") else np.expand_dims(np.asarray(a["target"]), axis) == np.indices(z.shape)[axis]
         size = np.expand_dims(total, axis) * (p + np.asarray(y, float) * (1 + w) + w)
         _same(back[0], back[1], dtype, size=size)
         if layout == "last":
@@ -261,8 +274,9 @@ def test_derivatives_on_kernels_are_the_plain_ones(plain_only: Callable[[], None
             def every(x: Any) -> Any:
                 return [make(f)(x) for make in ORDERS.values() for f in SCALARS.values()]
 
-            assert bool(_calls(every, X)) is not bool(native.missing)
-            return jax.jit(every)(X)
+            program, calls = _compiled(every, X)
+            assert bool(calls) is not bool(native.missing)
+            return program(X)
 
         ours = answers()
         plain_only()

@@ -34,10 +34,15 @@ def describe(x: Any) -> Array:
     return Array(tuple(x.shape), dtype, kind, str(x.device))
 
 
+def has_autocast(device: str) -> bool:
+    """torch.amp.is_autocast_available, which PyTorch 2.11's compiler cannot trace: a constant to it (_graph.py)."""
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_dtype(builtin: Callable[..., Tensor], x: Tensor) -> torch.dtype | None:
     """The type the built-in would compute in under the autocast that is on, else None."""
     device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.is_floating_point()):
+    if not (has_autocast(device) and torch.is_autocast_enabled(device) and x.is_floating_point()):
         return None
     # Each device has its own list of ops that autocast widens: ask the built-in.
     dtype = builtin(x.detach().new_zeros(1), dim=-1).dtype

@@ -1,7 +1,7 @@
 """Half-precision matmuls summed into float32 as cuBLAS forms them: no product is rounded, or stands beside the sum.
 
 PyTorch has them as an overload with `out_dtype`, on CUDA, from 2.8 on; adding to a float32 sum is refused ("self and
-mat2 must have the same dtype") until pull request 167931 of November 2025. Read in its source, not yet run on a device.
+mat2 must have the same dtype") until pull request 167931 of November 2025, which 2.11 has. Read in its source, not run.
 """
 
 from __future__ import annotations

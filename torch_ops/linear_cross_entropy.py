@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arrays import describe, enter_graph
+from torch_ops._arrays import describe, enter_graph, has_autocast
 from torch_ops._linear_layout import each_row, lay_out, total
 from torch_ops._mesh import is_on_mesh
 from torch_ops._reduction import coefficients, combine, reduce, statistics
@@ -125,13 +125,13 @@ def linear_cross_entropy(
             (elsewhere that row's loss and gradient are NaN, and so are those of linear_weight and linear_bias).
 
     Memory:
-        At most 256 MiB of logits exist at a time (fast on a GPU: 1 GiB). fast with "mean" or "sum" forms the gradients in the forward
-        pass (three matmuls) and keeps them, the weight's in float32. With reduction "none", with `stats`, with
-        gradients for soft targets or class weights, under torch.func and forward mode, and in every case where
-        memory is "lean", two numbers per row are kept and the backward pass recomputes the logits (four matmuls).
-        Derivatives of derivatives recompute too. On an x86 CPU without AMX half-precision arguments with class
-        indices are multiplied in float32, by pieces of linear_weight: in half the time, with unrounded logits;
-        fast then keeps the input's gradient in float32 too.
+        At most 256 MiB of logits exist at a time (fast on a GPU: 1 GiB). fast with "mean" or "sum" forms the gradients
+        in the forward pass (three matmuls) and keeps them, the weight's in float32. With reduction "none", with
+        `stats`, with gradients for soft targets or class weights, under torch.func and forward mode, and in every case
+        where memory is "lean", two numbers per row are kept and the backward pass recomputes the logits (four matmuls).
+        Derivatives of derivatives recompute too. On an x86 CPU without AMX half-precision arguments with class indices
+        are multiplied in float32, by pieces of linear_weight: in half the time, with unrounded logits; fast then keeps
+        the input's gradient in float32 too.
 
     Source:
         Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Kurbiel 2021 for the rows.
@@ -209,7 +209,7 @@ def _autocast(x: Any, *more: Any) -> tuple[Any, ...]:
     """The arrays in the type F.linear would compute in under the autocast that is on."""
     arrays = (x, *more)
     device = x.device.type if isinstance(x, Tensor) else "cpu"
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (has_autocast(device) and torch.is_autocast_enabled(device)):
         return arrays
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -58,6 +58,7 @@ def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -
     if dtype is None and type(dim) is int and native.serves_directly(input) and -input.ndim <= dim < input.ndim:
         at = dim % input.ndim
         return _Softmax.apply(input, at) if input.requires_grad else native.softmax_fwd(input, at)
+    enter_graph()  # before the compiler of PyTorch 2.11 meets _softmax
     return _along(_softmax, "softmax", input, dim, dtype)
 
 
@@ -97,11 +98,11 @@ def log_softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = Non
     if dtype is None and type(dim) is int and native.serves_directly(input) and -input.ndim <= dim < input.ndim:
         at = dim % input.ndim
         return _LogSoftmax.apply(input, at)[0] if input.requires_grad else native.log_softmax_alone(input, at)
+    enter_graph()
     return _along(_log_softmax, "log_softmax", input, dim, dtype)
 
 
 def _along(op: Any, name: str, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
-    enter_graph()
     contract.floating(name, "input", describe(input), converted=dtype is not None)
     if dtype is None:
         dtype = autocast_dtype(getattr(torch, name), input)
