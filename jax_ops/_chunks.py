@@ -81,16 +81,20 @@ class Cut:
         return x.reshape(self.each, self.count, *x.shape[1:])
 
 
-def cut(size: int, largest: int, *, strided: bool = False) -> Cut:
+def cut(size: int, largest: int, *, strided: bool = False, blocks: int = 1) -> Cut:
     """`size` in chunks of at most `largest`, equal ones where a few more of them come out even.
 
     Strided, chunk i of n is positions i::n: then each device that holds a block of the rows of a batch has its part
-    of every chunk. In contiguous chunks a scan would gather the batch.
+    of every chunk. In contiguous chunks a scan would gather the batch. Where `blocks` of equal size are known to be
+    on as many devices, each has as many positions of every chunk, at least one.
     """
     if not isinstance(size, int):  # exported for any number of rows: all of them at once
         return Cut(size, size, 1)
     if size == 0:
         return Cut(0, 0, 0)
+    if blocks > 1:
+        own = cut(size // blocks, largest // blocks, strided=strided)
+        return Cut(size, own.each * blocks, own.count, own.strided)
     fewest = max(-(-size // max(largest, 1)), 1)
     for count in range(fewest, 2 * fewest):
         if size % count == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -15,9 +16,10 @@ from jax_ops import _linear_rows, _linear_slices, _linear_sum
 from jax_ops._arrays import describe, unwrap_all
 from jax_ops._chunks import cut
 from jax_ops._linear import wide
+from jax_ops._mesh import spread_of, under_auto_axes
 from jax_ops._reduction import coefficients, combine, reduce, statistics
-from jax_ops._rows import IGNORED
-from jax_ops._shards import shard_of
+from jax_ops._rows import IGNORED, is_soft
+from jax_ops._shards import Shard, shard_of
 from jax_ops._targets import canonical
 from softmax_ext import contract
 
@@ -154,7 +156,33 @@ def linear_cross_entropy(
     x, w = map(jnp.asarray, arrays[:2])
     shard = shard_of("linear_cross_entropy", axis_name, w.shape[0])
     t = jnp.asarray(arrays[2] if soft else canonical(arrays[2], shard.total, options.ignored))
-    b, class_weight, tokens = (None if a is None else jnp.asarray(a) for a in arrays[3:])
+    given = (x, w, t, *(None if a is None else jnp.asarray(a) for a in arrays[3:]))
+    how = {"options": replace(options, stats=tuple(stats)), "shard": shard, **more}
+    if (spread := spread_of(x.ndim - 1, *given)) is None:
+        return _loss(*given, **how)
+    rows = spread.sharding((*x.shape[:-2], max(x.shape[-2] - shift, 0), *w.shape[1:-1]) if x.ndim > 1 else ())
+    loss = rows if reduction == "none" else spread.sharding(())
+    out = (loss, dict.fromkeys(stats, rows)) if stats else loss
+    return under_auto_axes(_loss, *given, spread=spread, out=out, blocks=spread.blocks, **how)
+
+
+def _loss(
+    x: jax.Array,
+    w: jax.Array,
+    t: jax.Array,
+    b: jax.Array | None,
+    class_weight: jax.Array | None,
+    tokens: jax.Array | None,
+    *,
+    options: contract.LossOptions,
+    shard: Shard,
+    shift: int,
+    memory: str,
+    chunk_size: int | None,
+    blocks: int = 1,
+) -> Any:
+    """The loss, and its statistics; targets are canonical or soft, `blocks` of the rows are on devices of their own."""
+    soft, stats = is_soft(t), options.stats
     x, t, tokens, outside = _shifted(x, t, tokens, shift)
     lead, classes, inner = x.shape[:-1], w.shape[0], w.shape[1:-1]
     shape, positions = (*lead, *inner), math.prod(inner)
@@ -171,7 +199,7 @@ def linear_cross_entropy(
     scale, cap = options.fitted(float(limits.tiny), float(limits.max))
     size, others = (x.shape[0], classes) if memory == "fast" else (classes, x.shape[0])
     fits = WORKSPACE // max(kind.itemsize * others * positions, 1) if isinstance(others, int) else 4096
-    chunks = cut(size, int(chunk_size or fits), strided=memory == "fast")
+    chunks = cut(size, int(chunk_size or fits), strided=memory == "fast", blocks=blocks if memory == "fast" else 1)
     given = {"cut": chunks, "shard": shard, "scale": scale, "softcap": cap}
 
     by = coefficients(jnp.ones_like(x, shape=flat, dtype=kind), t, class_weight, tokens, options, shard)

@@ -524,6 +524,11 @@ def test_chunks_cover_everything_once() -> None:
                 out = cut.loop(lambda c, p, cut=cut, x=x: cut.put(c, cut.take(c, p) + 1 + cut.take(x, p), p), x * 0)
                 np.testing.assert_array_equal(out, np.arange(size) + 1)
                 assert cut.each <= largest
+    # On 4 devices each has as many rows of every chunk, be they fewer than asked for, or one where those were too few.
+    sizes = {(7, 30): (28, 1), (6, 14): (12, 2), (6, 3): (4, 6), (7, 12): (12, 3)}
+    for (own, largest), (each, count) in sizes.items():
+        strided = each * count == 4 * own
+        assert _chunks.cut(4 * own, largest, strided=True, blocks=4) == _chunks.Cut(4 * own, each, count, strided)
     assert _chunks.cut(2048, 1000).each == 512
     assert _chunks.cut(7, 3) == _chunks.Cut(7, 3, 3)
 
@@ -575,27 +580,51 @@ def same(a, c):
         assert np.abs(q).max() > 1e-3
         np.testing.assert_allclose(p, q, rtol=3e-5, atol=3e-5)
 
-mesh = jax.make_mesh((8,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
-xs, ts = (jax.device_put(a, NamedSharding(mesh, P("b"))) for a in (x, t))
-for k in CASES:
-    f = jax.value_and_grad(lambda x, w, b, t: loss(k, x, w, b, t), (0, 1, 2))
-    truth = jax.jit(f)(x, w, b, t)
-    compiled = jax.jit(f).lower(xs, w, b, ts).compile()
+def gathers_nothing(f, *args):
+    compiled = jax.jit(f).lower(*args).compile()
     text = compiled.as_text()
     used = set(re.findall(r"(all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)", text))
     assert used <= {"all-reduce"}, (k, used)
+    return compiled(*args), text
+
+mesh = jax.make_mesh((8,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+explicit = jax.make_mesh((8,), ("b",))
+xs, ts = (jax.device_put(a, NamedSharding(mesh, P("b"))) for a in (x, t))
+on = lambda a, spec: jax.device_put(a, NamedSharding(explicit, spec))
+xe, te, we, be = on(x, P("b")), on(t, P("b")), on(w, P()), on(b, P())
+for k in CASES:
+    f = jax.value_and_grad(lambda x, w, b, t: loss(k, x, w, b, t), (0, 1, 2))
+    truth = jax.jit(f)(x, w, b, t)
+    out, text = gathers_nothing(f, xs, w, b, ts)
     shapes = re.findall(r"= f32\\[([\\d,]*)\\]\\S* all-reduce\\(", text)
     sizes = {int(np.prod([int(i) for i in s.split(",") if i])) for s in shapes}
     assert k != "fast" or sizes <= {1, v, v * d, d}, (k, sizes)  # the loss, dW (by pieces or columns) and db
-    out = compiled(xs, w, b, ts)
     same(out, truth)
     assert out[1][0].sharding.is_equivalent_to(xs.sharding, 2), k
+    if k in ("fast", "none"):
+        out, _ = gathers_nothing(f, xe, we, be, te)
+        same(out, truth)
+        assert [jax.typeof(g).sharding.spec for g in out[1]] == [P("b", None), P(None, None), P(None)], k
     total = jax.value_and_grad(lambda x, w, b, t: loss(k, x, w, b, t, reduction="sum"), (0, 1, 2))
     truth = jax.jit(total)(x, w, b, t)
     for vma in (True, False):
         specs = dict(mesh=mesh, in_specs=(P("b"), P(), P(), P("b")), check_vma=vma)
         outer = shard_map(lambda *a: jax.lax.psum(loss(k, *a, reduction="sum"), "b"), out_specs=P(), **specs)
         same(jax.jit(jax.value_and_grad(outer, (0, 1, 2)))(xs, w, b, ts), truth)
+
+# Explicit axes: fewer rows in a chunk than devices, smoothed weights, soft targets, second derivatives.
+k, cw, y = "more", *(jnp.asarray(r.uniform(0.5, 1.5, s), jnp.float32) for s in (v, (n, v)))
+def hard(x, w, cw, t):
+    return jax_ops.linear_cross_entropy(x, w, t, weight=cw, label_smoothing=0.1, chunk_size=3)
+def soft(x, w, cw, y):
+    return jax_ops.linear_cross_entropy(x, w, y, weight=cw, memory="lean", chunk_size=10)
+def more(x, w, cw, t, y):
+    hessian_vector = jax.jvp(lambda w: jax.grad(hard, (0, 1))(x, w, cw, t), (w,), (w,))
+    return hessian_vector, jax.grad(soft, (0, 1, 2, 3))(x, w, cw, y)
+same(gathers_nothing(more, xe, we, on(cw, P()), te, on(y, P("b")))[0], jax.jit(more)(x, w, cw, t, y))
+none = lambda x, w, t: jax_ops.linear_cross_entropy(x, w, t, reduction="none", stats=["lse"])
+rows = jax.eval_shape(none, xe, we, te)
+assert [a.sharding.spec for a in jax.tree.leaves(rows)] == [P("b"), P("b")], rows
 print("all sharded checks ran")
 """
 
