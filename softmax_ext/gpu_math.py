@@ -2,8 +2,9 @@
 
 `F` is the compute type, tl.float32 or tl.float64. Every product that may be fused with a sum is written as `tl.fma`,
 and the launches switch fusion off (`enable_fp_fusion=False`): scale * x - max, contracted, made softmax(x / 0.7) NaN
-near 3e10 in a compiler that did. But for the exp2 of half-precision rows nothing comes from a vendor's
-library or the chip: it is the same on every back end and in the interpreter. Constants of exp and log1p: see csrc/exp.h and csrc/log1p.h.
+near 3e10 in a compiler that did. But for the exp2 of half-precision rows nothing comes from a vendor's library or the
+chip: it is the same code on every back end and in the interpreter. Constants of exp and log1p: see csrc/exp.h and
+csrc/log1p.h.
 """
 
 import triton

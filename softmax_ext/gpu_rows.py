@@ -4,8 +4,8 @@ An array of logits has the layout (outer, V, inner), contiguous. A program owns 
 there are no atomics and any run gives the same bits. With inner > 1 its rows are neighbours along inner: the tile is
 read in memory order and a middle axis needs no transpose, which would cost one more read and write of everything.
 A row of at most 32768 classes (fewer for kernels that hold more than its exps, or need hold nothing) is one block, held
-in registers; a longer one is read block by block. Then a row's columns are dealt out to LANES, one to a thread, and each
-lane keeps numbers of its own: threads wait for one another once a row, not once a block.
+in registers; a longer one is read block by block. Then a row's columns are dealt out to LANES, one to a thread, and
+each lane keeps numbers of its own: threads wait for one another once a row, not once a block.
 
 Same algorithm and names as csrc: m the maximum, `rest` the sum of exp(z - m) over all but one position of it.
 """
