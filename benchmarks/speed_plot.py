@@ -49,6 +49,6 @@ def _draw(axes: Axes, cells: Sequence[Sequence[Line]], shapes: Sequence[tuple[st
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_yticks(range(len(ops)), ops, fontsize="small")
     axes.invert_yaxis()
-    axes.set_xlabel("its time / ours, with quartiles; hollow: compiled, in huge pages, other libraries")
+    axes.set_xlabel("its time / ours, with quartiles; full: the built-in")
     axes.set_title("ours is faster to the right of 1", fontsize="small", loc="right")
     axes.grid(axis="x", alpha=0.3)
