@@ -44,9 +44,9 @@ wheel-test: wheel
 	$(BIN)/python -m tests.fresh dist/*.whl jax $(WHOLE)
 	$(BIN)/python -m tests.fresh dist/*.whl torch jax $(WHOLE)
 
-# The quick loop while editing: everything but the tests marked slow.
+# The quick loop while editing: everything but the tests marked slow or long.
 inner: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not long"
 
 # Frameworks first and exactly pinned: a later package that asks for any torch then finds one.
 # A compiler is found or not: without one the package installs and runs on plain framework ops.

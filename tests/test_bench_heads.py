@@ -168,6 +168,7 @@ def test_the_built_in_path_needs_what_its_shapes_say(dtype: str) -> None:
     assert most == pytest.approx(head_memory.built_in_bytes(case), rel=0.01)
 
 
+@pytest.mark.long
 def test_a_head_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     case = HeadCase((70, 16, 5000), "bfloat16")
     found = head_memory.in_a_process("torch", "lean", case)
@@ -191,6 +192,7 @@ def test_the_sampled_error_is_seen() -> None:
     assert head_memory._off(x, blocks, t, dx.astype(np.float64) * np.nan) == 1
 
 
+@pytest.mark.long
 def test_chunks_do_not_cost_accuracy() -> None:
     found = weight_error.measure(HeadCase((256, 16, 128), "bfloat16"), (1, 128))
     errors = {call: [e.relative for e in found if e.call == call] for call in dict.fromkeys(e.call for e in found)}

@@ -239,6 +239,7 @@ def _wrong_losses(framework: str):
 
 
 @pytest.mark.parametrize("framework", demo.FRAMEWORKS)
+@pytest.mark.long
 def test_ours_pass_and_wrong_losses_do_not(framework, tokens, built_in, monkeypatch):
     control = _train(framework, tokens, "built-in", replace(TINY, relabel=True))
     for loss in demo.OURS:
@@ -367,6 +368,7 @@ def test_command_refuses_no_steps():
     assert stop.value.code == 2
 
 
+@pytest.mark.long
 def test_own_process_reports_memory_and_weights(tokens_path):
     seen = []
     recipe = replace(TINY, relabel=True)

@@ -39,6 +39,7 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.long
 def test_notebook(framework: str) -> None:
     runpy.run_path(str(ROOT / "examples" / f"notebook_{framework}.py"))
 

@@ -60,6 +60,7 @@ def test_accuracy(dtype: str, classes: int, ran: list[str]) -> None:
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(("dtype", "classes"), [("float32", 33), ("float32", 200), ("float64", 129), ("bfloat16", 65)])
+@pytest.mark.long
 def test_accuracy_block_by_block(dtype: str, classes: int) -> None:
     test_ops.test_accuracy(FW, dtype, classes)
 
@@ -92,6 +93,7 @@ def test_accuracy_of_loss_options(kind: str, name: str) -> None:
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(("kind", "name"), [("hard weighted", "all"), ("soft weighted", "smooth"), ("soft", "all")])
+@pytest.mark.long
 def test_loss_options_block_by_block(kind: str, name: str) -> None:
     _loss(kind, 100, name)
 
@@ -196,6 +198,7 @@ def test_a_row_of_nan_alone_is_told_from_one_of_masks(blocks: str, request: pyte
 @pytest.mark.parametrize("blocks", ["one", "many"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.long
 def test_forward_and_gradient_in_one_visit(dtype: str, soft: bool, blocks: str, request: pytest.FixtureRequest) -> None:
     """cross_entropy_fwd_bwd_ gives the bits of the two alone (half precision: p comes from the unrounded rest)."""
     if blocks == "many":
@@ -349,6 +352,7 @@ MUTANTS: dict[str, tuple[str, str, str, str, int]] = {
 
 
 @pytest.mark.parametrize("name", [None, *MUTANTS])
+@pytest.mark.long
 def test_no_mutant_passes(name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(ops.gpu.__file__).parent
     files = {stem: (folder / f"{stem}.py").read_text() for stem in ("gpu_math", "gpu_rows", "gpu_cross_entropy")}

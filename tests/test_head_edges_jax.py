@@ -28,6 +28,7 @@ def test_no_classes(memory: str, target: np.ndarray) -> None:
 
 @MODES
 @pytest.mark.parametrize("types", [("float32", "float64"), ("float64", "float32")], ids=str)
+@pytest.mark.long
 def test_soft_targets_of_another_width(memory: str, types: tuple[str, str]) -> None:
     """Summed in the logits' compute type: neither refused by a loop's types nor rounded to the narrower."""
     with jax.enable_x64(True):

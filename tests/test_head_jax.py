@@ -171,6 +171,7 @@ CASES = [(mode, soft, t) for mode in MODES for soft in (False, True) for t in (F
 
 
 @pytest.mark.parametrize(("mode", "soft", "transform"), CASES)
+@pytest.mark.long
 def test_transform_agrees_with_the_composition(mode: str, soft: bool, transform: str) -> None:
     ours, theirs = _answers(mode, soft)
     _same(ours[transform], theirs[transform])
@@ -191,6 +192,7 @@ def check(mode: str, kind: str, order: int) -> None:
 
 @pytest.mark.parametrize("kind", CHECKED)
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.long
 def test_check_grads(mode: str, kind: str) -> None:
     check(mode, kind, 1)
 
@@ -211,6 +213,7 @@ def test_check_grads_of_order_2() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.long
 def test_transform_without_jit(mode: str) -> None:
     f, g = _full(_head, mode, False), _full(_composed, mode, False)
     _same(_both(f)(IN["x"], IN["w"]), _both(g)(IN["x"], IN["w"]))
@@ -280,6 +283,7 @@ def _temporary(f: Any, *args: Any) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("name", HALVES)
+@pytest.mark.long
 def test_temporary_memory_is_a_chunk_and_one_weight(name: str, uneven: bool, dtype: str) -> None:
     """A second chunk or a second weight would be seen: each is larger than the 16 MiB left over."""
     with jax.enable_x64(False):
@@ -443,6 +447,7 @@ def _capped(mode: str) -> Any:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("gone", [[2, 3], [5, 6], [0, 1]], ids=str)
+@pytest.mark.long
 def test_masked_classes_are_as_absent(gone: list[int], mode: str) -> None:
     """A whole slice of them too, the first, a middle or the last one (bug 3)."""
     few = np.setdiff1d(np.arange(V), gone)
@@ -515,6 +520,7 @@ def test_argmax_of_ties_is_the_first() -> None:
         np.testing.assert_array_equal(stats["argmax"], [2, -1, 2, 2, 2])
 
 
+@pytest.mark.long
 def test_chunks_cover_everything_once() -> None:
     for size in range(9):
         for largest in range(1, 10):
@@ -537,6 +543,7 @@ def test_chunks_cover_everything_once() -> None:
 
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.long
 def test_export(memory: str) -> None:
     def run(x: Any, w: Any, t: Any) -> Any:
         f = lambda x, w: jax_ops.linear_cross_entropy(x, w, t, memory=memory, chunk_size=2, softcap=3.0)  # noqa: E731
@@ -629,6 +636,7 @@ print("all sharded checks ran")
 """
 
 
+@pytest.mark.long
 def test_batch_sharding_gathers_nothing() -> None:
     flags = f"--xla_force_host_platform_device_count=8 {FLAGS}"
     env = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

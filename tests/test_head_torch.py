@@ -127,6 +127,7 @@ def test_gradcheck(case: Any) -> None:
 
 
 @pytest.mark.parametrize("case", CHECKED, ids=str)
+@pytest.mark.long
 def test_gradgradcheck(case: Any) -> None:
     fn, names = _case(*case)
     # fast mode: along random directions, a tenth of the time
@@ -142,6 +143,7 @@ def test_1d_input_passes_batched_forward_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.long
 def test_k_dimensional_and_shifted_gradgradcheck(shift: int) -> None:
     if shift:
         x, w, t = torch.rand(2, 3, 2, dtype=torch.float64), IN["lw"], torch.tensor([[0, 1, -100], [2, 3, 4]])
@@ -173,6 +175,7 @@ class _Model(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.long
 def test_export_with_dynamic_rows(memory: str, strict: bool) -> None:
     rows = torch.export.Dim("rows", min=4, max=64)
     x, t = torch.cat([IN["x"]] * 3), torch.cat([TARGET] * 3)
@@ -445,6 +448,7 @@ def test_first_derivatives_keep_one_chunk_of_logits(memory: Any, options: Any) -
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("step", [_second, _forward_mode, _hvp])
+@pytest.mark.long
 def test_no_derivative_stores_the_logits(memory: Any, step: Any) -> None:
     """Second derivatives hold some arrays of the chunk's size and several of dW's: less than the logits once."""
     chunk = 2 if memory == "fast" else CLASSES * 2 // ROWS

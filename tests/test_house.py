@@ -228,6 +228,7 @@ def test_versions_are_stated_once() -> None:
         assert not [pin for pin in pins.values() if pin in text]
 
 
+@pytest.mark.long
 def test_readme_commands_and_files_exist() -> None:
     readme = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()

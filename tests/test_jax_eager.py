@@ -39,6 +39,7 @@ CALLS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.long
 def test_without_jit(name: str) -> None:
     with jax.disable_jit():
         found = jax.tree.leaves(CALLS[name]())

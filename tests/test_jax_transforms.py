@@ -169,6 +169,7 @@ def _answers(op: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("op", "transform"), CASES)
+@pytest.mark.long
 def test_transform_agrees_with_the_compositions(op: str, transform: str) -> None:
     ours, theirs = _answers(op)
     _same(ours[transform], theirs[transform])
@@ -264,6 +265,7 @@ def _higher(op: str) -> list[Callable[[Any], Any]]:
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("op", ["softmax", "soft, every option", "every option"])
+@pytest.mark.long
 def test_higher_orders_where_rules_change_form(op: str, point: str) -> None:
     ours, theirs = (f(POINTS[point]) for f in _higher(op))
     for transform, truth in theirs.items():
@@ -602,6 +604,7 @@ print("all sharded checks ran")
 """
 
 
+@pytest.mark.long
 def test_batch_sharding_gathers_nothing() -> None:
     flags = f"--xla_force_host_platform_device_count=8 {FLAGS}"
     env = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

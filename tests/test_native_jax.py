@@ -267,6 +267,7 @@ ORDERS: dict[str, Callable[[Callable[[Any], Any]], Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.long
 def test_derivatives_on_kernels_are_the_plain_ones(plain_only: Callable[[], None]) -> None:
     with jax.enable_x64(True):
 

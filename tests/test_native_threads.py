@@ -103,11 +103,13 @@ print(os.read(reader, 64).decode() == str(hash(str(bits()))), os.waitpid(child, 
     ids=["pool not started", "pool started", "one thread"],
 )
 @only("torch")
+@pytest.mark.long
 def test_a_forked_process(fw: Any, before: str, inside: str) -> None:
     assert _script(FORK.format(door="Torch", before=before, inside=inside or "pass")) == "True 0"
 
 
 @only("jax")
+@pytest.mark.long
 def test_a_process_forked_before_jax_starts(fw: Any) -> None:
     """JAX supports no fork after its first computation."""
     assert _script(FORK.format(door="Jax", before="", inside="pass")) == "True 0"

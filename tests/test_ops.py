@@ -45,6 +45,7 @@ def test_accuracy(fw, dtype, classes):
     torch=[("float32", 32000), ("bfloat16", 128256), ("float16", 1 << 17)],
     jax=[("float32", 32000), ("bfloat16", 128256)],
 )
+@pytest.mark.long
 def test_accuracy_of_large_vocabularies(fw, dtype, classes):
     r = cases.rows(classes, dtype)
     pick = [2, 7, 15]
