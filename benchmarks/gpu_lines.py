@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import records
+from benchmarks.table import OURS
 
-OURS = "ours"
+__all__ = ["OURS", "Line", "keep", "lines", "show"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from softmax_ext.gpu_math import at_origin, exp, log1p, origin, over, ratio
 # for sm_80, sm_90 and sm_100 (tests/test_gpu_compiled.py asserts it). Wider rows are read block by block.
 HOLDS_ONE, HOLDS_TWO, HOLDS_FEW, HOLDS_MANY = 32768, 16384, 8192, 4096
 HOLDS_FLOAT64 = 2048
-# Beyond this a row that need be read only once is streamed: while one block is summed up the next is on its way.
+# Beyond this a row that need be read only once is read by blocks too: smaller programs, so that several share a
+# processor and one sums up while another loads. Not timed.
 STREAMS = 8192
 
 
