@@ -14,7 +14,7 @@ from torch import Tensor
 import torch_ops
 from benchmarks.cases import Case
 from benchmarks.timing import Call
-from torch_ops import _native as native
+from torch_ops._rows import native
 
 VERSION = f"torch {torch.__version__}"
 DTYPES = ("float32", "float64", "bfloat16", "float16")

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from torch_ops import _triton_ops as ops
+from torch_ops._rows import triton_ops as ops
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 ALL = (0.7, 20.0)

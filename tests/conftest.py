@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import tests.interpreter  # noqa: F401  # before anything imports Triton
 
 DOORS = {"torch": "torch_ops", "jax": "jax_ops"}
+NATIVE = {"torch": "torch_ops._rows.native", "jax": "jax_ops._native"}
 ABSENT = [name for name in DOORS if find_spec(name) is None]
 
 
@@ -34,7 +35,7 @@ def _closed(name: str) -> str:
     """Why a door's native kernels do not run here; empty if they do."""
     if name in ABSENT or name not in DOORS:
         return f"{name} is not installed"
-    return importlib.import_module(f"{DOORS[name]}._native").missing
+    return importlib.import_module(NATIVE[name]).missing
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,9 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_report_header() -> list[str]:
     lines = []
-    for name, package in DOORS.items():
+    for name in DOORS:
         why = _closed(name)
-        kernels = "" if why else importlib.import_module(f"{package}._native").instruction_set()
+        kernels = "" if why else importlib.import_module(NATIVE[name]).instruction_set()
         lines.append(f"{name} door: {why or kernels + ' kernels'}")
     for name in ABSENT:
         files = [file for file, absent in LEFT_OUT.items() if name in absent]

@@ -42,7 +42,7 @@ class Torch:
 
     def __init__(self) -> None:
         self.ops = importlib.import_module("torch_ops")
-        self.rows = importlib.import_module("torch_ops._rows")
+        self.rows = importlib.import_module("torch_ops._rows.dispatch")
         self.torch = importlib.import_module("torch")
 
     def bits(self, dtype: str) -> Any:

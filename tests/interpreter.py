@@ -33,9 +33,9 @@ def why_not() -> str:
 @contextlib.contextmanager
 def interpreted() -> Iterator[list[str]]:
     """CPU tensors are served by the Triton ops; the names of the kernels launched."""
-    native: Any = importlib.import_module("torch_ops._native")
-    triton: Any = importlib.import_module("torch_ops._triton")
-    ops: Any = importlib.import_module("torch_ops._triton_ops")
+    native: Any = importlib.import_module("torch_ops._rows.native")
+    triton: Any = importlib.import_module("torch_ops._rows.triton")
+    ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
     builder: Any = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
     launch, cast, serves, cpu = ops._launch, builder.cast_impl, triton.serves, native.serves
     directly = native.serves_directly

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from softmax_ext.gpu_rows import place
+from softmax_ext.gpu.rows import place
 
 
 @triton.jit

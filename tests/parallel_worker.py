@@ -28,8 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import torch_ops
 from softmax_ext import contract
 from tests import cases
-from torch_ops import _linear_layout, _parallel, _shards, _targets
-from torch_ops._collectives import summed
+from torch_ops._head import layout as _linear_layout
+from torch_ops._parallel import losses as _parallel
+from torch_ops._parallel import merge as _shards
+from torch_ops._parallel.collectives import summed
+from torch_ops._rows import targets as _targets
 
 F64 = torch.float64
 N, D = 7, 3

@@ -54,7 +54,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @on_cuda
 def test_the_kernels_serve_this_device() -> None:
-    triton = importlib.import_module("torch_ops._triton")
+    triton = importlib.import_module("torch_ops._rows.triton")
     x = torch.empty(2, 3, device="cuda")
     assert triton.why_not(x.device) == ""
     assert triton.serves(x, 1)

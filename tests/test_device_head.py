@@ -263,7 +263,7 @@ def test_workspace_is_bounded(memory: Any) -> None:
 @rehearsed()
 def test_weight_gradient_is_as_good_in_many_chunks(device: str) -> None:
     """bfloat16, 64 chunks beside one: products are summed unrounded by cuBLAS, which the CPU does not offer."""
-    unrounded: Any = importlib.import_module("torch_ops._unrounded")
+    unrounded: Any = importlib.import_module("torch_ops._head.unrounded")
     x, w, t = _problem(device, torch.bfloat16, 4096, 32, 200)
     exact = [a.detach().double().requires_grad_() for a in (x, w)]
     truth = torch.autograd.grad(ops.linear_cross_entropy(*exact, t), exact)[1]
@@ -280,7 +280,7 @@ def test_weight_gradient_is_as_good_in_many_chunks(device: str) -> None:
 @on_cuda
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_cublas_sums_products_unrounded(dtype: str) -> None:
-    unrounded: Any = importlib.import_module("torch_ops._unrounded")
+    unrounded: Any = importlib.import_module("torch_ops._head.unrounded")
     a, b = (torch.randn(s, device="cuda").to(getattr(torch, dtype)) for s in ((301, 257), (301, 75)))
     out = torch.full((257, 75), torch.nan, device="cuda")
     assert unrounded.add_product(out, a.t(), b, first=True)

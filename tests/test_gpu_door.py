@@ -14,9 +14,9 @@ if interpreter.why_not():
 
 torch: Any = importlib.import_module("torch")
 torch_ops: Any = importlib.import_module("torch_ops")
-triton: Any = importlib.import_module("torch_ops._triton")
-ops: Any = importlib.import_module("torch_ops._triton_ops")
-plain: Any = importlib.import_module("torch_ops._plain")
+triton: Any = importlib.import_module("torch_ops._rows.triton")
+ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
+plain: Any = importlib.import_module("torch_ops._rows.plain")
 report: Any = importlib.import_module("torch_ops._report")
 FakeTensorMode: Any = importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode
 

@@ -19,16 +19,17 @@ from torch.utils._pytree import tree_leaves
 
 import torch_ops
 from tests import interpreter
-from torch_ops import _chunks, _linear_ops, _linear_parts, _linear_rows, _linear_slices, _targets, _triton, _unrounded
+from torch_ops._head import fast, lean, linear, ops, row_map, unrounded
+from torch_ops._rows import targets, triton
 
 HALVES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
-    _unrounded._offered.cache_clear()
+    unrounded._offered.cache_clear()
     yield
-    _unrounded._offered.cache_clear()
+    unrounded._offered.cache_clear()
 
 
 @pytest.fixture
@@ -45,16 +46,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
 
         return call
 
-    monkeypatch.setattr(_unrounded, "_may_offer", lambda device: True)
-    monkeypatch.setattr(_unrounded, "_set", stand_in("set", 0))
-    monkeypatch.setattr(_unrounded, "_add", stand_in("add", 1))
+    monkeypatch.setattr(unrounded, "_may_offer", lambda device: True)
+    monkeypatch.setattr(unrounded, "_set", stand_in("set", 0))
+    monkeypatch.setattr(unrounded, "_add", stand_in("add", 1))
     return seen
 
 
 @pytest.fixture
 def half_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and products in the input's type, as on a GPU."""
-    for module in (_linear_parts, _linear_ops, _linear_rows, _linear_slices):
+    for module in (linear, ops, fast, lean):
         monkeypatch.setattr(module, "formed_in", lambda x, target: x.dtype)
 
 
@@ -68,7 +69,7 @@ def _pairs(dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_products_are_summed_in_order_and_unrounded(dtype: torch.dtype, calls: list[Any]) -> None:
     weight, pairs = _pairs(dtype)
-    sums = _linear_parts.ClassGradient(weight, None, True, False, summed=True)
+    sums = linear.ClassGradient(weight, None, True, False, summed=True)
     want = torch.full((40, 6), torch.nan)
     for k, (dz, x) in enumerate(pairs):
         sums.add(dz, x)
@@ -88,9 +89,9 @@ def test_a_refusal_is_remembered(refused: str, error: Any, calls: list[Any], mon
         asked.append(1)
         raise error("self and mat2 must have the same dtype, but got Float and BFloat16")
 
-    monkeypatch.setattr(_unrounded, refused, refuse)
+    monkeypatch.setattr(unrounded, refused, refuse)
     weight, pairs = _pairs(torch.bfloat16)
-    sums = _linear_parts.ClassGradient(weight, None, True, False, summed=True)
+    sums = linear.ClassGradient(weight, None, True, False, summed=True)
     want = torch.zeros(40, 6)
     for dz, x in pairs:
         sums.add(dz, x)
@@ -102,15 +103,15 @@ def test_a_refusal_is_remembered(refused: str, error: Any, calls: list[Any], mon
 
 def test_other_devices_and_types_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
-    assert _unrounded._may_offer(torch.device("cuda", 0))
-    assert not _unrounded._may_offer(torch.device("cpu"))
-    assert not _unrounded._may_offer(torch.device("xpu"))
+    assert unrounded._may_offer(torch.device("cuda", 0))
+    assert not unrounded._may_offer(torch.device("cpu"))
+    assert not unrounded._may_offer(torch.device("xpu"))
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not _unrounded._may_offer(torch.device("cuda", 0))
+    assert not unrounded._may_offer(torch.device("cuda", 0))
     wide, half = torch.ones(3, 3), torch.ones(3, 3, dtype=torch.bfloat16)
-    monkeypatch.setattr(_unrounded, "_offered", lambda *_: True)
+    monkeypatch.setattr(unrounded, "_offered", lambda *_: True)
     for out, a in ((half, wide), (half, half), (wide, wide), (wide.double(), half), (wide.double(), wide.double())):
-        assert not _unrounded.add_product(out, a, a, first=True)
+        assert not unrounded.add_product(out, a, a, first=True)
 
 
 def _errors(memory: Any, chunk: int) -> list[float]:
@@ -121,16 +122,14 @@ def _errors(memory: Any, chunk: int) -> list[float]:
     target = torch.randint(v, (n,), generator=g)
     exact = [a.double().requires_grad_() for a in (x, w)]
     truth = torch.autograd.grad(torch_ops.linear_cross_entropy(exact[0], exact[1], target, reduction="sum"), exact)
-    plan = _linear_ops.Plan(1.0, None, False, False, False, memory == "lean", chunk)
+    plan = ops.Plan(1.0, None, False, False, False, memory == "lean", chunk)
     ones = torch.ones(n)
     if memory == "fast":
-        _, found = _linear_ops.head_fwd_bwd(
-            (x, w, None, target, None, ones, None, None, None), (True, True, False), plan
-        )
+        _, found = ops.head_fwd_bwd((x, w, None, target, None, ones, None, None, None), (True, True, False), plan)
     else:
-        m, rest = _linear_ops.head_fwd((x, w, None, target, None), plan)[2:4]
+        m, rest = ops.head_fwd((x, w, None, target, None), plan)[2:4]
         arrays = (x, w, None, target, None, m, rest, None, ones, None, None, None)
-        found = _linear_ops.head_bwd(arrays, (True, True, False, False, False), plan)
+        found = ops.head_bwd(arrays, (True, True, False, False, False), plan)
     return [float((a.double() - t).norm() / t.norm()) for a, t in zip(found[:2], truth, strict=True) if a is not None]
 
 
@@ -143,7 +142,7 @@ def test_chunks_cost_no_accuracy(calls: list[Any], monkeypatch: pytest.MonkeyPat
     whole, sliced = _errors("lean", 96)[0], _errors("lean", 4)[0]
     assert [name for name, shape in calls if shape == (512, 12)] == ["add"] * 25
     assert sliced < 1.02 * whole
-    monkeypatch.setattr(_unrounded, "_offered", lambda *_: False)
+    monkeypatch.setattr(unrounded, "_offered", lambda *_: False)
     assert _errors("fast", 8)[1] > 1.05 * many, "the measurement sees rounded products"
     assert _errors("lean", 4)[0] > 1.05 * sliced
 
@@ -154,7 +153,7 @@ def test_scaling_at_once_is_scaling_by_pieces(dtype: torch.dtype, shape: tuple[i
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     for to, factor in product((torch.float32, *HALVES), (torch.tensor(0.3337), None)):
         out = torch.empty_like(x, dtype=to)
-        assert torch.equal(_linear_parts._at_once(x, factor, out), _linear_parts.scaled(x, factor, to))
+        assert torch.equal(linear._at_once(x, factor, out), linear.scaled(x, factor, to))
 
 
 class OnDevice(TorchDispatchMode):
@@ -177,9 +176,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """One that the Triton ops and cuBLAS' float32 sums serve."""
     if interpreter.why_not():
         pytest.skip(f"Triton's interpreter: {interpreter.why_not()}")
-    monkeypatch.setattr(_triton, "DEVICES", ("meta",))
-    monkeypatch.setattr(_unrounded, "_offered", lambda *_: True)
-    monkeypatch.setattr(_unrounded, "_add", lambda out, a, b: out.add_(a @ b))
+    monkeypatch.setattr(triton, "DEVICES", ("meta",))
+    monkeypatch.setattr(unrounded, "_offered", lambda *_: True)
+    monkeypatch.setattr(unrounded, "_add", lambda out, a, b: out.add_(a @ b))
     with OnDevice():
         yield "meta"
 
@@ -228,20 +227,20 @@ def test_nothing_of_a_head_waits_for_the_device(options: dict[str, Any], dtype: 
 def test_indices_of_a_group_are_made_canonical_without_a_look(device: str) -> None:
     """The whole vocabulary's size is a tensor there: as a kernel's number it would be looked at."""
     target, classes = (torch.empty(shape, dtype=torch.int64, device=device) for shape in ((5,), ()))
-    assert _targets.canonical("linear_cross_entropy", target, classes, -100).shape == (5,)  # pyright: ignore
+    assert targets.canonical("linear_cross_entropy", target, classes, -100).shape == (5,)  # pyright: ignore
 
 
 def test_a_devices_workspace_is_its_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By rows; slices of the vocabulary, for those short of memory, have what a CPU has."""
-    monkeypatch.setattr(_chunks, "WORKSPACE_ON_DEVICE", 1 << 30)
+    monkeypatch.setattr(row_map, "WORKSPACE_ON_DEVICE", 1 << 30)
     for at, rows in ((device, 1024), ("cpu", 256)):
         x, w, t = (
             torch.empty(4096, 8, device=at),
             torch.empty(1 << 18, 8, device=at),
             torch.empty(4096, dtype=torch.int64, device=at),
         )
-        assert {j - i for i, j in _linear_rows._Buffer(x[:2048], w, t, None).spans} == {rows}
-        assert {j - i for i, j in _linear_slices._Slices(x, w[: 1 << 15], None, t, None).spans} == {1 << 14}
+        assert {j - i for i, j in fast._Buffer(x[:2048], w, t, None).spans} == {rows}
+        assert {j - i for i, j in lean._Slices(x, w[: 1 << 15], None, t, None).spans} == {1 << 14}
 
 
 def test_a_look_and_a_copy_would_be_seen(device: str) -> None:
@@ -270,4 +269,4 @@ def test_no_number_is_copied_to_a_device() -> None:
         for line in path.read_text().splitlines()
         if re.search(r"torch\.(tensor|as_tensor)\(", line) and ">>>" not in line
     }
-    assert found == {"_parallel.py: wrong = torch.tensor(float(error is not None))"}, "that one where a look is free"
+    assert found == {"losses.py: wrong = torch.tensor(float(error is not None))"}, "that one where a look is free"

@@ -28,7 +28,7 @@ if interpreter.why_not():
 
 torch: Any = importlib.import_module("torch")
 torch_ops: Any = importlib.import_module("torch_ops")
-ops: Any = importlib.import_module("torch_ops._triton_ops")
+ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
 FW: Any = next(fw for fw in HERE if fw.name == "torch")
 CE = ("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel")
 SOFT = tuple(f"{op}_{way}_kernel" for op in ("softmax", "log_softmax") for way in ("fwd", "bwd"))
@@ -278,76 +278,76 @@ CHECKS: dict[str, Callable[[], None]] = {
 # A mutant of the kernels: what is replaced, and by what; the check that must fail, and the widest block it is run with.
 # Each is a mistake that was made somewhere.
 MUTANTS: dict[str, tuple[str, str, str, str, int]] = {
-    "padding enters the sums": ("gpu_rows", 'other=-float("inf")', "other=0.0", "accuracy", WIDE),
-    "older tiles keep their origin": ("gpu_rows", "(rest + top) * carry", "(rest + top)", "accuracy", 32),
-    "ties counted once": ("gpu_rows", "(ties(total(e, 1), less, top) - 1.0)", "0.0", "accuracy", WIDE),
-    "ties of a lane counted once": ("gpu_rows", "(times - 1.0) * new_top", "0.0 * new_top", "accuracy", 32),
-    "ties of lanes counted once": ("gpu_rows", "(ties(everything, less, new_top) - 1.0)", "0.0", "accuracy", 32),
-    "lanes keep their origin": ("gpu_rows", "tl.sum(rest * carry, axis=2", "tl.sum(rest, axis=2", "accuracy", 32),
-    "one lane is the row": ("gpu_rows", "tl.reshape(most, ", "tl.reshape(tl.min(m, 2), ", "accuracy", 32),
-    "last block unread": ("gpu_rows", "range(0, V, COLS)", "range(0, V - COLS, COLS)", "accuracy", 32),
-    "sum term dropped": ("gpu_rows", "total(a * g, 1)", "0.0", "accuracy", WIDE),
-    "upstream's sum dropped": ("gpu_rows", "over(-total(g, 1)", "over(0.0 * m", "accuracy", WIDE),
-    "1 + rest instead of log1p": ("gpu_math", "ratio(lost, u, F)", "0.0 * u", "accuracy", WIDE),
-    "scale forgotten in the slope": ("gpu_math", "(1.0 + e)) * scale)", "(1.0 + e)))", "hard", WIDE),
-    "soft cap's derivative missing": ("gpu_math", "return dz * (4.0 * e", "return dz + 0.0 * (4.0 * e", "hard", WIDE),
-    "shift rounded": ("gpu_math", "tl.abs(shift) >= 256.0", "tl.abs(shift) >= 0.0", "accuracy", WIDE),
+    "padding enters the sums": ("rows", 'other=-float("inf")', "other=0.0", "accuracy", WIDE),
+    "older tiles keep their origin": ("rows", "(rest + top) * carry", "(rest + top)", "accuracy", 32),
+    "ties counted once": ("rows", "(ties(total(e, 1), less, top) - 1.0)", "0.0", "accuracy", WIDE),
+    "ties of a lane counted once": ("rows", "(times - 1.0) * new_top", "0.0 * new_top", "accuracy", 32),
+    "ties of lanes counted once": ("rows", "(ties(everything, less, new_top) - 1.0)", "0.0", "accuracy", 32),
+    "lanes keep their origin": ("rows", "tl.sum(rest * carry, axis=2", "tl.sum(rest, axis=2", "accuracy", 32),
+    "one lane is the row": ("rows", "tl.reshape(most, ", "tl.reshape(tl.min(m, 2), ", "accuracy", 32),
+    "last block unread": ("rows", "range(0, V, COLS)", "range(0, V - COLS, COLS)", "accuracy", 32),
+    "sum term dropped": ("rows", "total(a * g, 1)", "0.0", "accuracy", WIDE),
+    "upstream's sum dropped": ("rows", "over(-total(g, 1)", "over(0.0 * m", "accuracy", WIDE),
+    "1 + rest instead of log1p": ("arithmetic", "ratio(lost, u, F)", "0.0 * u", "accuracy", WIDE),
+    "scale forgotten in the slope": ("arithmetic", "(1.0 + e)) * scale)", "(1.0 + e)))", "hard", WIDE),
+    "soft cap's derivative missing": ("arithmetic", "return dz * (4.0 * e", "return dz + 0.0 * (4.0 * e", "hard", WIDE),
+    "shift rounded": ("arithmetic", "tl.abs(shift) >= 256.0", "tl.abs(shift) >= 0.0", "accuracy", WIDE),
     "one-hot dropped": (
-        "gpu_cross_entropy",
+        "cross_entropy",
         "others * p - d_nll * (q_high + q_low)",
         "(others + d_nll) * p",
         "confident",
         WIDE,
     ),
     "1 subtracted from p": (
-        "gpu_cross_entropy",
+        "cross_entropy",
         "tl.where(target_z == m, rest, (top - e_t) + rest)",
         "top + rest - e_t",
         "confident",
         WIDE,
     ),
-    "-inf times 0": ("gpu_cross_entropy", "tl.where(free, tl.zeros_like(d), mass * d)", "mass * d", "canonical", WIDE),
+    "-inf times 0": ("cross_entropy", "tl.where(free, tl.zeros_like(d), mass * d)", "mass * d", "canonical", WIDE),
     "entropy's sum not moved": (
-        "gpu_cross_entropy",
+        "cross_entropy",
         "carry * (ed + by * (old_top + old_rest))",
         "carry * ed",
         "hard",
         32,
     ),
     "entropy's sum not moved among lanes": (
-        "gpu_cross_entropy",
+        "cross_entropy",
         "carry * (ed + by * (lane_top + lane_rest))",
         "carry * ed",
         "hard",
         32,
     ),
     "-inf carried on": (
-        "gpu_cross_entropy",
+        "cross_entropy",
         "tl.where(carry > 0.0, carry",
         "tl.where(carry >= 0.0, carry",
         "masks",
         32,
     ),
     "NaN taken for a mask": (
-        "gpu_cross_entropy",
+        "cross_entropy",
         "tl.where(ignored, zero, told)",
         "tl.where(ignored, zero, m)",
         "nan",
         32,
     ),
-    "smooth's sum not moved": ("gpu_cross_entropy", "(wd + _moved(ws, by))", "wd", "hard", 32),
-    "smooth's sum not moved among lanes": ("gpu_cross_entropy", "wd = wd + _moved(ws, by)", "wd = wd", "hard", 32),
-    "soft sum not moved among lanes": ("gpu_cross_entropy", "ad = ad + _moved(asum, by)", "ad = ad", "soft", 32),
-    "soft targets sum to 1": ("gpu_cross_entropy", "others + d_nll * asum", "others + d_nll", "plain soft", WIDE),
-    "ignored row's loss": ("gpu_cross_entropy", "tl.where(ignored, zero, nll)", "nll", "canonical", WIDE),
+    "smooth's sum not moved": ("cross_entropy", "(wd + _moved(ws, by))", "wd", "hard", 32),
+    "smooth's sum not moved among lanes": ("cross_entropy", "wd = wd + _moved(ws, by)", "wd = wd", "hard", 32),
+    "soft sum not moved among lanes": ("cross_entropy", "ad = ad + _moved(asum, by)", "ad = ad", "soft", 32),
+    "soft targets sum to 1": ("cross_entropy", "others + d_nll * asum", "others + d_nll", "plain soft", WIDE),
+    "ignored row's loss": ("cross_entropy", "tl.where(ignored, zero, nll)", "nll", "canonical", WIDE),
     "invalid row's gradient": (
-        "gpu_cross_entropy",
+        "cross_entropy",
         "high + dead, at_target + dead",
         "high, at_target",
         "canonical",
         WIDE,
     ),
-    "weights forgotten": ("gpu_cross_entropy", "a = a * w", "a = a * 1.0", "soft", WIDE),
+    "weights forgotten": ("cross_entropy", "a = a * w", "a = a * 1.0", "soft", WIDE),
 }
 
 
@@ -355,7 +355,7 @@ MUTANTS: dict[str, tuple[str, str, str, str, int]] = {
 @pytest.mark.long
 def test_no_mutant_passes(name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(ops.gpu.__file__).parent
-    files = {stem: (folder / f"{stem}.py").read_text() for stem in ("gpu_math", "gpu_rows", "gpu_cross_entropy")}
+    files = {stem: (folder / f"{stem}.py").read_text() for stem in ("arithmetic", "rows", "cross_entropy")}
     caught, width = None, 32
     if name is not None:
         stem, right, wrong, caught, width = MUTANTS[name]
@@ -364,10 +364,10 @@ def test_no_mutant_passes(name: str | None, tmp_path: Path, monkeypatch: pytest.
     tag = f"mutant_{abs(hash(name))}"
     (tmp_path / tag).mkdir()
     for stem, text in files.items():
-        (tmp_path / tag / f"{stem}.py").write_text(text.replace("softmax_ext.gpu_", f"{tag}.gpu_"))
+        (tmp_path / tag / f"{stem}.py").write_text(text.replace("softmax_ext.gpu.", f"{tag}."))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(ops, "gpu", importlib.import_module(f"{tag}.gpu_rows"))
-    monkeypatch.setattr(ops, "ce", importlib.import_module(f"{tag}.gpu_cross_entropy"))
+    monkeypatch.setattr(ops, "gpu", importlib.import_module(f"{tag}.rows"))
+    monkeypatch.setattr(ops, "ce", importlib.import_module(f"{tag}.cross_entropy"))
     plan = ops.gpu.plan
     monkeypatch.setattr(ops.gpu, "plan", lambda o, v, i, widest, *rest: plan(o, v, i, min(widest, width), *rest))
     if caught is not None:

@@ -17,10 +17,10 @@ if interpreter.why_not():
 
 torch: Any = importlib.import_module("torch")
 torch_ops: Any = importlib.import_module("torch_ops")
-native: Any = importlib.import_module("torch_ops._native")
-triton: Any = importlib.import_module("torch_ops._triton")
-ops: Any = importlib.import_module("torch_ops._triton_ops")
-targets: Any = importlib.import_module("torch_ops._targets")
+native: Any = importlib.import_module("torch_ops._rows.native")
+triton: Any = importlib.import_module("torch_ops._rows.triton")
+ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
+targets: Any = importlib.import_module("torch_ops._rows.targets")
 loss: Any = importlib.import_module("torch_ops.cross_entropy")
 dispatch: Any = importlib.import_module("torch.utils._python_dispatch")
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torch_ops
 from tests.test_torch_transforms import CAP, SCALE, TARGET, THIRD, TRANSFORMS, S, Z, _composed, _same
-from torch_ops import _chunks, _linear_parts
+from torch_ops._head import linear, row_map
 
 N, D, V = 3, 2, 5
 MEMORY = ("fast", "lean")
@@ -270,7 +270,7 @@ def test_20_second_backward_with_retain_graph(memory: Any, reduction: str) -> No
 def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways of half precision, whichever this CPU takes: logits rounded to it, or formed in float32."""
     slow = request.param == "float32 matmuls"
-    monkeypatch.setattr(_linear_parts, "_slow_halves", lambda _: slow)
+    monkeypatch.setattr(linear, "_slow_halves", lambda _: slow)
     return slow
 
 
@@ -294,7 +294,7 @@ def test_autocast_as_the_linear_layer(memory: Any, dtype: torch.dtype, wide: boo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_either_way(memory: Any, dtype: torch.dtype, wide: bool, monkeypatch: Any) -> None:
     """Against float64 on the rounded arguments, over several chunks, and several pieces of the weight."""
-    monkeypatch.setattr(_linear_parts, "PIECE_OF_WEIGHT", 8 * 16)
+    monkeypatch.setattr(linear, "PIECE_OF_WEIGHT", 8 * 16)
     n, d, v = 40, 16, 90
     g = torch.Generator().manual_seed(3)
     x, w, b = (torch.randn(s, generator=g).to(dtype).requires_grad_() for s in ((n, d), (v, d), (v,)))
@@ -554,10 +554,10 @@ def test_results_do_not_depend_on_the_chunk(memory: Any) -> None:
 
 def test_chunk_that_fits_the_workspace() -> None:
     for classes, itemsize in ((49152, 4), (256000, 2), (10, 4), (1 << 30, 4)):
-        rows = _chunks.that_fit(None, classes, itemsize)
-        assert rows == 1 or rows * classes * itemsize <= _chunks.WORKSPACE < (rows + 1) * classes * itemsize
+        rows = row_map.that_fit(None, classes, itemsize)
+        assert rows == 1 or rows * classes * itemsize <= row_map.WORKSPACE < (rows + 1) * classes * itemsize
     for n, size in product((0, 1, 5, 17, 100), (1, 3, 17, 1000)):
-        pieces = _chunks.spans(n, size)
+        pieces = row_map.spans(n, size)
         assert [i for i, _ in pieces[1:]] == [j for _, j in pieces[:-1]]
         assert (pieces[0][0], pieces[-1][1]) == (0, n)
         sizes = {j - i for i, j in pieces}
@@ -566,12 +566,12 @@ def test_chunk_that_fits_the_workspace() -> None:
 
 
 def test_scaling_by_pieces_rounds_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linear_parts, "_PIECE", 24)
+    monkeypatch.setattr(linear, "_PIECE", 24)
     x, factor = torch.randn(37, 8), torch.tensor(1 / 3)
     for kind in (torch.bfloat16, torch.float16):
-        assert torch.equal(_linear_parts.scaled(x, factor, kind), (x * factor).to(kind))
+        assert torch.equal(linear.scaled(x, factor, kind), (x * factor).to(kind))
         y = x.to(kind)
-        assert torch.equal(_linear_parts.scaled(y, factor, kind), (y.float() * factor).to(kind))
+        assert torch.equal(linear.scaled(y, factor, kind), (y.float() * factor).to(kind))
 
 
 builtin = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch.nn has no linear_cross_entropy")

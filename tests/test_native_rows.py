@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from torch_ops import _native as native
+from torch_ops._rows import native
 
 if native.missing and not (shutil.which("g++") or shutil.which("clang++")):
     pytest.skip(f"no native kernels: {native.missing}", allow_module_level=True)

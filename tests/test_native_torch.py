@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_ops
-from torch_ops import _native as native
-from torch_ops import _plain as plain
-from torch_ops import _rows as rows
+from torch_ops._rows import dispatch as rows
+from torch_ops._rows import native, plain
 
 if native.missing and not (shutil.which("g++") or shutil.which("clang++")):
     pytest.skip(f"no native kernels: {native.missing}", allow_module_level=True)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_ops
-from torch_ops import _native as native
+from torch_ops._rows import native
 
 if native.missing:
     pytest.skip(f"no native kernels: {native.missing}", allow_module_level=True)

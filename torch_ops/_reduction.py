@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softmax_ext.contract import LossOptions
-from torch_ops._rows import IGNORED, INVALID
+from torch_ops._rows.dispatch import IGNORED, INVALID
 
 
 class Coefficients(NamedTuple):

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 import torch_ops
-from torch_ops import _native as native
-from torch_ops import _triton as triton
+from torch_ops._rows import native, triton
 
 
 def version() -> str:

@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops import _native as native
-from torch_ops import _rows as rows
-from torch_ops import _triton as triton
-from torch_ops._arrays import (
+from torch_ops._arguments import (
     Rule,
     batch_first,
     describe,
@@ -23,10 +20,12 @@ from torch_ops._arrays import (
     is_transformed,
     is_untracked,
 )
-from torch_ops._curvature import Curvature, RowBwd
-from torch_ops._mesh import is_on_mesh
+from torch_ops._parallel.mesh import is_on_mesh
 from torch_ops._reduction import coefficients, combine, reduce, statistics
-from torch_ops._targets import canonical
+from torch_ops._rows import dispatch as rows
+from torch_ops._rows import native, triton
+from torch_ops._rows.targets import canonical
+from torch_ops._rules.curvature import Curvature, RowBwd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -171,10 +170,10 @@ def cross_entropy(
     soft = contract.loss("cross_entropy", facts, target_facts, *weights, options=options, axis=dim)
     contract.flag("cross_entropy", "inplace_backward", inplace_backward)
     if group is not None or is_on_mesh(*arrays):
-        from torch_ops import _parallel
+        from torch_ops._parallel import losses
 
         named = {"input": input, "target": target, "weight": weight, "token_weight": token_weight}
-        return _parallel.cross_entropy(named, options, group, axis=dim, soft=soft, inplace=inplace_backward)
+        return losses.cross_entropy(named, options, group, axis=dim, soft=soft, inplace=inplace_backward)
 
     kind = torch.promote_types(input.dtype, torch.float32)
     scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)

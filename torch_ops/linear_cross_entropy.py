@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arrays import describe, enter_graph, has_autocast
-from torch_ops._linear_layout import each_row, lay_out, total
-from torch_ops._mesh import is_on_mesh
+from torch_ops._arguments import describe, enter_graph, has_autocast
+from torch_ops._head.layout import each_row, lay_out, total
+from torch_ops._parallel.mesh import is_on_mesh
 from torch_ops._reduction import coefficients, combine, reduce, statistics
-from torch_ops._targets import canonical
+from torch_ops._rows.targets import canonical
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -175,10 +175,10 @@ def linear_cross_entropy(
     static = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
     soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **static)
     if group is not None or is_on_mesh(*arrays):
-        from torch_ops import _parallel
+        from torch_ops._parallel import losses
 
         named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
-        return _parallel.linear_cross_entropy(named, options, group, soft=soft, **static)
+        return losses.linear_cross_entropy(named, options, group, soft=soft, **static)
 
     classes, kind = linear_weight.shape[0], torch.promote_types(input.dtype, torch.float32)
     scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)

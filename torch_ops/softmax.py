@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from softmax_ext import contract
-from torch_ops import _native as native
-from torch_ops import _rows as rows
-from torch_ops._arrays import (
+from torch_ops._arguments import (
     Rule,
     autocast_dtype,
     batch_first,
@@ -20,6 +18,8 @@ from torch_ops._arrays import (
     forward_rule,
     in_graph,
 )
+from torch_ops._rows import dispatch as rows
+from torch_ops._rows import native
 
 
 def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -> Tensor:

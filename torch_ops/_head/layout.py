@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_ops._linear import head_rows
-from torch_ops._linear_sum import head_sum
+from torch_ops._head.per_row import head_rows
+from torch_ops._head.sum import head_sum
 from torch_ops._reduction import Coefficients
-from torch_ops._rows import IGNORED, INVALID
-from torch_ops._targets import _can_look
+from torch_ops._rows.dispatch import IGNORED, INVALID
+from torch_ops._rows.targets import _can_look
 
 
 class Layout(NamedTuple):

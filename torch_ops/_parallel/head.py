@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops import _rows as rows
-from torch_ops._chunks import join, spans
-from torch_ops._collectives import shared, summed
-from torch_ops._linear import head_rows
-from torch_ops._linear_ops import Plan, head_bwd, head_fwd, levelled
-from torch_ops._linear_parts import (
+from torch_ops._head.fast import _products, rows_that_fit
+from torch_ops._head.lean import _Slices
+from torch_ops._head.linear import (
     ClassGradient,
     formed_in,
     ignored_rows,
@@ -22,11 +19,14 @@ from torch_ops._linear_parts import (
     scaled,
     without,
 )
-from torch_ops._linear_rows import _products, rows_that_fit
-from torch_ops._linear_slices import _Slices
-from torch_ops._linear_sum import LinearSum, one_pass, weighted
-from torch_ops._sharded import merged, sharded_rows, told_from_nan, without_classes
-from torch_ops._shards import Extent, own_upstream
+from torch_ops._head.ops import Plan, head_bwd, head_fwd, levelled
+from torch_ops._head.per_row import head_rows
+from torch_ops._head.row_map import join, spans
+from torch_ops._head.sum import LinearSum, one_pass, weighted
+from torch_ops._parallel.collectives import shared, summed
+from torch_ops._parallel.merge import Extent, own_upstream
+from torch_ops._parallel.rules import merged, sharded_rows, told_from_nan, without_classes
+from torch_ops._rows import dispatch as rows
 
 
 class HeadDoor:

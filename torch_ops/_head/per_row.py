@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_ops import _rows as rows
-from torch_ops._arrays import forward_rule, in_graph, is_constant
-from torch_ops._chunks import DERIVED, RowMap, batched, pulled_back, pushed_forward, run, that_fit
-from torch_ops._linear_ops import Plan, head_bwd, head_fwd
-from torch_ops._linear_parts import by_hand
+from torch_ops._arguments import forward_rule, in_graph, is_constant
+from torch_ops._head.linear import by_hand
+from torch_ops._head.ops import Plan, head_bwd, head_fwd
+from torch_ops._head.row_map import DERIVED, RowMap, batched, pulled_back, pushed_forward, run, that_fit
+from torch_ops._rows import dispatch as rows
 from torch_ops.cross_entropy import _row
 
 

@@ -5,8 +5,8 @@ Importing the compiler costs more than importing torch itself (1.7 s against 1.1
 
 import torch
 
-from torch_ops import _parallel
-from torch_ops._arrays import IN_GRAPH, has_autocast
+from torch_ops._arguments import IN_GRAPH, has_autocast
+from torch_ops._parallel import losses
 
 for _fn in IN_GRAPH:
     torch.compiler.allow_in_graph(_fn)
@@ -14,5 +14,5 @@ torch.compiler.assume_constant_result(has_autocast)
 
 # Messages between ranks, and the look at what they say, stay outside graphs.
 _reason = "a loss over a group or DTensors sends messages between ranks outside the graph: leave out fullgraph=True"
-_parallel.cross_entropy = torch.compiler.disable(_parallel.cross_entropy, reason=_reason)
-_parallel.linear_cross_entropy = torch.compiler.disable(_parallel.linear_cross_entropy, reason=_reason)
+losses.cross_entropy = torch.compiler.disable(losses.cross_entropy, reason=_reason)
+losses.linear_cross_entropy = torch.compiler.disable(losses.linear_cross_entropy, reason=_reason)

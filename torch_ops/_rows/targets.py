@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from softmax_ext import contract
-from torch_ops import _triton as triton
-from torch_ops._arrays import is_transformed
-from torch_ops._rows import IGNORED, INVALID
+from torch_ops._arguments import is_transformed
+from torch_ops._rows import triton
+from torch_ops._rows.dispatch import IGNORED, INVALID
 
 _MODES: Any = torch._C._TorchDispatchModeKey  # pyright: ignore[reportAttributeAccessIssue]
 _TRACING = (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)

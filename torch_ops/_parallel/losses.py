@@ -18,19 +18,19 @@ from torch.autograd import forward_ad
 
 from softmax_ext import contract
 from softmax_ext.contract import LossOptions
-from torch_ops import _rows as rows
-from torch_ops._collectives import maximum, summed
-from torch_ops._linear import head_rows
-from torch_ops._linear_layout import each_row, lay_out, total
-from torch_ops._linear_ops import Plan
-from torch_ops._linear_sum import head_sum
-from torch_ops._mesh import Place, head_place, is_on_mesh, logits_place
+from torch_ops._head.layout import each_row, lay_out, total
+from torch_ops._head.ops import Plan
+from torch_ops._head.per_row import head_rows
+from torch_ops._head.sum import head_sum
+from torch_ops._parallel.collectives import maximum, summed
+from torch_ops._parallel.head import HeadDoor
+from torch_ops._parallel.logits import LogitsDoor
+from torch_ops._parallel.merge import Extent, extent
+from torch_ops._parallel.mesh import Place, head_place, is_on_mesh, logits_place
+from torch_ops._parallel.rules import names_of, sharded_rows
 from torch_ops._reduction import Coefficients, coefficients, combine, reduce, statistics
-from torch_ops._shard_head import HeadDoor
-from torch_ops._shard_logits import LogitsDoor
-from torch_ops._sharded import names_of, sharded_rows
-from torch_ops._shards import Extent, extent
-from torch_ops._targets import _can_look, canonical
+from torch_ops._rows import dispatch as rows
+from torch_ops._rows.targets import _can_look, canonical
 from torch_ops.cross_entropy import _may_overwrite, _row
 
 _T = TypeVar("_T")

@@ -16,7 +16,7 @@ Same algorithm and names as csrc: m the maximum, `rest` the sum of exp(z - m) ov
 import triton
 import triton.language as tl
 
-from softmax_ext.gpu_math import at_origin, exp, log1p, origin, over, ratio
+from softmax_ext.gpu.arithmetic import at_origin, exp, log1p, origin, over, ratio
 
 # The widest row that is held in registers, by the number of arrays that live at a time: what compiles without a spill
 # for sm_80, sm_90 and sm_100 (tests/test_gpu_compiled.py asserts it). Wider rows are read block by block.
@@ -55,7 +55,7 @@ def plan(outer, classes, inner, widest, itemsize=4, lanes=32, once=False):
         programs = outer * triton.cdiv(inner, rows)
         warps = min(max(rows * columns // 256, 4), 16)
     constants = {"INNER": inner > 1, "ONE": one, "ROWS": rows, "COLS": columns, **deal}
-    # Fused products would undo what gpu_math does about rounding; 3.9 no longer fuses unasked, 3.6 does.
+    # Fused products would undo what arithmetic.py does about rounding; 3.9 no longer fuses unasked, 3.6 does.
     return programs, {**constants, "num_warps": max(1, warps * 32 // lanes), "enable_fp_fusion": False}
 
 

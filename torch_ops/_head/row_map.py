@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_ops._arrays import forward_rule
+from torch_ops._arguments import forward_rule
 
 WORKSPACE = 1 << 28  # bytes of logits that may exist at a time
 # The same where memory="fast" goes by rows on a GPU. Each chunk reads and writes the float32 dW once, in about

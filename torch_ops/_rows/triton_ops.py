@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_ext import gpu_cross_entropy as ce
-from softmax_ext import gpu_rows as gpu
-from softmax_ext import gpu_targets
-from torch_ops._native import _dense_like, _rows
+from softmax_ext.gpu import cross_entropy as ce
+from softmax_ext.gpu import rows as gpu
+from softmax_ext.gpu import targets as gpu_targets
+from torch_ops._rows.native import _dense_like, _rows
 
 tl: Any = gpu.tl  # as they are, Triton's types are not Python's
 
@@ -228,7 +228,7 @@ def _bits(x: float) -> int:
 
 
 def _fast(x: Tensor, as_stored: bool = True) -> int:
-    """Which exp of gpu_math: 0 accurate; for half precision 1, or 2 if the logits are the numbers stored."""
+    """Which exp of gpu/arithmetic.py: 0 accurate; for half precision 1, or 2 if the logits are the numbers stored."""
     return 0 if x.dtype not in (torch.float16, torch.bfloat16) else 2 if as_stored else 1
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_ops._arrays import is_untracked
-from torch_ops._linear_ops import Plan
-from torch_ops._shards import Extent, Merged, Shard, first_of_all, merge, own_upstream
+from torch_ops._arguments import is_untracked
+from torch_ops._head.ops import Plan
+from torch_ops._parallel.merge import Extent, Merged, Shard, first_of_all, merge, own_upstream
 
 
 class Door(Protocol):

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops import _rows as rows
-from torch_ops._chunks import spans, that_fit
-from torch_ops._linear_parts import (
+from torch_ops._head.linear import (
     PIECE_OF_WEIGHT,
     MassGradient,
     add_input_gradient,
@@ -32,6 +30,8 @@ from torch_ops._linear_parts import (
     scaled,
     without,
 )
+from torch_ops._head.row_map import spans, that_fit
+from torch_ops._rows import dispatch as rows
 
 
 def head_fwd(

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_ops import _linear_rows as tokens
-from torch_ops import _linear_slices as classes
-from torch_ops._linear_parts import formed_in, is_traced, scaled
+from torch_ops._head import fast as tokens
+from torch_ops._head import lean as classes
+from torch_ops._head.linear import formed_in, is_traced, scaled
 
 
 class Plan(NamedTuple):

@@ -9,11 +9,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from torch_ops import _rows as rows
-from torch_ops._chunks import spans
-from torch_ops._native import _is_plain
-from torch_ops._targets import _TRACING
-from torch_ops._unrounded import add_product
+from torch_ops._head.row_map import spans
+from torch_ops._head.unrounded import add_product
+from torch_ops._rows import dispatch as rows
+from torch_ops._rows.native import _is_plain
+from torch_ops._rows.targets import _TRACING
 
 # Entries of a temporary that stands beside the logits: 2 MiB of bfloat16, and on a device, where a piece is a launch or
 # several of some microseconds each, 32.

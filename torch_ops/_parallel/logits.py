@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops import _rows as rows
-from torch_ops._linear_ops import Plan
-from torch_ops._sharded import told_from_nan, without_classes
-from torch_ops._shards import Extent
+from torch_ops._head.ops import Plan
+from torch_ops._parallel.merge import Extent
+from torch_ops._parallel.rules import told_from_nan, without_classes
+from torch_ops._rows import dispatch as rows
 from torch_ops.cross_entropy import _row
 
 

@@ -35,7 +35,7 @@ def describe(x: Any) -> Array:
 
 
 def has_autocast(device: str) -> bool:
-    """torch.amp.is_autocast_available, which PyTorch 2.11's compiler cannot trace: a constant to it (_graph.py)."""
+    """torch.amp.is_autocast_available, which PyTorch 2.11's compiler cannot trace: a constant to it (_compiler.py)."""
     return torch.amp.is_autocast_available(device)
 
 
@@ -134,4 +134,4 @@ def in_graph(fn: _F) -> _F:
 def enter_graph() -> None:
     """Tell the compiler about the marked functions (it is imported only by those who compile)."""
     if torch.compiler.is_compiling():
-        from torch_ops import _graph  # noqa: F401
+        from torch_ops import _compiler  # noqa: F401

@@ -1,7 +1,7 @@
 """The row functions: native or Triton kernels where they serve the tensor, plain PyTorch ops everywhere else.
 
-`torch_ops._plain` holds the mathematics, `softmax_ext/csrc` the same functions in C++ and `softmax_ext/gpu_rows.py`
-in Triton. Same names, same arguments, same results to rounding; all act along one axis `dim` (non-negative).
+`plain.py` holds the mathematics, `softmax_ext/csrc` the same functions in C++ and `softmax_ext/gpu` in Triton. Same
+names, same arguments, same results to rounding; all act along one axis `dim` (non-negative).
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops import _native as native
-from torch_ops import _plain as plain
-from torch_ops import _triton as triton
-from torch_ops._plain import IGNORED, INVALID, capped, class_row, compute, slope
+from torch_ops._rows import native, plain, triton
+from torch_ops._rows.plain import IGNORED, INVALID, capped, class_row, compute, slope
 
 __all__ = ["IGNORED", "INVALID", "capped", "class_row", "compute", "slope"]
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops import _rows as rows
-from torch_ops._arrays import Rule, batch_first, forward_rule
+from torch_ops._arguments import Rule, batch_first, forward_rule
+from torch_ops._rows import dispatch as rows
 from torch_ops.softmax import _log_softmax, _softmax
 
 _Up = Sequence[Tensor | None]

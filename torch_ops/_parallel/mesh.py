@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from softmax_ext import contract
-from torch_ops._collectives import shared
+from torch_ops._parallel.collectives import shared
 
 
 class Place(NamedTuple):

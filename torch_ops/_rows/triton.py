@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops._native import _FLOATS, _is_plain, is_direct
-from torch_ops._plain import IGNORED
+from torch_ops._rows.native import _FLOATS, _is_plain, is_direct
+from torch_ops._rows.plain import IGNORED
 
 # ROCm calls itself "cuda". Everything else (MPS, TPU, private devices) has the plain path.
 DEVICES = ("cuda", "xpu")
@@ -62,7 +62,7 @@ def why_not(device: torch.device) -> str:
         if capability < (8, 0):
             return f"Triton needs compute capability 8.0; this device has {capability[0]}.{capability[1]}"
     try:
-        importlib.import_module("torch_ops._triton_ops")
+        importlib.import_module("torch_ops._rows.triton_ops")
     except (ImportError, OSError) as error:  # a Triton built for another system
         return f"Triton does not load ({error})"
     return ""

@@ -21,8 +21,8 @@ anything else an invalid one (nll and gradient NaN). No target is used as an add
 import triton
 import triton.language as tl
 
-from softmax_ext.gpu_math import at_origin, capped, exp, log1p, origin, over, ratio, slope
-from softmax_ext.gpu_rows import (
+from softmax_ext.gpu.arithmetic import at_origin, capped, exp, log1p, origin, over, ratio, slope
+from softmax_ext.gpu.rows import (
     HOLDS_FEW,
     HOLDS_MANY,
     HOLDS_ONE,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from torch_ops._arrays import in_graph
-from torch_ops._linear import head_rows
-from torch_ops._linear_ops import Plan, head_fwd_bwd
-from torch_ops._linear_parts import by_hand, scaled
+from torch_ops._arguments import in_graph
+from torch_ops._head.linear import by_hand, scaled
+from torch_ops._head.ops import Plan, head_fwd_bwd
+from torch_ops._head.per_row import head_rows
 
 
 @in_graph

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops import _rows as rows
-from torch_ops._chunks import join, spans, that_fit
-from torch_ops._linear_parts import (
+from torch_ops._head.linear import (
     PIECE_OF_WEIGHT,
     ClassGradient,
     MassGradient,
@@ -20,6 +18,8 @@ from torch_ops._linear_parts import (
     logits,
     without,
 )
+from torch_ops._head.row_map import join, spans, that_fit
+from torch_ops._rows import dispatch as rows
 
 
 def head_fwd(

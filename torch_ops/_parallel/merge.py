@@ -1,6 +1,6 @@
 """A vocabulary in shards, one a rank: whose classes are where, and the rows' numbers of all shards together.
 
-legend:  shard k has maximum m_k, rest_k (as in _plain.py) and row numbers nll_k, smooth_k, H_k of its own softmax;
+legend:  shard k has maximum m_k, rest_k (as in plain.py) and row numbers nll_k, smooth_k, H_k of its own softmax;
          M = max m_k, L_k = (m_k - M) + log1p(rest_k) = lse_k - M, a_k its mass of targets, w_k of weights
 rest:    sum of exp(L_k), where one holder of M adds rest_k instead: nothing is subtracted from a sum that holds 1
 merge:   nll_k - a_k L_k = sum_j a_j (M - z_j) over the shard, so all shards' sum + a log1p(rest) is nll; smooth alike
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from softmax_ext import contract
-from torch_ops._collectives import gathered, maximum, minimum, summed
-from torch_ops._plain import _shifted
-from torch_ops._rows import IGNORED, INVALID
-from torch_ops._targets import _can_look
+from torch_ops._parallel.collectives import gathered, maximum, minimum, summed
+from torch_ops._rows.dispatch import IGNORED, INVALID
+from torch_ops._rows.plain import _shifted
+from torch_ops._rows.targets import _can_look
 
 
 class Extent(NamedTuple):

@@ -1,0 +1,1 @@
+"""The row functions in Triton: the twin of csrc/."""

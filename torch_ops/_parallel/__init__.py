@@ -1,0 +1,1 @@
+"""More than one device: classes sharded over ranks, rows over others."""

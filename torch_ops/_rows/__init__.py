@@ -1,0 +1,1 @@
+"""The row functions, and who serves them: plain PyTorch, the native kernels, Triton's."""

@@ -1,0 +1,1 @@
+"""How a row is differentiated: autograd.Functions, analytic to every order."""
