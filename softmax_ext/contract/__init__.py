@@ -1,0 +1,61 @@
+"""What may be asked: option values, shapes and types, and the sentence each mistake is told in.
+
+Knows shapes and type names only, never arrays, so both frameworks share every rule and every word.
+"""
+
+from softmax_ext.contract.arrays import FLOATS, Array, at_least_1d, dimension, floating
+from softmax_ext.contract.losses import linear_loss, loss
+from softmax_ext.contract.options import (
+    MEMORY,
+    ON_ALL_IGNORED,
+    REDUCTIONS,
+    STATS,
+    LossOptions,
+    axis_names,
+    flag,
+    head_options,
+    is_integer,
+)
+from softmax_ext.contract.sentences import (
+    ArgumentIndexError,
+    ArgumentNameError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    ReductionTypeError,
+    axis_unbound,
+    fail_type,
+    fail_value,
+    rows_differ_elsewhere,
+    target_out_of_range,
+    target_out_of_range_elsewhere,
+)
+
+__all__ = [
+    "FLOATS",
+    "MEMORY",
+    "ON_ALL_IGNORED",
+    "REDUCTIONS",
+    "STATS",
+    "ArgumentIndexError",
+    "ArgumentNameError",
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "Array",
+    "LossOptions",
+    "ReductionTypeError",
+    "at_least_1d",
+    "axis_names",
+    "axis_unbound",
+    "dimension",
+    "fail_type",
+    "fail_value",
+    "flag",
+    "floating",
+    "head_options",
+    "is_integer",
+    "linear_loss",
+    "loss",
+    "rows_differ_elsewhere",
+    "target_out_of_range",
+    "target_out_of_range_elsewhere",
+]

@@ -1,0 +1,129 @@
+"""What a loss may be asked: the shapes, types and options of its arguments together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from softmax_ext.contract.arrays import Array, an_array, at_least_1d, floating, same_device, same_type
+from softmax_ext.contract.options import LossOptions, head_options
+from softmax_ext.contract.sentences import fail_type, fail_value, shape_words, wrong_value
+
+
+def loss(
+    op: str,
+    input: Array,
+    target: Array | None,
+    weight: Array | None,
+    token_weight: Array | None,
+    *,
+    options: LossOptions,
+    axis: int,
+) -> bool:
+    """Check a loss on logits of class dimension `axis` (non-negative); True when targets are soft."""
+    options.check(op)
+    floating(op, "input", input)
+    rows = input.shape[:axis] + input.shape[axis + 1 :]
+    return _targets_and_weights(op, input, input.shape, rows, axis, target, weight, token_weight, options, "input's")
+
+
+def linear_loss(
+    op: str,
+    input: Array | None,
+    linear_weight: Array | None,
+    target: Array | None,
+    linear_bias: Array | None,
+    weight: Array | None,
+    token_weight: Array | None,
+    *,
+    options: LossOptions,
+    shift: Any,
+    memory: Any,
+    chunk_size: Any,
+) -> bool:
+    """Check the loss of a linear layer's logits; True when targets are soft.
+
+    Shapes: input (..., D), linear_weight (V, D), target (...) or (..., V); or input (N, D),
+    linear_weight (V, d1, .., dK, D), target (N, d1, .., dK) or (N, V, d1, .., dK).
+    """
+    options.check(op)
+    head_options(op, shift, memory, chunk_size)
+    input = at_least_1d(op, "input", input)
+    floating(op, "input", input)
+    linear_weight = an_array(op, "linear_weight", linear_weight)
+    same_type(op, "linear_weight", linear_weight, input)
+    features, lead = input.shape[-1], input.shape[:-1]
+    if len(linear_weight.shape) < 2 or linear_weight.shape[-1] != features:
+        rule = f"have 2 dimensions or more, the last {features} (the input's)"
+        fail_value(op, "linear_weight", rule, shape_words(linear_weight.shape))
+    classes, inner = linear_weight.shape[0], linear_weight.shape[1:-1]
+    if inner and len(lead) != 1:
+        rule = f"have 2 dimensions (N, D) with a linear_weight of {len(linear_weight.shape)}"
+        fail_value(op, "input", rule, shape_words(input.shape))
+    if linear_bias is not None:
+        same_type(op, "linear_bias", linear_bias, input)
+        if linear_bias.shape != linear_weight.shape[:-1]:
+            rule = f"have shape {shape_words(linear_weight.shape[:-1])}"
+            fail_value(op, "linear_bias", rule, shape_words(linear_bias.shape))
+    if shift and (inner or not lead):
+        form = "a linear_weight of more than 2 dimensions" if inner else "an input of 1 dimension"
+        wrong_value(op, "shift", f"be 0 with {form}", shift)
+    for name, array in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if array is not None:
+            same_device(op, name, array, input)
+    # K-dimensional logits have their classes at dimension 1, as torch's losses; others at the last.
+    axis = 1 if inner else len(lead)
+    full = (*lead, classes, *inner)
+    return _targets_and_weights(op, input, full, lead + inner, axis, target, weight, token_weight, options, "logits'")
+
+
+def _targets_and_weights(
+    op: str,
+    input: Array,
+    full: tuple[int, ...],
+    rows: tuple[int, ...],
+    axis: int,
+    target: Array | None,
+    weight: Array | None,
+    token_weight: Array | None,
+    options: LossOptions,
+    of: str,
+) -> bool:
+    """The rules every loss shares, for logits of shape `full`: whether targets are soft."""
+    target = an_array(op, "target", target)
+    soft = _is_soft(op, full, rows, target, of)
+    if soft and options.ignored >= 0:
+        rule = "be negative with class probabilities as targets"
+        wrong_value(op, "ignore_index", rule, options.ignore_index)
+    if soft and "logprob" in options.stats:
+        wrong_value(op, "stats", "not name 'logprob' with class probabilities as targets", "logprob")
+    for name, array, shape in (
+        ("weight", weight, (full[axis],)),
+        ("token_weight", token_weight, rows),
+    ):
+        if array is not None:
+            floating(op, name, array)
+            if array.shape != shape:
+                fail_value(op, name, f"have shape {shape_words(shape)}", shape_words(array.shape))
+            same_device(op, name, array, input)
+    same_device(op, "target", target, input)
+    return soft
+
+
+def _is_soft(op: str, full: tuple[int, ...], rows: tuple[int, ...], target: Array, of: str) -> bool:
+    if target.kind == "float":
+        if target.shape == full:
+            return True
+        if target.shape == rows:
+            fail_type(op, "target", "have an integer type for class indices", target.dtype)
+        rule = f"have the {of} shape {shape_words(full)} for class probabilities"
+        fail_value(op, "target", rule, shape_words(target.shape))
+    if target.kind != "int":
+        rule = "have an integer type (class indices) or a floating type (class probabilities)"
+        fail_type(op, "target", rule, target.dtype)
+    if target.shape == full:
+        rule = f"have a floating type for class probabilities (the {of} shape)"
+        fail_type(op, "target", rule, target.dtype)
+    if target.shape != rows:
+        rule = f"have shape {shape_words(rows)} for class indices"
+        fail_value(op, "target", rule, shape_words(target.shape))
+    return False

@@ -1,0 +1,191 @@
+"""Cross-entropy of rows of logits, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from softmax_ext.contract import LossOptions
+from softmax_ext.reference.arithmetic import WIDE, Array, back, last, mass_sum, others, parts, quiet, wide
+
+
+class Rows(NamedTuple):
+    """Everything the loss and its gradient need, class axis last, row-shaped where not (.., V)."""
+
+    z: Array  # C(scale x)
+    dz: Array  # dz/dx
+    p: Array
+    q: Array
+    logp: Array
+    lse: Array
+    entropy: Array
+    nll: Array  # -sum_j y_j log p_j, weighted by class for soft targets only
+    y: Array  # its mass, (.., V): one-hot, or y * weight
+    w: Array  # class weights (V,)
+    wt: Array  # the class weight of the row's target; 1 for soft targets
+    tw: Array  # token weights
+    keep: Array  # not ignored
+    bad: Array  # target names no class
+
+
+def rows_of(
+    x: Array,
+    target: Array,
+    weight: ArrayLike | None,
+    token_weight: ArrayLike | None,
+    o: LossOptions,
+) -> Rows:
+    """Rows of logits (.., V) with their targets and weights."""
+    rows, classes = x.shape[:-1], x.shape[-1]
+    w = np.ones(classes, WIDE) if weight is None else wide(weight)
+    tw = np.ones(rows, WIDE) if token_weight is None else wide(token_weight)
+    keep, bad, wt = np.ones(rows, bool), np.zeros(rows, bool), np.ones(rows, WIDE)
+    if target.dtype.kind in "iu":
+        keep = target != o.ignored  # before any conversion: uint8 156 is not -100
+        valid = (target >= 0) & (target < classes)
+        bad = keep & ~valid
+        index = np.where(valid, target, 0).astype(np.int64)
+        y = (valid[..., None] & (index[..., None] == np.arange(classes))).astype(WIDE)
+        wt = w[index]  # a bad row, NaN anyway, counts in the mean's denominator as class 0
+    else:
+        y = wide(target) * w
+    # u = scale x, z = C(u) = c tanh(u/c), C'(u) = 1 - tanh^2 = 1/cosh^2
+    u = o.logit_scale * np.where(keep[..., None], x, 0)
+    z, dz = u, np.full_like(u, o.logit_scale)
+    if o.softcap is not None:
+        z = np.where(np.isneginf(u), u, o.softcap * np.tanh(u / o.softcap))
+        dz = o.logit_scale / np.cosh(u / o.softcap) ** 2
+    p, q, logp, lse = parts(z)
+    nll = np.where(bad, np.nan, -mass_sum(y, logp))
+    return Rows(z, dz, p, q, logp, lse, -mass_sum(p, logp), nll, y, w, wt, tw, keep, bad)
+
+
+def _smoothed(r: Rows, o: LossOptions) -> tuple[Any, Any]:
+    s = WIDE(o.label_smoothing)
+    return 1 - s, s / max(r.p.shape[-1], 1)  # what y and the uniform target are multiplied by
+
+
+def _share(r: Rows, o: LossOptions) -> Any:
+    """What the summed loss is multiplied by: 1, or 1/denominator, or the 0 of on_all_ignored."""
+    if o.reduction != "mean":
+        return 1
+    total = np.sum(np.where(r.keep, r.tw * r.wt, 0), dtype=WIDE)
+    return 0 if total == 0 and o.on_all_ignored == "zero" else 1 / total
+
+
+def loss_of(r: Rows, o: LossOptions) -> Any:
+    """The loss, reduced."""
+    # loss_i = tw_i ((1-s) w_t nll_i + s/V smooth_i + z_loss lse_i^2), smooth = -sum_j w_j log p_j:
+    # document 4's -sum y log s on the smoothed target (1-s) y + s/V, plus the z-loss.
+    of_y, of_uniform = _smoothed(r, o)
+    loss = o.z_loss * r.lse**2
+    if of_y:  # where s is 0 or 1 one of the two has no mass: 0 * inf is not formed
+        loss = loss + of_y * r.wt * r.nll
+    if of_uniform:
+        loss = loss - of_uniform * mass_sum(np.broadcast_to(r.w, r.logp.shape), r.logp)
+    loss = np.where(r.keep, np.where(r.bad, np.nan, r.tw * loss), 0)
+    if o.reduction == "none":
+        return loss
+    share = _share(r, o)
+    return np.sum(loss, dtype=WIDE) * share if share != 0 else 0
+
+
+def stats_of(r: Rows, o: LossOptions) -> dict[str, Array]:
+    """The statistics asked for."""
+    values = {"lse": r.lse, "logprob": -r.nll, "entropy": r.entropy}
+    stats = {n: np.where(r.keep, v, 0).astype(np.float64) for n, v in values.items()}
+    if "argmax" in o.stats:
+        stats["argmax"] = np.where(r.keep, np.argmax(r.z.astype(np.float64), -1), -1)
+    return {name: stats[name] for name in o.stats}
+
+
+def gradient_of(r: Rows, o: LossOptions, dloss: ArrayLike, dstats: Mapping[str, ArrayLike]) -> Array:
+    """dL/dx of every row."""
+    up = {name: wide(d)[..., None] for name, d in dstats.items()}
+    g = (wide(dloss) * _share(r, o) * r.tw)[..., None]  # dL/dloss_i
+    # The mass a_j that L puts on -log p_j; L also holds d_lse lse + d_h H (H the entropy).
+    of_y, of_uniform = _smoothed(r, o)
+    a = g * (of_y * r.wt[..., None] * r.y + of_uniform * r.w)
+    a = a - up.get("logprob", 0) * r.y
+    d_lse = 2 * o.z_loss * g * r.lse[..., None] + up.get("lse", 0)
+    # Document 4 without its last step (sum(y) = 1): -sum_i a_i (delta_ij - p_j) = p_j sum(a) - a_j.
+    # Splitting a_j from the sum gives p_j sum_{k != j} a_k - a_j (1 - p_j): no cancellation.
+    # d lse/dz_j = p_j (document 2, d ln sum/dz_j);  dH/dz_j = -p_j (log p_j + H), 0 where p_j = 0.
+    d = r.p * others(a) - a * r.q + d_lse * r.p
+    if "entropy" in up:
+        h = r.p * (r.logp + r.entropy[..., None])
+        d = d - up["entropy"] * np.where(r.p == 0, 0, h)
+    d = np.where(r.bad[..., None], np.nan, d * r.dz)  # chain rule through C(scale x)
+    return np.where(r.keep[..., None], d, 0)
+
+
+def _target(target: ArrayLike, axis: int) -> Array:
+    t = np.asarray(target)
+    return t if t.dtype.kind in "iu" else np.moveaxis(t, axis, -1)
+
+
+@quiet
+def cross_entropy(
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    token_weight: ArrayLike | None = None,
+    **options: Any,
+) -> Any:
+    """Cross-entropy of the softmax of logits against class indices or probabilities, in nats.
+
+    loss = -sum_j w_j ((1-s) y_j + s/V) log p_j + z_loss lse^2,  p = softmax(C(scale input))
+
+    Args:
+        input: logits; rows of V classes along `axis`.
+        target: integers of the row shape (y one-hot), or floating of input's shape (any sum).
+        weight: per class, (V,).
+        axis: the class axis.
+        token_weight: per row, the row shape.
+        **options: the fields of contract.LossOptions.
+
+    Returns:
+        The loss, a scalar or (reduction "none") row-shaped; with stats, (loss, {name: array}).
+
+    Source: document 4, "Categorical Cross-Entropy Loss"; the options are ours.
+    """
+    o = LossOptions(**options)
+    r = rows_of(last(input, axis), _target(target, axis), weight, token_weight, o)
+    loss = np.asarray(loss_of(r, o), np.float64)
+    return (loss, stats_of(r, o)) if o.stats else loss
+
+
+@quiet
+def cross_entropy_grad(
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    token_weight: ArrayLike | None = None,
+    dloss: ArrayLike = 1.0,
+    dstats: Mapping[str, ArrayLike] | None = None,
+    **options: Any,
+) -> Array:
+    """Gradient of cross_entropy at its logits.
+
+    dz_j = p_j sum_k a_k - a_j + 2 z_loss lse p_j,  a_j = w_j ((1-s) y_j + s/V);  dx = C' scale dz
+
+    Args:
+        input: as in cross_entropy, and so what is not named here.
+        dloss: dL/dloss, of the loss's shape.
+        dstats: dL/d(stat) by name ("lse", "logprob", "entropy"), row-shaped.
+
+    Returns:
+        dL/dinput, the shape of input.
+
+    Source: document 4, its last section, before sum(y) is taken to be 1.
+    """
+    o = LossOptions(**options)
+    r = rows_of(last(input, axis), _target(target, axis), weight, token_weight, o)
+    return back(gradient_of(r, o, dloss, dstats or {}), axis, np.shape(input))
