@@ -28,11 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import torch_ops
 from softmax_ext import contract
 from tests import cases
-from torch_ops._head import layout as _linear_layout
-from torch_ops._parallel import losses as _parallel
-from torch_ops._parallel import merge as _shards
+from torch_ops import _modes
+from torch_ops._parallel import losses
 from torch_ops._parallel.collectives import summed
-from torch_ops._rows import targets as _targets
 
 F64 = torch.float64
 N, D = 7, 3
@@ -609,7 +607,7 @@ def dtensor_heads_stay_where_they_are() -> None:
 @check
 def rows_that_differ_in_one_group_of_classes_are_told_in_all() -> None:
     """On a mesh the other groups would wait for that one in the sums over rows."""
-    rank, find = dist.get_rank(), _parallel.extent
+    rank, find = dist.get_rank(), losses.extent
     mesh, full = init_device_mesh("cpu", (dist.get_world_size(), 1)), arrays(8)
 
     def found(op: str, *given: Any) -> Any:
@@ -619,11 +617,11 @@ def rows_that_differ_in_one_group_of_classes_are_told_in_all() -> None:
 
     x, lw = cut(full["x"], mesh, Shard(0), Replicate()), cut(full["lw"], mesh, Replicate(), Shard(0))
     words = "got different ones on other ranks." if rank else "got different ones."
-    _parallel.extent = found
+    losses.extent = found
     try:
         raises(ValueError, words, lambda: torch_ops.linear_cross_entropy(x, lw, targets(8)))
     finally:
-        _parallel.extent = find
+        losses.extent = find
 
 
 @check
@@ -656,11 +654,9 @@ def placements_without_sense_are_refused() -> None:
 @check
 def nothing_is_looked_at_where_that_is_a_sync() -> None:
     """What a CUDA device is given: the shards' places and the mistakes stay tensors."""
-    doors: list[Any] = [_shards, _targets, _linear_layout, _parallel]
-    looks = [door._can_look for door in doors]
+    look = _modes.can_look
     try:
-        for door in doors:
-            door._can_look = lambda target: False
+        _modes.can_look = lambda target: False
         for sizes in SIZES[dist.get_world_size()]:
             classes, part, full = sum(sizes), Part(sizes), arrays(sum(sizes))
             given = {**EVERY, "stats": ("lse", "entropy", "argmax")}
@@ -681,8 +677,7 @@ def nothing_is_looked_at_where_that_is_a_sync() -> None:
             loss = torch_ops.cross_entropy(part.of("z", full["z"]), other, group=group())
             assert loss.isnan() or dist.get_world_size() == 1 or classes < 3
     finally:
-        for door, look in zip(doors, looks, strict=True):
-            door._can_look = look
+        _modes.can_look = look
 
 
 class Model(torch.nn.Module):

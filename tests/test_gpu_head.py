@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import torch_ops
 from tests import interpreter
-from torch_ops._head import fast, lean, linear, ops, row_map, unrounded
+from torch_ops._head import chunks, fast, lean, linear, ops, rounding, unrounded
 from torch_ops._rows import targets, triton
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -153,7 +153,7 @@ def test_scaling_at_once_is_scaling_by_pieces(dtype: torch.dtype, shape: tuple[i
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     for to, factor in product((torch.float32, *HALVES), (torch.tensor(0.3337), None)):
         out = torch.empty_like(x, dtype=to)
-        assert torch.equal(linear._at_once(x, factor, out), linear.scaled(x, factor, to))
+        assert torch.equal(rounding._at_once(x, factor, out), rounding.scaled(x, factor, to))
 
 
 class OnDevice(TorchDispatchMode):
@@ -232,7 +232,7 @@ def test_indices_of_a_group_are_made_canonical_without_a_look(device: str) -> No
 
 def test_a_devices_workspace_is_its_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By rows; slices of the vocabulary, for those short of memory, have what a CPU has."""
-    monkeypatch.setattr(row_map, "WORKSPACE_ON_DEVICE", 1 << 30)
+    monkeypatch.setattr(chunks, "WORKSPACE_ON_DEVICE", 1 << 30)
     for at, rows in ((device, 1024), ("cpu", 256)):
         x, w, t = (
             torch.empty(4096, 8, device=at),
@@ -240,7 +240,7 @@ def test_a_devices_workspace_is_its_own(device: str, monkeypatch: pytest.MonkeyP
             torch.empty(4096, dtype=torch.int64, device=at),
         )
         assert {j - i for i, j in fast._Buffer(x[:2048], w, t, None).spans} == {rows}
-        assert {j - i for i, j in lean._Slices(x, w[: 1 << 15], None, t, None).spans} == {1 << 14}
+        assert {j - i for i, j in lean.Slices(x, w[: 1 << 15], None, t, None).spans} == {1 << 14}
 
 
 def test_a_look_and_a_copy_would_be_seen(device: str) -> None:

@@ -21,7 +21,7 @@ native: Any = importlib.import_module("torch_ops._rows.native")
 triton: Any = importlib.import_module("torch_ops._rows.triton")
 ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
 targets: Any = importlib.import_module("torch_ops._rows.targets")
-loss: Any = importlib.import_module("torch_ops.cross_entropy")
+modes: Any = importlib.import_module("torch_ops._modes")
 dispatch: Any = importlib.import_module("torch.utils._python_dispatch")
 
 X = 5.0 * torch.randn(7, 9, generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         monkeypatch.setattr(triton, "DEVICES", ("cpu",))
         monkeypatch.setattr(triton, "why_not", lambda device: "")
         monkeypatch.setattr(triton, "cross_entropy_mean", spy)
-        monkeypatch.setattr(targets, "_can_look", lambda target: False)
+        monkeypatch.setattr(modes, "can_look", lambda target: False)
         yield rows
 
 
@@ -137,7 +137,7 @@ def test_few_launches(short: list[int]) -> None:
         seen.clear()
         x = X.clone().requires_grad_()
         with pytest.MonkeyPatch.context() as patch, Counted():
-            patch.setattr(native, "_modes", lambda: 0)  # the counting itself would send it the ordinary way
+            patch.setattr(modes, "_dispatch_modes", lambda: 0)  # the counting itself would send it the ordinary way
             torch.autograd.grad(call(x, FEW), x)
         return len([name for name in seen if not any(quiet in name for quiet in QUIET)])
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torch_ops
 from tests.test_torch_transforms import CAP, SCALE, TARGET, THIRD, TRANSFORMS, S, Z, _composed, _same
-from torch_ops._head import linear, row_map
+from torch_ops._head import chunks, linear, rounding
 
 N, D, V = 3, 2, 5
 MEMORY = ("fast", "lean")
@@ -554,10 +554,10 @@ def test_results_do_not_depend_on_the_chunk(memory: Any) -> None:
 
 def test_chunk_that_fits_the_workspace() -> None:
     for classes, itemsize in ((49152, 4), (256000, 2), (10, 4), (1 << 30, 4)):
-        rows = row_map.that_fit(None, classes, itemsize)
-        assert rows == 1 or rows * classes * itemsize <= row_map.WORKSPACE < (rows + 1) * classes * itemsize
+        rows = chunks.that_fit(None, classes, itemsize)
+        assert rows == 1 or rows * classes * itemsize <= chunks.WORKSPACE < (rows + 1) * classes * itemsize
     for n, size in product((0, 1, 5, 17, 100), (1, 3, 17, 1000)):
-        pieces = row_map.spans(n, size)
+        pieces = chunks.spans(n, size)
         assert [i for i, _ in pieces[1:]] == [j for _, j in pieces[:-1]]
         assert (pieces[0][0], pieces[-1][1]) == (0, n)
         sizes = {j - i for i, j in pieces}
@@ -566,12 +566,12 @@ def test_chunk_that_fits_the_workspace() -> None:
 
 
 def test_scaling_by_pieces_rounds_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_PIECE", 24)
+    monkeypatch.setattr(chunks, "PIECE", 24)
     x, factor = torch.randn(37, 8), torch.tensor(1 / 3)
     for kind in (torch.bfloat16, torch.float16):
-        assert torch.equal(linear.scaled(x, factor, kind), (x * factor).to(kind))
+        assert torch.equal(rounding.scaled(x, factor, kind), (x * factor).to(kind))
         y = x.to(kind)
-        assert torch.equal(linear.scaled(y, factor, kind), (y.float() * factor).to(kind))
+        assert torch.equal(rounding.scaled(y, factor, kind), (y.float() * factor).to(kind))
 
 
 builtin = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch.nn has no linear_cross_entropy")

@@ -5,8 +5,9 @@ Importing the compiler costs more than importing torch itself (1.7 s against 1.1
 
 import torch
 
-from torch_ops._arguments import IN_GRAPH, has_autocast
+from torch_ops._modes import has_autocast
 from torch_ops._parallel import losses
+from torch_ops._rules.function import IN_GRAPH
 
 for _fn in IN_GRAPH:
     torch.compiler.allow_in_graph(_fn)

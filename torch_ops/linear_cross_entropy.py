@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arguments import describe, enter_graph, has_autocast
+from torch_ops._arguments import autocast, describe, enter_graph, one_row
 from torch_ops._head.layout import each_row, lay_out, total
 from torch_ops._parallel.mesh import is_on_mesh
 from torch_ops._reduction import coefficients, combine, reduce, statistics
@@ -168,8 +168,8 @@ def linear_cross_entropy(
             **vars(options),
         )
     enter_graph()
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
-    target = _one_row(input, linear_weight, target, group)
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    target = one_row(input, linear_weight, target, group)
     arrays = (input, linear_weight, target, linear_bias, weight, token_weight)
     facts = [None if a is None else describe(a) for a in arrays]
     static = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
@@ -203,24 +203,3 @@ def linear_cross_entropy(
 
 
 _ARRAYS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight")
-
-
-def _autocast(x: Any, *more: Any) -> tuple[Any, ...]:
-    """The arrays in the type F.linear would compute in under the autocast that is on."""
-    arrays = (x, *more)
-    device = x.device.type if isinstance(x, Tensor) else "cpu"
-    if not (has_autocast(device) and torch.is_autocast_enabled(device)):
-        return arrays
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
-        for a in arrays
-    )
-
-
-def _one_row(x: Any, linear_weight: Any, target: Any, group: Any) -> Any:
-    """The target of a 1-d input, which may be (1,) as in F.cross_entropy."""
-    if not all(isinstance(a, Tensor) for a in (x, linear_weight, target)) or x.dim() != 1 or target.shape != (1,):
-        return target
-    whole = linear_weight.shape[:1] == (1,) and group is None
-    return target if target.is_floating_point() or whole else target[0]

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ops._head.chunks import join, spans, that_fit
 from torch_ops._head.linear import (
     PIECE_OF_WEIGHT,
     ClassGradient,
     MassGradient,
-    add_input_gradient,
     first_maximum,
     formed_in,
     ignored_rows,
     logits,
+    products,
     without,
 )
-from torch_ops._head.row_map import join, spans, that_fit
 from torch_ops._rows import dispatch as rows
 
 
@@ -79,7 +79,7 @@ def head_bwd(
         if any(needs[:3]):
             args = (z, target[i:j], weight, m[i:j], rest[i:j], *ups)
             rows.cross_entropy_bwd(*args, dim=1, scale=scale, softcap=softcap, out=z)
-            _products(z, xi, linear_weight, dx, shared, ignored, i, j)
+            products(z, xi, linear_weight, dx, shared, ignored, i, j)
     return [dx, *shared.rounded(), *mass.done()]
 
 
@@ -125,7 +125,7 @@ def head_fwd_bwd(
             m, rest = values[-2:]
             rows.cross_entropy_bwd(z, t, weight, m, rest, ai, 2.0 * ci * values[1], si, None, **layout, out=z)
         parts.append(values[:-2])
-        _products(z, xi, linear_weight, dx, shared, ignored, i, j, at)
+        products(z, xi, linear_weight, dx, shared, ignored, i, j, at)
     return join(parts), [dx, *shared.unrounded()]
 
 
@@ -150,30 +150,3 @@ class _Buffer:
 
     def rows(self, count: int) -> Tensor:
         return self.data[:count]
-
-
-def _products(
-    dz: Tensor,
-    x: Tensor,
-    linear_weight: Tensor,
-    dx: Tensor | None,
-    shared: ClassGradient,
-    ignored: Tensor | None,
-    i: int,
-    j: int,
-    at: Tensor | None = None,
-) -> None:
-    """dX_i = dz W, dW += dzT x, db += sum_i dz."""
-    if dx is not None:
-        out = dx[i:j] if at is None and dx.dtype == dz.dtype else dz.new_empty(dz.shape[0], dx.shape[1])
-        if linear_weight.dtype == dz.dtype:
-            torch.mm(dz, linear_weight, out=out)
-        else:
-            add_input_gradient(out.zero_(), dz, linear_weight)
-        if ignored is not None:
-            out.masked_fill_(ignored[i:j].unsqueeze(1), 0.0)
-        if at is not None:
-            dx.index_copy_(0, at, out)
-        elif dx.dtype != dz.dtype:
-            dx[i:j] = out
-    shared.add(dz, x)

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_ops import _modes as modes
 from torch_ops._head.per_row import head_rows
 from torch_ops._head.sum import head_sum
 from torch_ops._reduction import Coefficients
 from torch_ops._rows.dispatch import IGNORED, INVALID
-from torch_ops._rows.targets import _can_look
 
 
 class Layout(NamedTuple):
@@ -138,7 +138,7 @@ def _column(c: Tensor | float | None, p: int, like: Tensor) -> Tensor | None:
 
 def _kept(target: Tensor) -> Tensor | None:
     """The rows that are not ignored, where eager CPU code finds any that are: they never reach a matmul."""
-    if target.is_floating_point() or not _can_look(target) or not (ignored := target == IGNORED).any():
+    if target.is_floating_point() or not modes.can_look(target) or not (ignored := target == IGNORED).any():
         return None
     return (~ignored).nonzero().squeeze(1)
 

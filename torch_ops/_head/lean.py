@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ops._head.chunks import spans, that_fit
 from torch_ops._head.linear import (
     PIECE_OF_WEIGHT,
     MassGradient,
@@ -27,10 +28,9 @@ from torch_ops._head.linear import (
     formed_in,
     ignored_rows,
     logits,
-    scaled,
     without,
 )
-from torch_ops._head.row_map import spans, that_fit
+from torch_ops._head.rounding import scaled
 from torch_ops._rows import dispatch as rows
 
 
@@ -49,7 +49,7 @@ def head_fwd(
     chunk_size: int | None,
 ) -> list[Tensor]:
     """[nll, lse, [smooth], [entropy], m, rest, [argmax]] of each row."""
-    slices = _Slices(x, linear_weight, linear_bias, target, chunk_size)
+    slices = Slices(x, linear_weight, linear_bias, target, chunk_size)
     soft, layout = target.is_floating_point(), {"dim": 1, "scale": scale, "softcap": softcap}
     kind = torch.promote_types(x.dtype, torch.float32)
     state = _Merged(x.shape[0], x.new_empty(0, dtype=kind), soft=soft, smooth=smooth, entropy=entropy)
@@ -95,7 +95,7 @@ def head_bwd(
     # they take from -d_entropy H, multiplies p_j: it belongs to d_lse.
     ignored, soft = ignored_rows(target), target.is_floating_point()
     x = without(x, ignored, 0, x.shape[0])
-    slices = _Slices(x, linear_weight, linear_bias, target, chunk_size)
+    slices = Slices(x, linear_weight, linear_bias, target, chunk_size)
     kind, layout = m.dtype, {"dim": 1, "scale": scale, "softcap": softcap}
     dtype, x = x.dtype, slices.arrays[0]
     dx = torch.zeros_like(x, dtype=kind) if needs[0] else None
@@ -142,7 +142,7 @@ def head_bwd(
     return [None if dx is None else scaled(dx, None, dtype), dw, db, *mass.done()]
 
 
-class _Slices:
+class Slices:
     """(begin, end, logits) of each slice of the vocabulary, the logits in one reused buffer."""
 
     def __init__(

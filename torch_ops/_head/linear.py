@@ -9,35 +9,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from torch_ops._head.row_map import spans
+from torch_ops._head.chunks import lines, spans
+from torch_ops._head.rounding import scaled
 from torch_ops._head.unrounded import add_product
 from torch_ops._rows import dispatch as rows
-from torch_ops._rows.native import _is_plain
-from torch_ops._rows.targets import _TRACING
 
-# Entries of a temporary that stands beside the logits: 2 MiB of bfloat16, and on a device, where a piece is a launch or
-# several of some microseconds each, 32.
-_PIECE = 1 << 20
-_PIECE_ON_DEVICE = 1 << 24
 # Entries of a piece of dW on its way into a wider sum, or of W on its way to a wider matmul: 8 MiB of bfloat16.
 # Matmuls of fewer classes are slower (at D = 2304 and 512 rows: 455 classes at a time take 1.7 times as long as 2048).
 PIECE_OF_WEIGHT = 1 << 22
-
-
-def by_hand(*arrays: Tensor | None) -> bool:
-    """Whether loops may write into buffers: not where someone dispatches on what is done to the arrays."""
-    return not torch.compiler.is_exporting() and not any(
-        v is not None
-        and (
-            not _is_plain(v) or torch._C._functorch.is_legacy_batchedtensor(v)  # pyright: ignore[reportAttributeAccessIssue]
-        )
-        for v in arrays
-    )
-
-
-def is_traced() -> bool:
-    """Whether what is done now is written into a graph."""
-    return any(torch._C._get_dispatch_mode(mode) for mode in _TRACING)
 
 
 def formed_in(x: Tensor, target: Tensor) -> torch.dtype:
@@ -105,7 +84,7 @@ def without(x: Tensor, ignored: Tensor | None, i: int, j: int) -> Tensor:
 def first_maximum(z: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """(value, position) of the first maximum of the scaled and capped logits, which may tie where z do not."""
     top, at = [], []
-    for i, j in spans(z.shape[0], _lines(z)):
+    for i, j in spans(z.shape[0], lines(z)):
         part = rows.capped(z[i:j], scale, softcap)
         if part.shape[1]:
             value, index = part.max(1)[0], part.argmax(1)
@@ -163,34 +142,31 @@ def add_weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> No
         dw[i:j].copy_(product) if first else dw[i:j].add_(product)
 
 
-def scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(x * factor) in the type given: formed in the compute type, rounded once, with no temporary of x's size."""
-    kind = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype == dtype == kind:
-        return x if factor is None else x * factor
-    if factor is None and x.dtype == dtype:
-        return x
-    if factor is not None and (is_traced() or not by_hand(factor)):
-        return (x.to(kind) * factor).to(dtype)
-    out = torch.empty_like(x, dtype=dtype)
-    if x.device.type != "cpu":
-        return _at_once(x, factor, out)
-    for i, j in spans(x.shape[0], max(1, _PIECE * x.shape[0] // max(1, x.numel()))):
-        out[i:j] = x[i:j] if factor is None else x[i:j].to(kind) * factor
-    return out
-
-
-def _at_once(x: Tensor, factor: Tensor | None, out: Tensor) -> Tensor:
-    """x * factor in one kernel, which converts on its way in and out; on a CPU temporaries would do that."""
-    if factor is None:
-        return out.copy_(x)
-    # With as many dimensions as x it keeps its type: a half-precision x would round a 0-d factor.
-    return torch.mul(x, factor.reshape([1] * x.dim()), out=out)
-
-
-def _lines(z: Tensor) -> int:
-    """Rows of logits that a temporary beside them may have."""
-    return max(1, (_PIECE if z.device.type == "cpu" else _PIECE_ON_DEVICE) // max(1, z.shape[1]))
+def products(
+    dz: Tensor,
+    x: Tensor,
+    linear_weight: Tensor,
+    dx: Tensor | None,
+    shared: ClassGradient,
+    ignored: Tensor | None,
+    i: int,
+    j: int,
+    at: Tensor | None = None,
+) -> None:
+    """dX_i = dz W, dW += dzT x, db += sum_i dz."""
+    if dx is not None:
+        out = dx[i:j] if at is None and dx.dtype == dz.dtype else dz.new_empty(dz.shape[0], dx.shape[1])
+        if linear_weight.dtype == dz.dtype:
+            torch.mm(dz, linear_weight, out=out)
+        else:
+            add_input_gradient(out.zero_(), dz, linear_weight)
+        if ignored is not None:
+            out.masked_fill_(ignored[i:j].unsqueeze(1), 0.0)
+        if at is not None:
+            dx.index_copy_(0, at, out)
+        elif dx.dtype != dz.dtype:
+            dx[i:j] = out
+    shared.add(dz, x)
 
 
 class MassGradient:
@@ -220,7 +196,7 @@ class MassGradient:
         target = self.target[these, classes] if self.soft else self.target[these]
         w = None if self.weight is None else self.weight[classes]
         log_total, m = torch.log1p(rest).unsqueeze(1), m.unsqueeze(1)
-        for i, j in spans(z.shape[0], _lines(z)):
+        for i, j in spans(z.shape[0], lines(z)):
             minus_log_p = log_total[i:j] - (rows.capped(z[i:j], scale, softcap) - m[i:j])
             minus_log_p.masked_fill_(minus_log_p == math.inf, 0.0)  # as in the derivative in plain ops
             if self.d_target is not None and d_nll is not None:

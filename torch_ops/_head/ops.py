@@ -7,33 +7,18 @@ to them, the same rows are computed in plain functional ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_ops._head import fast as tokens
 from torch_ops._head import lean as classes
-from torch_ops._head.linear import formed_in, is_traced, scaled
-
-
-class Plan(NamedTuple):
-    """The static part of a head's rows."""
-
-    scale: float
-    softcap: float | None
-    smooth: bool
-    entropy: bool
-    argmax: bool
-    lean: bool
-    chunk_size: int | None
-
-    @property
-    def values(self) -> int:
-        """How many differentiable results a row has."""
-        return 2 + self.smooth + self.entropy
-
+from torch_ops._head.linear import formed_in
+from torch_ops._head.rounding import levelled, scaled
+from torch_ops._modes import is_traced
+from torch_ops._rules.plan import Plan
 
 _HEAD = "Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
 _UPSTREAM = "Tensor? d_nll, Tensor? d_lse, Tensor? d_smooth, Tensor? d_entropy"
@@ -111,34 +96,6 @@ def _types_of_gradients(x: Tensor, target: Tensor) -> tuple[torch.dtype, ...]:
     """Of dX, dW and db as a graph has them, before they are scaled."""
     kind = torch.promote_types(x.dtype, torch.float32)
     return (kind if x.dtype == torch.float16 else formed_in(x, target)), kind, kind
-
-
-def levelled(
-    arrays: Sequence[Any], upstream: list[Any], over: Callable[[Tensor], Tensor] = lambda own: own
-) -> tuple[Tensor | None, list[Any]]:
-    """(a power of 2, [d_nll, d_lse, d_smooth, d_entropy] by it), in float16.
-
-    G by 1/N would flush to 0, and G of large weights, or its product with many rows of x, would overflow: the power
-    brings G below 1, and lower where the rows' sum could pass the half of the type's range. A shard of the
-    classes is levelled by what whole rows have, `over` all shards: what it multiplies p_j by is theirs too.
-    """
-    x, target, weight = arrays[0], arrays[3], arrays[4]
-    given = [u for u in upstream if u is not None]
-    if x.dtype != torch.float16 or not given[0].numel():
-        return None, upstream
-    # G_j = A p_j - a_j: at most an upstream times the mass it multiplies
-    mass = 1.0 if not target.is_floating_point() else over(target.float().abs().sum(1)).amax()
-    smooth = 0.0
-    if upstream[2] is not None:
-        smooth = over(given[0].new_full((), arrays[1].shape[0]) if weight is None else weight.abs().sum())
-    sizes = zip(upstream, (mass, 1.0, smooth, 1.0), strict=True)
-    top = torch.stack([u.abs().amax() * size for u, size in sizes if u is not None]).amax()
-    if x.numel():
-        rows = x.detach().abs().amax().float() * (x.shape[0] / 32768.0)
-        top = top * torch.where(rows.isfinite(), rows, 1.0).clamp(min=1.0)
-    _, exponent = torch.frexp(top)
-    peak = torch.where((top > 0) & top.isfinite(), torch.ldexp(torch.ones_like(top), exponent), 1.0)
-    return peak, [u if u is None else u / peak for u in upstream]
 
 
 for _name, _loop in (("head_fwd", _fwd), ("head_bwd", _bwd), ("head_fwd_bwd", _fwd_bwd_one_type)):

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_ops._arguments import forward_rule, in_graph, is_constant
-from torch_ops._head.linear import by_hand
-from torch_ops._head.ops import Plan, head_bwd, head_fwd
-from torch_ops._head.row_map import DERIVED, RowMap, batched, pulled_back, pushed_forward, run, that_fit
+from torch_ops._head.chunks import that_fit
+from torch_ops._head.ops import head_bwd, head_fwd
+from torch_ops._head.row_map import DERIVED, RowMap, batched, pulled_back, pushed_forward, run
+from torch_ops._modes import is_constant, may_write
 from torch_ops._rows import dispatch as rows
-from torch_ops.cross_entropy import _row
+from torch_ops._rules.cross_entropy import row
+from torch_ops._rules.function import forward_rule, in_graph
+from torch_ops._rules.plan import Plan
 
 
 def _derived_size(plan: Plan, x: Tensor, linear_weight: Tensor) -> int:
@@ -37,7 +39,7 @@ def _row_map(plan: Plan) -> RowMap:
         if not target.is_floating_point():  # an ignored row reaches no result, not even through 0 * NaN
             x = x.masked_fill((target == rows.IGNORED).unsqueeze(1), 0.0)
         z = F.linear(x, lw, lb)
-        out = _row(z, target, w, 1, scale, softcap, smooth, entropy, False)
+        out = row(z, target, w, 1, scale, softcap, smooth, entropy, False)
         return (*out, rows.capped(z.detach(), scale, softcap).argmax(1)) if argmax else out
 
     return RowMap(call, (True, False, False, True, False), (True,) * (plan.values + 2 + argmax))
@@ -166,14 +168,14 @@ def _size_of_one(plan: Plan, arrays: Any, in_dims: Any) -> int:
 
 def _rows_fwd(*args: Any) -> Any:
     *arrays, plan = args
-    if by_hand(*arrays):
+    if may_write(*arrays):
         return tuple(head_fwd(arrays, plan))
     return run(_row_map(plan), that_fit(None, arrays[1].shape[0], arrays[0].itemsize), *arrays)
 
 
 def _rows_bwd(*args: Any) -> Any:
     *arrays, plan, needs = args
-    if by_hand(*arrays):
+    if may_write(*arrays):
         return tuple(head_bwd(arrays, needs, plan))
     fn, size, given, _ = _as_map(arrays, plan, needs)
     return run(fn, size, *given)

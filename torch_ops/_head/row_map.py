@@ -13,34 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_ops._arguments import forward_rule
+from torch_ops._head.chunks import join, spans
+from torch_ops._rules.function import forward_rule
 
-WORKSPACE = 1 << 28  # bytes of logits that may exist at a time
-# The same where memory="fast" goes by rows on a GPU. Each chunk reads and writes the float32 dW once, in about
-# 1053 / rows of its matmul's time by an H100's published rates: 4096 rows of Llama-3's 128256 classes, 1 GiB, cost a
-# ninth of the three matmuls at most, the 981 of 256 MiB a third. By arithmetic: the sweep of benchmarks/gpu.py has not
-# been run yet.
-WORKSPACE_ON_DEVICE = 1 << 30
 # A derivative of a derivative holds about this many arrays of the chunk's size.
 DERIVED = 16
-
-
-def spans(n: int, size: int) -> list[tuple[int, int]]:
-    """(begin, end) of the fewest nearly equal pieces of n with at most `size` each; one empty piece of nothing."""
-    if n <= size:  # asked first: an exported program's number of rows is a symbol, and this is all it need know
-        return [(0, n)]
-    count = int(-(-n // size))
-    return [(k * n // count, (k + 1) * n // count) for k in range(count)]
-
-
-def that_fit(
-    chunk_size: int | None, other: int, itemsize: int, beside: int = 0, device: torch.device | None = None
-) -> int:
-    """The chunk size asked for, or the most lines of `other` entries that fit the workspace with `beside` bytes."""
-    if chunk_size is not None:
-        return chunk_size
-    room = WORKSPACE if device is None or device.type == "cpu" else WORKSPACE_ON_DEVICE
-    return max(1, max(room - beside, room // 4) // max(1, other * itemsize))
 
 
 class RowMap(NamedTuple):
@@ -105,11 +82,6 @@ def run(fn: RowMap, size: int, *args: Any) -> tuple[Tensor, ...]:
         dtypes = [p.dtype for p in piece]
     joined = iter(join(parts))
     return tuple(next(joined) if by_row else sums[k].to(dtypes[k]) for k, by_row in enumerate(fn.out_rows))
-
-
-def join(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The results by the row of all chunks."""
-    return list(parts[0]) if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
 
 
 class Chunked(Function):

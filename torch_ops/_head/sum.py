@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from torch_ops._arguments import in_graph
-from torch_ops._head.linear import by_hand, scaled
-from torch_ops._head.ops import Plan, head_fwd_bwd
+from torch_ops._head.ops import head_fwd_bwd
 from torch_ops._head.per_row import head_rows
+from torch_ops._head.rounding import scaled
+from torch_ops._modes import is_transforming, may_write
+from torch_ops._rules.function import in_graph
+from torch_ops._rules.plan import Plan
 
 
 @in_graph
@@ -105,7 +107,6 @@ def one_pass(
         torch.is_grad_enabled()
         and any(v is not None and v.requires_grad for v in head)
         and not any(v is not None and v.requires_grad for v in (target, weight))
-        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
-        and forward_ad._current_level < 0
-        and by_hand(*head, target, weight, *coefficients)
+        and not is_transforming()
+        and may_write(*head, target, weight, *coefficients)
     )

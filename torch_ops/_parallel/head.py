@@ -9,24 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops._head.fast import _products, rows_that_fit
-from torch_ops._head.lean import _Slices
-from torch_ops._head.linear import (
-    ClassGradient,
-    formed_in,
-    ignored_rows,
-    logits,
-    scaled,
-    without,
-)
-from torch_ops._head.ops import Plan, head_bwd, head_fwd, levelled
+from torch_ops._head.chunks import join, spans
+from torch_ops._head.fast import rows_that_fit
+from torch_ops._head.lean import Slices
+from torch_ops._head.linear import ClassGradient, formed_in, ignored_rows, logits, products, without
+from torch_ops._head.ops import head_bwd, head_fwd
 from torch_ops._head.per_row import head_rows
-from torch_ops._head.row_map import join, spans
+from torch_ops._head.rounding import levelled, scaled
 from torch_ops._head.sum import LinearSum, one_pass, weighted
 from torch_ops._parallel.collectives import shared, summed
-from torch_ops._parallel.merge import Extent, own_upstream
+from torch_ops._parallel.merge import own_upstream
 from torch_ops._parallel.rules import merged, sharded_rows, told_from_nan, without_classes
+from torch_ops._parallel.shard import Extent
 from torch_ops._rows import dispatch as rows
+from torch_ops._rules.plan import Plan
 
 
 class HeadDoor:
@@ -46,7 +42,7 @@ class HeadDoor:
         m = values[self.plan.values]
         if x.device.type == "cpu" and (infinite := m.isinf()).any():  # as in told_from_nan, by slices
             found = torch.zeros_like(infinite[infinite])
-            for _, _, z in _Slices(x[infinite], lw, lb, target[infinite], None):
+            for _, _, z in Slices(x[infinite], lw, lb, target[infinite], None):
                 found |= z.isnan().any(1)
             m[infinite] = m[infinite].masked_fill(found, math.nan)
         return values, m == -math.inf
@@ -131,7 +127,7 @@ class HeadDoor:
                 own = own_upstream(ups, t, whole.elsewhere, self.extent)
                 given = (z, self._target(t), weight, whole.m, whole.rest, own["nll"], own["lse"], own["smooth"], None)
                 rows.cross_entropy_bwd(*given, **layout, out=z)
-                _products(z, xi, lw, dx, shared_by_rows, ignored, i, j, at)
+                products(z, xi, lw, dx, shared_by_rows, ignored, i, j, at)
             parts.append([values["nll"], values["lse"], *([values["smooth"]] if s is not None else [])])
         grads = [dx, *shared_by_rows.unrounded()]
         if peak is not None:  # out of float16's range, perhaps, until they are scaled

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops._head.ops import Plan
-from torch_ops._parallel.merge import Extent
 from torch_ops._parallel.rules import told_from_nan, without_classes
+from torch_ops._parallel.shard import Extent
 from torch_ops._rows import dispatch as rows
-from torch_ops.cross_entropy import _row
+from torch_ops._rules.cross_entropy import row
+from torch_ops._rules.plan import Plan
 
 
 class LogitsDoor:
@@ -42,7 +42,7 @@ class LogitsDoor:
             return without_classes(logits.sum(self.dim), plan)[0]
         logits = logits.masked_fill(dead.unsqueeze(self.dim), 0.0)
         args = (self.dim, plan.scale, plan.softcap, plan.smooth, plan.entropy, False)
-        return _row(logits, self._target(target), weight, *args)
+        return row(logits, self._target(target), weight, *args)
 
     def backward(
         self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool], alone: bool

@@ -14,24 +14,24 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from softmax_ext import contract
 from softmax_ext.contract import LossOptions
+from torch_ops import _modes as modes
 from torch_ops._head.layout import each_row, lay_out, total
-from torch_ops._head.ops import Plan
 from torch_ops._head.per_row import head_rows
 from torch_ops._head.sum import head_sum
 from torch_ops._parallel.collectives import maximum, summed
 from torch_ops._parallel.head import HeadDoor
 from torch_ops._parallel.logits import LogitsDoor
-from torch_ops._parallel.merge import Extent, extent
 from torch_ops._parallel.mesh import Place, head_place, is_on_mesh, logits_place
-from torch_ops._parallel.rules import names_of, sharded_rows
+from torch_ops._parallel.rules import sharded_rows
+from torch_ops._parallel.shard import Extent, extent
 from torch_ops._reduction import Coefficients, coefficients, combine, reduce, statistics
 from torch_ops._rows import dispatch as rows
-from torch_ops._rows.targets import _can_look, canonical
-from torch_ops.cross_entropy import _may_overwrite, _row
+from torch_ops._rows.targets import canonical
+from torch_ops._rules.cross_entropy import row
+from torch_ops._rules.plan import Plan
 
 _T = TypeVar("_T")
 
@@ -42,7 +42,7 @@ def cross_entropy(
     """The loss of logits with class dimension `axis`."""
     op, shape = "cross_entropy", arrays["input"].shape
     place, (x, target, weight, token_weight) = _place(op, arrays, group), arrays.values()
-    inplace = inplace and place is not None and _may_overwrite(x)
+    inplace = inplace and place is not None and modes.may_overwrite(x)
     if place is None:
         place, (x, target, weight, token_weight) = logits_place(op, arrays, axis=axis, soft=soft)
     shape = (*shape[:axis], *shape[axis + 1 :])
@@ -58,8 +58,8 @@ def cross_entropy(
     if here is not None:
         per_row = sharded_rows(LogitsDoor(plan, here, axis, inplace), x, target, w)
     else:
-        values = _row(x, target, w, axis, *plan[:4], False)
-        per_row = dict(zip(names_of(plan), values, strict=False))
+        values = row(x, target, w, axis, *plan[:4], False)
+        per_row = dict(zip(plan.names, values, strict=False))
     by = _coefficients(per_row["nll"], target, weight, token_weight, options, classes, here)
     loss = combine(per_row, target, by)
     if options.reduction != "none":
@@ -101,7 +101,7 @@ def linear_cross_entropy(
     if options.reduction != "none" and not options.stats and memory == "fast" and in_step:
         loss = _reduce(total(of, w, by, plan, head_sum if door is None else door.sum), by, options, place)
         return _results(loss, {}, options, place, here, shape)
-    per_row = each_row(of, w, names_of(plan), plan, head_rows if door is None else door.rows)
+    per_row = each_row(of, w, plan.names, plan, head_rows if door is None else door.rows)
     loss = combine(per_row, of.target, by)
     loss = loss.reshape(of.shape) if options.reduction == "none" else _reduce(loss.sum(), by, options, place)
     stats = statistics(per_row, lambda: per_row["argmax"], of.target, options, 1)
@@ -118,8 +118,7 @@ def _place(op: str, arrays: dict[str, Any], group: Any) -> Place | None:
     on_mesh = is_on_mesh(*arrays.values())
     if group is not None and on_mesh:
         contract.fail_value(op, "group", "be None with DTensor arguments, which have their own", "a ProcessGroup")
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-    if transformed or forward_ad._current_level >= 0:
+    if modes.is_transforming():
         rule = "not be inside torch.func or forward-mode transforms, which messages between ranks cannot pass"
         contract.fail_value(op, "input" if on_mesh else "group", rule, "such a call")
     return None if on_mesh else Place(group, dist.get_rank(group), ())
@@ -140,7 +139,7 @@ def _canonical(op: str, target: Tensor, classes: int, ignored: int, place: Place
 
 def _together(place: Place, target: Tensor, step: Callable[[], _T], elsewhere: Callable[[], Exception]) -> _T:
     """step(); where it raises for the rows of another rank, this rank raises with it: it would wait in vain."""
-    if not place.row_groups or not _can_look(target):
+    if not place.row_groups or not modes.can_look(target):
         return step()
     error, found = None, None
     try:

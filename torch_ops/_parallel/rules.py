@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_ops._arguments import is_untracked
-from torch_ops._head.ops import Plan
-from torch_ops._parallel.merge import Extent, Merged, Shard, first_of_all, merge, own_upstream
+from torch_ops._modes import is_untracked
+from torch_ops._parallel.merge import Merged, Shard, merge, own_upstream
+from torch_ops._parallel.shard import Extent, first_of_all
+from torch_ops._rules.plan import Plan
 
 
 class Door(Protocol):
@@ -42,7 +43,7 @@ class Door(Protocol):
 
 def sharded_rows(door: Door, *arrays: Any) -> dict[str, Tensor]:
     """nll, lse, [smooth], [entropy], [argmax] of whole rows by name, replicated."""
-    names = [*names_of(door.plan), *["argmax"] * door.plan.argmax]
+    names = [*door.plan.names, *["argmax"] * door.plan.argmax]
     return dict(zip(names, ShardedRows.apply(door, *arrays), strict=True))  # pyright: ignore
 
 
@@ -63,7 +64,7 @@ class ShardedRows(Function):
         ctx.set_materialize_grads(False)
         ctx.door = door
         h = whole.values.get("entropy")
-        numbers = (whole.m, whole.rest, h, *(whole.elsewhere.get(n) for n in names_of(door.plan)))
+        numbers = (whole.m, whole.rest, h, *(whole.elsewhere.get(n) for n in door.plan.names))
         ctx.save_for_backward(*arrays, dead, *numbers)
         return tuple(found)
 
@@ -87,7 +88,7 @@ class ShardedBwd(Function):
         ctx.door, ctx.needs = door, needs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        names, count = names_of(door.plan), len(needs)
+        names, count = door.plan.names, len(needs)
         arrays, (_, m, rest, h, *others) = tensors[:count], tensors[count : -len(names)]
         elsewhere = {n: v for n, v in zip(names, others, strict=True) if v is not None}
         upstream = dict(zip(names, tensors[-len(names) :], strict=True))
@@ -98,7 +99,7 @@ class ShardedBwd(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        door, count, names = ctx.door, len(ctx.needs), names_of(ctx.door.plan)
+        door, count, names = ctx.door, len(ctx.needs), ctx.door.plan.names
         out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         dead, m = ctx.saved_tensors[count : count + 2]
         again = torch.is_grad_enabled()
@@ -136,12 +137,8 @@ def merged(door: Door, local: Sequence[Tensor], dead: Tensor, arrays: Sequence[A
     of_row = None
     if plan.smooth:
         of_row = m.new_full((), door.extent.count) if weight is None else weight.sum()
-    shard = Shard(dict(zip(names_of(plan), local, strict=False)), m, rest, dead, target, mass, of_row)
+    shard = Shard(dict(zip(plan.names, local, strict=False)), m, rest, dead, target, mass, of_row)
     return merge(shard, door.extent)
-
-
-def names_of(plan: Plan) -> list[str]:
-    return ["nll", "lse", *["smooth"] * plan.smooth, *["entropy"] * plan.entropy]
 
 
 def _mass(target: Tensor, weight: Tensor | None, dim: int, kind: torch.dtype) -> Tensor:

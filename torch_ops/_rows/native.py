@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 import softmax_ext
+from torch_ops._modes import is_direct, is_plain
 
 LIBRARY = "libsoftmax_ext_torch.so"
 
@@ -31,10 +30,7 @@ def _find() -> tuple[Any, str]:
 
 _library, missing = _find()
 ops = torch.ops.softmax_ext
-_c: Any = torch._C
-_transform, _autocasts = _c._functorch.peek_interpreter_stack, _c._is_any_autocast_enabled
-_modes = _c._len_torch_dispatch_stack
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def instruction_set() -> str:
@@ -53,9 +49,9 @@ def serves(x: Tensor, dim: int) -> bool:
     return (
         _library is not None
         and x.is_cpu
-        and x.dtype in _FLOATS
+        and x.dtype in FLOATS
         and x.shape[dim] > 0
-        and _is_plain(x)
+        and is_plain(x)
         and not torch.compiler.is_exporting()
     )
 
@@ -66,28 +62,7 @@ def serves_directly(x: Any) -> bool:
     Asked before any rule of the contract, so true only of tensors that no rule refuses. The order of the questions
     is their price: this is what a call on a small array costs beside the op.
     """
-    return type(x) is Tensor and x.is_cpu and is_direct(x) and _library is not None
-
-
-def is_direct(x: Tensor) -> bool:
-    """Whether a call on x is eager, and nothing converts, maps, intercepts or traces it."""
-    return (
-        x.dtype in _FLOATS
-        and x.numel() > 0
-        and not is_compiling()
-        and _transform() is None
-        and forward_ad._current_level < 0
-        and not _autocasts()
-        and _modes() == 0
-        and x.layout is torch.strided
-        and not x.is_nested
-    )
-
-
-def _is_plain(x: Tensor) -> bool:
-    # Subclasses that dispatch (DTensor and the like) know the framework's ops, not ours; the compiler's own do.
-    kind = type(x)
-    return kind in (Tensor, torch.nn.Parameter) or kind.__module__.startswith("torch._subclasses")
+    return type(x) is Tensor and x.is_cpu and x.dtype in FLOATS and is_direct(x) and _library is not None
 
 
 if _library is not None:
@@ -98,20 +73,20 @@ if _library is not None:
 
     @torch.library.register_fake("softmax_ext::softmax_fwd")
     def _(x: Tensor, dim: int) -> Tensor:
-        return _dense_like(x)
+        return dense_like(x)
 
     @torch.library.register_fake("softmax_ext::softmax_bwd")
     def _(dy: Tensor, y: Tensor, dim: int) -> Tensor:
-        return _dense_like(y)
+        return dense_like(y)
 
     @torch.library.register_fake("softmax_ext::log_softmax_fwd")
     def _(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        m, rest = _rows(x, dim, 2)
-        return _dense_like(x), m, rest
+        m, rest = rows_like(x, dim, 2)
+        return dense_like(x), m, rest
 
     @torch.library.register_fake("softmax_ext::log_softmax_bwd")
     def _(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, dim: int) -> Tensor:
-        return _dense_like(x)
+        return dense_like(x)
 
     @torch.library.register_fake("softmax_ext::cross_entropy_fwd")
     def _(
@@ -124,17 +99,19 @@ if _library is not None:
         smooth: bool,
         entropy: bool,
     ) -> list[Tensor]:
-        return _rows(logits, dim, 4 + smooth + entropy)
+        return rows_like(logits, dim, 4 + smooth + entropy)
 
     @torch.library.register_fake("softmax_ext::cross_entropy_bwd")
     def _(logits: Tensor, *_: Any) -> Tensor:
-        return _dense_like(logits)
+        return dense_like(logits)
 
 
-def _dense_like(x: Tensor) -> Tensor:
+def dense_like(x: Tensor) -> Tensor:
+    """An array of x's shape and type, contiguous."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _rows(x: Tensor, dim: int, count: int) -> list[Tensor]:
+def rows_like(x: Tensor, dim: int, count: int) -> list[Tensor]:
+    """Some arrays of a number a row, in the compute type."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return [x.new_empty([*x.shape[:dim], *x.shape[dim + 1 :]], dtype=dtype) for _ in range(count)]

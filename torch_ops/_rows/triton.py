@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops._rows.native import _FLOATS, _is_plain, is_direct
+from torch_ops._modes import is_direct, is_plain
+from torch_ops._rows.native import FLOATS
 from torch_ops._rows.plain import IGNORED
 
 # ROCm calls itself "cuda". Everything else (MPS, TPU, private devices) has the plain path.
@@ -26,9 +27,9 @@ def serves(x: Tensor, dim: int) -> bool:
     """Whether the Triton kernels take x; exported programs hold no op of ours, so that they run anywhere."""
     return (
         x.device.type in DEVICES
-        and x.dtype in _FLOATS
+        and x.dtype in FLOATS
         and x.shape[dim] > 0
-        and _is_plain(x)
+        and is_plain(x)
         and not torch.compiler.is_exporting()
         and not why_not(x.device)
         and not (x.device.type == "xpu" and x.dtype == torch.float64)  # some of these chips have no float64
@@ -36,7 +37,7 @@ def serves(x: Tensor, dim: int) -> bool:
 
 
 def serves_directly(x: Any) -> bool:
-    """Whether x may go to a Triton op as it is: `_native.serves_directly` on a GPU."""
+    """Whether x may go to a Triton op as it is: `native.serves_directly` on a GPU."""
     return type(x) is Tensor and x.device.type in DEVICES and is_direct(x) and serves(x, -1)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from softmax_ext.gpu import cross_entropy as ce
 from softmax_ext.gpu import rows as gpu
 from softmax_ext.gpu import targets as gpu_targets
-from torch_ops._rows.native import _dense_like, _rows
+from torch_ops._rows.native import dense_like, rows_like
 
 tl: Any = gpu.tl  # as they are, Triton's types are not Python's
 
@@ -54,7 +54,7 @@ def softmax_bwd(dy: Tensor, y: Tensor, dim: int) -> Tensor:
 def log_softmax_fwd(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, m, rest)."""
     x = x.contiguous()
-    y, m, rest = torch.empty_like(x), *_rows(x, dim, 2)
+    y, m, rest = torch.empty_like(x), *rows_like(x, dim, 2)
     _launch(gpu.log_softmax_fwd_kernel, (x, y, m, rest), x, dim, gpu.HOLDS_TWO, FAST=_fast(x))
     return y, m, rest
 
@@ -81,7 +81,7 @@ def cross_entropy_fwd(
 ) -> list[Tensor]:
     """(nll, lse, [smooth], [entropy], m, rest)."""
     x, target, weight = logits.contiguous(), target.contiguous(), _dense(weight)
-    out = _rows(x, dim, 4 + smooth + entropy)
+    out = rows_like(x, dim, 4 + smooth + entropy)
     options, constants = _options(x, target, scale, softcap)
     many = target.is_floating_point() or smooth or entropy
     arrays = (x, target, weight, *_optional(out, smooth, entropy))
@@ -148,7 +148,7 @@ def cross_entropy_fwd_bwd_(
 ) -> list[Tensor]:
     """cross_entropy_fwd's results, and dL/dlogits over the logits, in one visit of each row."""
     _in_place(logits, "cross_entropy_fwd_bwd_")
-    out = _rows(logits, dim, 4 + smooth + entropy)
+    out = rows_like(logits, dim, 4 + smooth + entropy)
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
     results = _optional(out, smooth, entropy)
     _backward(logits, logits, target, weight, results, upstream, dim, scale, softcap, both=True)
@@ -263,14 +263,14 @@ _SCHEMAS: dict[Any, str] = {
 # What each returns, to whoever traces it.
 _FAKES: dict[Any, Any] = {
     canonical: lambda target, classes, ignored: torch.empty_like(target, dtype=torch.int64).contiguous(),
-    softmax_fwd: lambda x, dim: _dense_like(x),
-    softmax_bwd: lambda dy, y, dim: _dense_like(y),
-    log_softmax_fwd: lambda x, dim: (_dense_like(x), *_rows(x, dim, 2)),
-    log_softmax_bwd: lambda dy, x, m, rest, dim: _dense_like(x),
-    cross_entropy_fwd: lambda x, t, w, dim, scale, softcap, smooth, entropy: _rows(x, dim, 4 + smooth + entropy),
-    cross_entropy_bwd: lambda x, *_: _dense_like(x),
+    softmax_fwd: lambda x, dim: dense_like(x),
+    softmax_bwd: lambda dy, y, dim: dense_like(y),
+    log_softmax_fwd: lambda x, dim: (dense_like(x), *rows_like(x, dim, 2)),
+    log_softmax_bwd: lambda dy, x, m, rest, dim: dense_like(x),
+    cross_entropy_fwd: lambda x, t, w, dim, scale, softcap, smooth, entropy: rows_like(x, dim, 4 + smooth + entropy),
+    cross_entropy_bwd: lambda x, *_: dense_like(x),
     cross_entropy_bwd_: lambda *_: None,
-    cross_entropy_fwd_bwd_: lambda x, *args: _rows(x, args[6], 4 + args[9] + args[10]),
+    cross_entropy_fwd_bwd_: lambda x, *args: rows_like(x, args[6], 4 + args[9] + args[10]),
 }
 
 _library = torch.library.Library("softmax_ext_triton", "DEF")

@@ -15,96 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_ops._arguments import Rule, batch_first, forward_rule
 from torch_ops._rows import dispatch as rows
-from torch_ops.softmax import _log_softmax, _softmax
+from torch_ops._rules.softmax import log_softmax, softmax
 
 _Up = Sequence[Tensor | None]
-
-
-class RowBwd(Rule):
-    """dL/dlogits as a function of logits, targets, weights and upstream gradients: linear in the last."""
-
-    @staticmethod
-    def forward(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        m: Tensor,
-        rest: Tensor,
-        d_nll: Tensor | None,
-        d_lse: Tensor | None,
-        d_smooth: Tensor | None,
-        d_entropy: Tensor | None,
-        dim: int,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
-        upstream = (d_nll, d_lse, d_smooth, d_entropy)
-        return rows.cross_entropy_bwd(logits, target, weight, m, rest, *upstream, dim=dim, scale=scale, softcap=softcap)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        *arrays, dim, scale, softcap = inputs
-        ctx.layout = (dim, scale, softcap)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arrays)
-        ctx.save_for_forward(*arrays)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor | None) -> Any:
-        if v is None:
-            return (None,) * 12
-        logits, target, weight, _, _, *upstream = ctx.saved_tensors
-        curve = Curvature(logits, target, weight, *ctx.layout)
-        needs = ctx.needs_input_grad
-        d_logits = curve.hessian_vector(v, upstream) if needs[0] else None
-        d_target, d_weight = curve.mass_hessian_vector(v, upstream, *needs[1:3])
-        tangents = curve.tangents(v, None, None, smooth=needs[7], entropy=needs[8])
-        d_upstream = [t if need else None for t, need in zip(tangents, needs[5:9], strict=True)]
-        return d_logits, d_target, d_weight, None, None, *d_upstream, None, None, None
-
-    @staticmethod
-    @forward_rule
-    def jvp(ctx: Any, saved: Any, dx: Any, dy: Any, dw: Any, _m: Any, _rest: Any, *tangents: Any) -> Any:
-        logits, target, weight, m, rest, *upstream = saved
-        curve = Curvature(logits, target, weight, *ctx.layout)
-        out = torch.zeros_like(logits)
-        if dx is not None:
-            out = out + curve.hessian_vector(dx, upstream)
-        if dy is not None or dw is not None:
-            out = out + curve.gradient_by_mass(dy, dw, upstream)
-        along = tangents[:4]
-        if any(t is not None for t in along):
-            out = out + RowBwd.apply(logits, target, weight, m, rest, *along, *ctx.layout)
-        return out
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        *arrays, dim, scale, softcap = args
-        logits, target, _, *per_row = batch_first(info, in_dims, *arrays)
-        weight = arrays[2]
-        if in_dims[2] is None:
-            return RowBwd.apply(logits, target, weight, *per_row, dim + 1, scale, softcap), 0
-        weights = weight.movedim(in_dims[2], 0)
-        outs = [
-            RowBwd.apply(
-                logits[i],
-                target[i],
-                weights[i],
-                *(r if r is None else r[i] for r in per_row),
-                dim,
-                scale,
-                softcap,
-            )
-            for i in range(info.batch_size)
-        ]
-        return torch.stack(outs), 0  # pyright: ignore[reportArgumentType]
 
 
 class Curvature:
@@ -124,7 +42,7 @@ class Curvature:
         if not self.soft:  # an ignored row reaches no result, not even through 0 * NaN
             logits = logits.masked_fill((target == rows.IGNORED).unsqueeze(dim), 0.0)
         self.z = rows.capped(logits, scale, softcap)
-        self.p = _softmax(self.z, dim)
+        self.p = softmax(self.z, dim)
         self.w = rows.class_row(weight, self.z, dim)
         self.slope = rows.slope(logits, scale, softcap)
         if softcap is not None:
@@ -254,7 +172,7 @@ class Curvature:
 
     def _log_p(self) -> Tensor:
         """l, 0 where it is -inf: such a class takes no part, not even through 0 * inf."""
-        log_p = _log_softmax(self.z, self.dim)
+        log_p = log_softmax(self.z, self.dim)
         return log_p.masked_fill(log_p == -math.inf, 0.0)
 
     def _times_w(self, x: Tensor) -> Tensor:

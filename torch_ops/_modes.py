@@ -1,0 +1,113 @@
+"""What PyTorch is doing around a call: who differentiates, maps, traces, exports or converts what is computed now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+_c: Any = torch._C
+# Bound once: these are asked before every small call, and a look-up by name is a part of its time.
+_interpreter, _autocasts = _c._functorch.peek_interpreter_stack, _c._is_any_autocast_enabled
+_dispatch_modes = _c._len_torch_dispatch_stack
+_TRACING = (_c._TorchDispatchModeKey.PROXY, _c._TorchDispatchModeKey.FAKE, _c._TorchDispatchModeKey.FUNCTIONAL)
+
+
+def has_autocast(device: str) -> bool:
+    """torch.amp.is_autocast_available, which PyTorch 2.11's compiler cannot trace: a constant to it (_compiler.py)."""
+    return torch.amp.is_autocast_available(device)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether torch.func is at work on x: its values cannot be looked at, its memory not be written."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_transforming() -> bool:
+    """Whether a transform of torch.func or forward mode is under way, of whatever arguments."""
+    return _interpreter() is not None or forward_ad._current_level >= 0
+
+
+def is_constant(*args: Any) -> bool:
+    """Whether nobody differentiates or maps what is computed from the arguments now."""
+    if _interpreter() is not None or forward_ad._current_level >= 0:
+        return False
+    if torch.is_grad_enabled():
+        for x in args:  # any() over a generator would double the time
+            if isinstance(x, Tensor) and x.requires_grad:
+                return False
+    return True
+
+
+def is_untracked(*arrays: Tensor | None) -> bool:
+    """Whether nobody differentiates or batches what is computed from the arrays now."""
+    return not torch.is_grad_enabled() and not any(
+        x is not None
+        and (
+            is_transformed(x)
+            or torch._C._functorch.is_legacy_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+            or forward_ad.unpack_dual(x).tangent is not None
+        )
+        for x in arrays
+    )
+
+
+def is_direct(x: Tensor) -> bool:
+    """Whether a call on x is eager, and nothing converts, maps, intercepts or traces it."""
+    return (
+        x.numel() > 0
+        and not is_compiling()
+        and _interpreter() is None
+        and forward_ad._current_level < 0
+        and not _autocasts()
+        and _dispatch_modes() == 0
+        and x.layout is torch.strided
+        and not x.is_nested
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x takes ops of ours: subclasses that dispatch, but for the compiler's own, know the framework's only."""
+    kind = type(x)
+    return kind in (Tensor, torch.nn.Parameter) or kind.__module__.startswith("torch._subclasses")
+
+
+def can_look(target: Tensor) -> bool:
+    """Whether a look at values is free: elsewhere it is a device sync, a graph break, or impossible (vmap, fake)."""
+    return target.device.type == "cpu" and is_eager(target)
+
+
+def is_eager(target: Tensor) -> bool:
+    """Whether a call on a plain tensor is run here and now."""
+    return type(target) is Tensor and not is_compiling() and not is_transformed(target) and not is_traced()
+
+
+def is_traced() -> bool:
+    """Whether what is done now is written into a graph."""
+    return any(_c._get_dispatch_mode(mode) for mode in _TRACING)
+
+
+def may_write(*arrays: Tensor | None) -> bool:
+    """Whether loops may write into buffers: not where someone dispatches on what is done to the arrays."""
+    return not torch.compiler.is_exporting() and not any(
+        v is not None
+        and (
+            not is_plain(v) or torch._C._functorch.is_legacy_batchedtensor(v)  # pyright: ignore[reportAttributeAccessIssue]
+        )
+        for v in arrays
+    )
+
+
+def may_overwrite(x: Tensor) -> bool:
+    """Whether a gradient may be written over x: not over a parameter, not where elements share memory.
+
+    Nor over a part of a larger tensor: its other parts share the version counter, and would be refused theirs.
+    """
+    if is_compiling() or is_transformed(x):
+        return False
+    owner = x if x._base is None else x._base
+    dense = torch.ops.aten.is_non_overlapping_and_dense.default(x)
+    return x.requires_grad and not x.is_leaf and not owner.is_leaf and dense and owner.numel() == x.numel()

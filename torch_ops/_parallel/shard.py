@@ -1,0 +1,66 @@
+"""A vocabulary in shards, one a rank: whose classes are where."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softmax_ext import contract
+from torch_ops import _modes as modes
+from torch_ops._parallel.collectives import gathered, maximum, minimum
+
+
+class Extent(NamedTuple):
+    """Which of the classes a rank has. `begin` and `classes` are tensors where a look at them would be a sync."""
+
+    group: Any
+    begin: Any
+    count: int
+    classes: Any
+    widest: int | None  # the most classes of a rank, where known
+    agreed: Tensor | None  # whether all ranks were given the same rows; None where an error would have said so
+
+    def local(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(whether the class is in the shard, its place there: some place for other classes, markers as they are)."""
+        inside = (target >= self.begin) & (target < self.begin + self.count)
+        return inside, (target - self.begin).where(inside, target.clamp(max=0))
+
+
+def extent(
+    op: str, group: Any, position: int, count: int, rows: int, target: Tensor, widest: int | None = None
+) -> Extent:
+    """The shard of this rank, after one message of four integers to each other rank."""
+    # A shift, another rank's batch: rows that differ would give numbers that are nobody's loss.
+    told = torch.zeros((), dtype=torch.int64, device=target.device)
+    if not target.is_floating_point():
+        t = target.reshape(-1).to(torch.int64)
+        told = (t * (2 * torch.arange(t.numel(), device=t.device) + 1)).sum()
+    mine = [torch.full_like(told, v) for v in (position, count, rows)]
+    table = gathered(torch.stack([*mine, told]), group)
+    if not modes.can_look(table):
+        begin = table[:, 1].where(table[:, 0] < position, 0).sum()
+        return Extent(group, begin, count, table[:, 1].sum(), widest, (table[:, 2:] == table[0, 2:]).all())
+    each = table.tolist()
+    if len({r for _, _, r, _ in each}) > 1:
+        found = ", ".join(str(r) for _, _, r, _ in each)
+        contract.fail_value(op, "input", "have as many rows on every rank of group", found)
+    if len({t for *_, t in each}) > 1:
+        contract.fail_value(op, "target", "be the same on every rank of group", "different ones")
+    begin = sum(c for p, c, _, _ in each if p < position)
+    counts = [c for _, c, _, _ in each]
+    return Extent(group, begin, count, sum(counts), max(counts), None)
+
+
+def first_of_all(value: Tensor, position: Tensor, extent: Extent) -> Tensor:
+    """The place of the first maximum among the ranks' first maxima; NaN counts as the largest."""
+    nan = value.isnan()
+    top, some = maximum(torch.stack([value.masked_fill(nan, math.inf), nan.to(value.dtype)]), extent.group)
+    here = nan.where(some > 0, value == top)
+    last = torch.iinfo(torch.int64).max
+    if not extent.count:
+        here = torch.zeros_like(nan)
+    at = minimum((position + extent.begin).where(here, last), extent.group)
+    return at.masked_fill(at == last, -1)
