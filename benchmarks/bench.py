@@ -17,7 +17,6 @@ import argparse
 import gc
 import importlib
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from benchmarks.cases import DTYPES, OPS, PLAN, SHAPES, Case, shape_of
 from benchmarks.check import WrongAnswer, check
 from benchmarks.heads import HEAD_OPS, HEAD_PLAN, HEADS, HeadCase, head_of
 from benchmarks.timing import LARGE, Call, peak_bytes, take_turns
+from softmax_ext import machine
 
 DOORS = ("torch", "jax")
 RESULTS = Path("benchmarks", "results")
@@ -105,14 +105,6 @@ def limit(threads: int | None) -> int:
     return len(cores)
 
 
-def cpu() -> str:
-    """The CPU's model name."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    name = names[0].partition(":")[2] if names else f"{sys.platform} CPU"
-    return " ".join(re.sub(r"\((R|TM)\)|@.*", " ", name).split())
-
-
 def measure(
     about: dict[str, Any],
     case: Case | HeadCase,
@@ -160,7 +152,7 @@ def main(given: Sequence[str] | None = None) -> int:
     }
     doors = modules["calls"]
     gc.freeze()  # the frameworks need not be looked at by each collection
-    device = options.device or cpu()
+    device = options.device or machine.name()
     console = Console(width=None if sys.stdout.isatty() else 150)
     file = table.file_of(device, options.results)
     wrong: list[str] = []

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax_ops._alone import when_alone
 from jax_ops._autodiff import analytic
 from jax_ops._chunks import Cut, Part, cut
+from softmax_ext import machine
 
 Sums = dict[str, Array]
 
@@ -81,9 +82,21 @@ def _is_half(x: Array) -> bool:
     return x.dtype.itemsize == 2
 
 
-# Half-precision operands on the CPU: in float32, piece by piece of the classes. XLA's CPU backend (jaxlib 0.10.2) takes
-# 1.4 times as long over bfloat16 ones (1024 rows, V=49152, D=576: 825 ms of processor time against 600).
+def _slow_halves(dtype: Any) -> bool:
+    """Whether XLA's CPU backend (jaxlib 0.10.2) is faster over operands turned into float32.
+
+    It is over bfloat16 on a Xeon without a dot product for it (1024 rows, V=49152, D=576: 600 ms of processor time
+    against 825), and over float16 everywhere measured. On an EPYC with avx512_bf16 bfloat16 logits take 0.6 of the time
+    of float32 ones, dX 0.3 to 0.7; dW there takes as long in either type, and is formed in float32.
+    """
+    return dtype != jnp.bfloat16 or not machine.instruction_sets() & {"avx512_bf16", "amx_bf16"}
+
+
+# Half-precision operands on a CPU that is slow over them: in float32, piece by piece of the classes.
 def _half_logits_pieces(x: Array, w: Array) -> Array:
+    if not _slow_halves(x.dtype):
+        return _half_logits_whole(x, w)
+
     def pieces(x: Array, w: Array) -> Array:
         classes, x = _pieces(w, x), x.astype(jnp.float32)
         z = jnp.zeros_like(x, shape=(x.shape[0], w.shape[0]))
@@ -111,11 +124,13 @@ def _half_logits_bwd(saved: tuple[Array, Array], ct: Array) -> tuple[Array, Arra
 
 
 def _half_input_bwd_pieces(dz: Array, w: Array) -> Array:
+    kind = dz.dtype if _slow_halves(w.dtype) else w.dtype
+
     def pieces(dz: Array, w: Array) -> Array:
         classes = _pieces(w, dz)
 
         def step(dx: Array, part: Part) -> Array:
-            return dx + _dot(classes.take(dz, part, 1), classes.take_fresh(w, part).astype(dz.dtype), 1, 0)
+            return dx + _dot(classes.take(dz, part, 1).astype(kind), classes.take_fresh(w, part).astype(kind), 1, 0)
 
         return classes.loop(step, jnp.zeros_like(dz, shape=(dz.shape[0], w.shape[1])))
 

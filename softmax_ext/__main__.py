@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from softmax_ext import __version__, reference
+from softmax_ext import __version__, machine, reference
 
 DOORS = {"torch": "torch_ops", "jax": "jax_ops"}
 LOGITS = np.array([[1.1, 2.2, 0.2, -1.7], [60.0, 0.0, 0.0, 0.0], [1e4, 1e4 - 1, -np.inf, 9e3]], dtype=np.float32)
@@ -24,6 +24,7 @@ BOUND = 4.0  # units of roundoff of the true value
 def main() -> int:
     """Print the report; 0 if the check holds."""
     print(f"softmax-ext {__version__}, Python {platform.python_version()}, {platform.machine()}")
+    print(machine.name())
     print(f"transparent huge pages: {_huge_pages()}")
     doors = {name: _open(name) for name in DOORS}
     found = {name: door for name, door in doors.items() if door is not None}
