@@ -20,11 +20,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import records, scaling_plot, table
+from benchmarks import scaling_plot, table
 from benchmarks.table import LIMITS, OURS, Line
 
 RESULTS = Path("benchmarks", "results", "scaling")
-CROSSOVERS = "crossovers.csv"
 PICTURE = Path("docs", "scaling.png")
 ROW_OPS = ("softmax", "cross_entropy_grad", "cross_entropy_value_and_grad")
 HEAD_OP = "linear_cross_entropy"
@@ -84,13 +83,9 @@ def main(given: Sequence[str] | None = None) -> int:
             status = _measure(threads, options)
             if status:
                 return status
-    (file,) = (file for file in sorted(options.results.glob("*.csv")) if file.name != CROSSOVERS)
-    lines = table.read(file)
-    sweeps = [(sweep, *split(lines, sweep)) for sweep in (*ROWS, *HEADS)]
-    found = [c for sweep, sizes, mine in sweeps for c in crossovers(sweep, sizes, mine)]
-    records.write(Crossover, found, options.results / CROSSOVERS)
-    scaling_plot.draw(options.picture, sweeps)
-    Console(width=None if sys.stdout.isatty() else 150).print(show(found))
+    lines = table.read(max(options.results.glob("*.csv"), key=lambda file: file.stat().st_mtime))
+    scaling_plot.draw(options.picture, swept(lines), table.machine(lines))
+    Console(width=None if sys.stdout.isatty() else 150).print(show(crossings(lines)))
     return 0
 
 
@@ -100,6 +95,16 @@ def _measure(threads: int, options: argparse.Namespace) -> int:
     words = ["--built-ins", "--op", *ROW_OPS, HEAD_OP, "--shape", *dict.fromkeys(shapes), "--threads", str(threads)]
     words += ["--seconds", options.seconds, "--rounds", options.rounds, "--results", str(options.results)]
     return subprocess.run([sys.executable, "-m", "benchmarks.bench", *words], check=False).returncode
+
+
+def swept(lines: Sequence[Line]) -> list[tuple[Sweep, dict[str, int], list[Line]]]:
+    """Each sweep with its sizes and lines."""
+    return [(sweep, *split(lines, sweep)) for sweep in (*ROWS, *HEADS)]
+
+
+def crossings(lines: Sequence[Line]) -> list[Crossover]:
+    """The crossovers of all sweeps."""
+    return [c for sweep, sizes, mine in swept(lines) for c in crossovers(sweep, sizes, mine)]
 
 
 def split(lines: Sequence[Line], sweep: Sweep) -> tuple[dict[str, int], list[Line]]:

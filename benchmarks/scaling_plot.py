@@ -1,95 +1,35 @@
-"""docs/scaling.png: a column for each size that grows; time of a row op, time and memory of the linear head."""
+"""docs/scaling.png: a column for each size that grows; time of the row ops, time and memory of the linear head."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from benchmarks.table import LIMITS, OURS, Line
+from examples import palette
 
 if TYPE_CHECKING:
     from benchmarks.scaling import Sweep
 
 COLUMNS = ("N", "V", "D")
+TITLE = {"torch": "PyTorch", "jax": "JAX"}
 Swept = tuple["Sweep", dict[str, int], list[Line]]
-COLOUR = {
-    ("torch", OURS): "tab:orange",
-    ("torch", f"{OURS}, lean"): "gold",
-    ("torch", "torch"): "tab:gray",
-    ("torch", "F.linear + F.cross_entropy"): "tab:gray",
-    ("torch", "F.linear_cross_entropy, auto"): "tab:brown",
-    ("torch", "F.linear_cross_entropy, long chunks"): "tab:purple",
-    ("jax", OURS): "tab:blue",
-    ("jax", f"{OURS}, lean"): "tab:cyan",
-    ("jax", "jax.nn"): "tab:green",
-    ("jax", "optax"): "tab:green",
-    ("jax", "optax(x @ W.T)"): "tab:green",
-}
 
 
-def draw(path: Path, sweeps: Sequence[Swept]) -> None:
-    """Write the picture."""
-    figure = Figure(figsize=(13, 14), dpi=110, layout="constrained")
-    panels: list[tuple[str, Callable[[Line], bool], Callable[[Line], float | None]]] = [
-        ("softmax: ms", lambda line: line.op == "softmax", _milliseconds),
-        ("loss and gradient: ms", lambda line: line.op.startswith("cross_entropy"), _milliseconds),
-        ("linear head: ms", lambda line: line.op == "linear_cross_entropy", _milliseconds),
-        ("linear head: MB beyond inputs and gradients", lambda line: line.op == "linear_cross_entropy", _megabytes),
-    ]
-    grid = figure.subplots(len(panels), len(COLUMNS), squeeze=False)
-    for axes_row, (title, wanted, value) in zip(grid, panels, strict=True):
-        for axes, name in zip(axes_row, COLUMNS, strict=True):
-            drawn = False
-            for sweep, sizes, lines in sweeps:
-                mine = [line for line in lines if wanted(line) and value(line) is not None]
-                if sweep.name == name and mine:
-                    _draw(axes, sizes, mine, value)
-                    axes.set_title(sweep.shape.format(name), fontsize="small")
-                    drawn = True
-            axes.set_visible(drawn)
-            axes.set_xlabel(name)
-            axes.set_ylabel(title if axes is axes_row[0] else "")
-    handles = {str(h.get_label()): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=3,
-        fontsize="small",
-        title="solid: all cores, dashed: one core; dotted: the limit, a copy of the logits or three bare matmuls",
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+@dataclass(frozen=True)
+class Row:
+    """A row of panels."""
 
-
-def _draw(axes: Axes, sizes: dict[str, int], lines: Sequence[Line], value: Callable[[Line], float | None]) -> None:
-    most = max(line.threads for line in lines)
-    for door, threads, call in dict.fromkeys((line.framework.split()[0], line.threads, line.call) for line in lines):
-        limit = call in LIMITS
-        if limit and door != "torch":
-            continue
-        mine = [(line.framework.split()[0], line.threads, line.call) == (door, threads, call) for line in lines]
-        points = sorted(
-            (sizes[line.shape], value(line) or math.nan) for line, it in zip(lines, mine, strict=True) if it
-        )
-        axes.plot(
-            [n for n, _ in points],
-            [y for _, y in points],
-            ":" if limit else "-" if threads == most else "--",
-            color="black" if limit else COLOUR.get((door, call)),
-            marker=None if limit else "o",
-            markersize=3,
-            alpha=1.0 if threads == most else 0.5,
-            label=f"{door}: {call}" if threads == most and not limit else None,
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
+    title: str
+    ops: tuple[str, ...]
+    doors: tuple[str, ...]
+    value: Callable[[Line], float | None]
 
 
 def _milliseconds(line: Line) -> float:
@@ -98,3 +38,89 @@ def _milliseconds(line: Line) -> float:
 
 def _megabytes(line: Line) -> float | None:
     return None if line.workspace_bytes is None else line.workspace_bytes / 1e6
+
+
+ROWS = (
+    Row("softmax: ms", ("softmax",), ("torch", "jax"), _milliseconds),
+    Row(
+        "loss and gradient: ms", ("cross_entropy_grad", "cross_entropy_value_and_grad"), ("torch", "jax"), _milliseconds
+    ),
+    Row("linear head, PyTorch: ms", ("linear_cross_entropy",), ("torch",), _milliseconds),
+    Row("linear head, JAX: ms", ("linear_cross_entropy",), ("jax",), _milliseconds),
+    Row("workspace, PyTorch: MB", ("linear_cross_entropy",), ("torch",), _megabytes),
+    Row("workspace, JAX: MB", ("linear_cross_entropy",), ("jax",), _megabytes),
+)
+
+
+def draw(path: Path, sweeps: Sequence[Swept], machine: str) -> None:
+    """Write the picture, of all cores; the crossovers on one core stand in the table."""
+    threads = max((line.threads for _, _, lines in sweeps for line in lines), default=1)
+    sweeps = [(sweep, sizes, [line for line in lines if line.threads == threads]) for sweep, sizes, lines in sweeps]
+    with palette.sizes():
+        figure = palette.canvas(2.15 * len(ROWS))
+        figure.suptitle(f"time and memory as one size grows; lower is better; {machine}", x=0.01, ha="left")
+        grid = figure.add_gridspec(len(ROWS), 6)
+        for i, row in enumerate(ROWS):
+            panels = [panel for name in COLUMNS for panel in _panels(row, name, sweeps)]
+            for j, (sweep, sizes, lines) in enumerate(panels):
+                width = 6 // len(panels)
+                axes = figure.add_subplot(grid[i, j * width : (j + 1) * width])
+                axes.set_title(sweep.shape.format(sweep.name).replace("x", " x "), fontweight="normal")
+                axes.set_ylabel("" if j else row.title)
+                _curves(axes, sizes, lines, row.value)
+        figure.legend(
+            handles=_legend([line for _, _, lines in sweeps for line in lines]), loc="outside lower center", ncols=3
+        )
+        palette.save(figure, path)
+
+
+def _panels(row: Row, name: str, sweeps: Sequence[Swept]) -> Iterator[Swept]:
+    """What a row shows of the sweeps over a size: one, or nothing."""
+    for sweep, sizes, lines in sweeps:
+        mine = [line for line in lines if line.op in row.ops and line.framework.split()[0] in row.doors]
+        mine = [line for line in mine if row.value(line) is not None]
+        if sweep.name == name and mine:
+            yield sweep, sizes, mine
+
+
+def _curves(axes: Axes, sizes: dict[str, int], lines: Sequence[Line], value: Callable[[Line], float | None]) -> None:
+    for door, call in dict.fromkeys((line.framework.split()[0], line.call) for line in lines):
+        if call in LIMITS and door != lines[0].framework.split()[0]:
+            continue  # one limit a panel
+        points = sorted(
+            (sizes[line.shape], value(line) or math.nan)
+            for line in lines
+            if (line.framework.split()[0], line.call) == (door, call)
+        )
+        axes.plot([n for n, _ in points], [y for _, y in points], **_style(door, call))
+    values = [value(line) or math.nan for line in lines]
+    palette.logarithmic(axes.yaxis, min(values) / 1.4, max(values) * 1.4)
+    palette.logarithmic(axes.xaxis, min(sizes.values()) / 1.3, max(sizes.values()) * 1.3)
+    palette.plain(axes)
+
+
+def _style(door: str, call: str) -> dict[str, Any]:
+    if call in LIMITS:
+        return {"linestyle": ":", "color": palette.LIMIT}
+    ours = call == OURS  # above the others, and thinner: where two lines are one, both can be seen
+    look = {"color": palette.of(door, call), "marker": palette.mark(call), "zorder": 2 + call.startswith(OURS) + ours}
+    return {**look, "markersize": 4 if ours else 6, "linewidth": 1.4 if ours else 2.4}
+
+
+def _legend(lines: Sequence[Line]) -> list[Line2D]:
+    calls = sorted(
+        {(line.framework.split()[0], line.call) for line in lines if line.call not in LIMITS},
+        key=lambda it: (it[0] != "torch", not it[1].startswith("ours"), it[1]),
+    )
+    known: dict[tuple[str, str], list[str]] = {}  # what looks alike is one line
+    for door, call in calls:
+        known.setdefault((palette.of(door, call), palette.mark(call)), []).append(f"{TITLE[door]}: {call}")
+    short = {
+        look: names[0] if len(names) == 1 else f"{names[0].split(':')[0]}: the built-in"
+        for look, names in known.items()
+    }
+    limit = Line2D([], [], linestyle=":", color=palette.LIMIT, label="a copy, or three bare matmuls")
+    return [
+        *(Line2D([], [], color=c, marker=m, linewidth=1.4, markersize=4.5, label=short[c, m]) for c, m in known),
+        limit,
+    ]

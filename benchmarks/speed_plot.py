@@ -1,4 +1,4 @@
-"""docs/speed.png: every measured cell's rivals by ours, an op a line, a shape a mark; the built-in's is full."""
+"""docs/speed.png: a panel for each op and framework, a shape a line, a rival a mark."""
 
 from __future__ import annotations
 
@@ -6,49 +6,64 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from benchmarks.table import Line, rivals
+from examples import palette
 
 TITLE = {"torch": "PyTorch", "jax": "JAX"}
-MARKERS = "osD^v<>phP*Xd"
+NAME = {"torch": "PyTorch's built-in", "jax.nn": "jax.nn and optax, jitted"}
+SAME = {"cross_entropy_value_and_grad": "cross_entropy_grad"}  # one question, named by its framework
 
 
-def draw(path: Path, cells: Sequence[Sequence[Line]]) -> None:
-    """Write the picture."""
-    figure = Figure(figsize=(11, 5.5), dpi=120, layout="constrained")
-    shapes = list(dict.fromkeys((cell[0].shape, cell[0].dtype) for cell in cells))
-    for axes, door in zip(figure.subplots(1, 2), TITLE, strict=True):
-        _draw(axes, [cell for cell in cells if cell[0].framework.startswith(door)], shapes)
-        axes.set_title(TITLE[door], loc="left")
-    handles = {str(h.get_label()): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+def draw(path: Path, cells: Sequence[Sequence[Line]], machine: str) -> None:
+    """Write the picture: how many times as long as ours each rival takes."""
+    rows = [cell for cell in cells if "@" not in cell[0].shape and rivals(cell)]
+    ops = list(dict.fromkeys(SAME.get(cell[0].op, cell[0].op) for cell in rows))
+    shapes = list(dict.fromkeys((cell[0].shape, cell[0].dtype) for cell in rows))
+    ratios = [ratio for cell in rows for line in rivals(cell) for ratio in (line.ratio_low, line.ratio_high)]
+    with palette.sizes():
+        figure = palette.canvas(len(ops) * (0.19 * len(shapes) + 0.42) + 1.2)
+        figure.suptitle(f"a rival's time by ours: right of 1 ours is faster; {machine}", x=0.01, ha="left")
+        grid = figure.subplots(len(ops), len(TITLE), sharex=True, sharey=True, squeeze=False)
+        for row, op in zip(grid, ops, strict=True):
+            for axes, door in zip(row, TITLE, strict=True):
+                mine = [c for c in rows if SAME.get(c[0].op, c[0].op) == op and c[0].framework.startswith(door)]
+                _draw(axes, door, mine, shapes)
+                axes.set_title(f"{TITLE[door]}: {op}" if mine else "", loc="left")
+        for column in grid.T:
+            [axes for axes in column if axes.axison][-1].tick_params(labelbottom=True)
+        grid[0][0].set_xlim(min(0.25, *ratios) * 0.9, max(ratios) * 1.1)
+        figure.legend(handles=_legend(rows), loc="outside lower center", ncols=4)
+        palette.save(figure, path)
 
 
-def _draw(axes: Axes, cells: Sequence[Sequence[Line]], shapes: Sequence[tuple[str, str]]) -> None:
-    ops = list(dict.fromkeys(cell[0].op for cell in cells))
-    for i, (shape, dtype) in enumerate(shapes):
-        colour, marker = f"C{i % 10}", MARKERS[i % len(MARKERS)]
-        place = (i / max(1, len(shapes) - 1) - 0.5) * 0.6
-        mine = [cell for cell in cells if (cell[0].shape, cell[0].dtype) == (shape, dtype)]
-        found = [rivals(cell) for cell in mine]
-        for others, points in ((False, [lines[:1] for lines in found]), (True, [lines[1:] for lines in found])):
-            shown = [line for lines in points for line in lines]
-            at = [ops.index(line.op) + place for line in shown]
-            label = None if others or not shown else f"{shape} {dtype}"
-            fill = {"markerfacecolor": "none", "alpha": 0.6} if others else {}
-            axes.hlines(
-                at, [p.ratio_low for p in shown], [p.ratio_high for p in shown], colour, alpha=0.2 if others else 0.4
-            )
-            axes.plot([p.ratio for p in shown], at, marker, color=colour, label=label, markersize=5, **fill)
-    axes.axvline(1, color="black", linewidth=1)
+def _draw(axes: Axes, door: str, cells: Sequence[Sequence[Line]], shapes: Sequence[tuple[str, str]]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.set_yticks(range(len(ops)), ops, fontsize="small")
-    axes.invert_yaxis()
-    axes.set_xlabel("its time / ours, with quartiles; full: the built-in")
-    axes.set_title("ours is faster to the right of 1", fontsize="small", loc="right")
-    axes.grid(axis="x", alpha=0.3)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(shapes)), [f"{shape.replace('x', ' x ')} {dtype}" for shape, dtype in shapes])
+    axes.set_ylim(len(shapes) - 0.5, -0.5)
+    if not cells:
+        axes.set_axis_off()
+        return
+    palette.plain(axes)
+    axes.axvline(1, color="black", linewidth=1)
+    for cell in cells:
+        at = shapes.index((cell[0].shape, cell[0].dtype))
+        for line in rivals(cell):
+            colour = palette.of(door, line.call)
+            axes.hlines(at, line.ratio_low, line.ratio_high, colour, alpha=0.5)
+            axes.plot(line.ratio, at, palette.mark(line.call), color=colour, markersize=5.5, alpha=0.9)
+
+
+def _legend(cells: Sequence[Sequence[Line]]) -> list[Line2D]:
+    calls = dict.fromkeys((c[0].framework.split()[0], line.call) for c in cells for line in rivals(c))
+    return [
+        Line2D(
+            [], [], color=palette.of(door, call), marker=palette.mark(call), linestyle="", label=NAME.get(call, call)
+        )
+        for door, call in calls
+        if call != "optax"  # the same mark as jax.nn
+    ]

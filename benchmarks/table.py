@@ -122,6 +122,12 @@ def read(file: Path) -> list[Line]:
     return records.read(Line, file)
 
 
+def machine(lines: Sequence[Line]) -> str:
+    """Whose figures these are."""
+    threads = max(line.threads for line in lines)
+    return f"{lines[0].device}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def show(title: str, cells: Sequence[list[Line]], logits_bytes: int) -> Table:
     """One shape and type: an op a row, and one more for each further rival."""
     table = _titled(title, cells)

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import torch_ops
 from benchmarks import records
+from examples import palette
 
 MODULUS, WIDTH = 59, 200
 RATE, BETAS = 1e-3, (0.9, 0.99)
@@ -36,7 +36,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "built-in, float64 logits": lambda logits, target, **options: F.cross_entropy(logits.double(), target, **options),
     "ours": torch_ops.cross_entropy,
 }
-COLOUR = {"built-in": "tab:gray", "built-in, float64 logits": "black", "ours": "tab:orange"}
+COLOUR = {"built-in": palette.TORCH, "built-in, float64 logits": "#12a4a4", "ours": palette.OURS_TORCH}
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,14 @@ def _short(x: Tensor) -> float:
 def draw(path: Path, points: Sequence[Point]) -> None:
     """A row for each share of the pairs: what rounds to 0, the mean loss, and accuracy, by step."""
     shares = list(dict.fromkeys(point.train_share for point in points))
-    figure = Figure(figsize=(12, 3.6 * len(shares)), dpi=110, layout="constrained")
-    for share, row in zip(shares, figure.subplots(len(shares), 3, squeeze=False), strict=True):
-        _draw_row(row, [point for point in points if point.train_share == share])
-        row[0].set_title(f"{share:.0%} of the pairs for training", loc="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with palette.sizes():
+        figure = palette.canvas(2.9 * len(shares) + 0.5)
+        for share, row in zip(shares, figure.subplots(len(shares), 3, squeeze=False), strict=True):
+            _draw_row(row, [point for point in points if point.train_share == share])
+            row[0].set_title(f"{share:.0%} of pairs for training", loc="left")
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+        palette.save(figure, path)
 
 
 def _draw_row(row: Sequence[Axes], points: Sequence[Point]) -> None:
@@ -132,18 +134,17 @@ def _draw_row(row: Sequence[Axes], points: Sequence[Point]) -> None:
         mine, colour = [point for point in points if point.loss == name], COLOUR[name]
         style = "--" if name == "ours" else "-"  # where two lines are one, both can be seen
         steps = [point.step for point in mine]
-        zeros.plot(steps, [p.zero_target_gradient for p in mine], style, color=colour)
-        losses.plot(steps, [p.train_loss or math.nan for p in mine], style, color=colour, label=name)
+        zeros.plot(steps, [p.zero_target_gradient for p in mine], style, color=colour, label=name)
+        losses.plot(steps, [p.train_loss or math.nan for p in mine], style, color=colour)
         accuracy.plot(steps, [p.test_accuracy for p in mine], style, color=colour)
         accuracy.plot(steps, [p.train_accuracy for p in mine], ":", color=colour)
-    zeros.set_ylabel("share of training rows whose\ntarget has gradient exactly 0")
+    zeros.set_ylabel("rows with gradient 0 at the target")
     losses.set_ylabel("mean training loss (nats)")
     losses.set_yscale("log")
     accuracy.set_ylabel("accuracy (dotted: training)")
     for axes in row:
         axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    losses.legend(fontsize="small")  # the same for all three
+        palette.plain(axes)
 
 
 def main(given: Sequence[str] | None = None) -> list[Point]:

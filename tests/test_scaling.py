@@ -65,5 +65,5 @@ def test_what_was_measured_is_drawn_and_kept(tmp_path: Path, capsys: pytest.Capt
     assert scaling.main(["--draw", "--results", str(tmp_path), "--picture", str(tmp_path / "s.png")]) == 0
     assert "N = 50" in capsys.readouterr().out
     assert (tmp_path / "s.png").stat().st_size > 10_000
-    assert {c.size for c in records.read(Crossover, tmp_path / scaling.CROSSOVERS)} == {50}
+    assert {c.size for c in scaling.crossings(lines)} == {50}
     assert set(scaling_plot.COLUMNS) == {sweep.name for sweep in (*ROWS, *HEADS)}

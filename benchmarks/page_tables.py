@@ -1,0 +1,293 @@
+"""What `make figures` writes into pages: a function for each table, from what was measured to Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks import table
+from benchmarks.accuracy import ALL, CALLS, QUANTITIES, UNITS, Error
+from benchmarks.overview_plot import Pair
+from benchmarks.scaling import crossings
+from benchmarks.table import LIMITS, Line, rivals
+from benchmarks.weight_error import WeightError
+from examples import confident
+
+LARGE, LARGER, HEAD, SMALL = "1024x32000", "512x128256", "2048x576@49152", "1x50"
+GRADIENT = "cross_entropy_grad"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `make bench` has kept on one machine."""
+
+    lines: list[Line]
+
+    @property
+    def name(self) -> str:
+        """Device and threads."""
+        return table.machine(self.lines)
+
+    def cells(self, **about: str) -> list[list[Line]]:
+        """Lines measured together, ours first, with all cores."""
+        threads = max(line.threads for line in self.lines)
+        cells: dict[tuple, list[Line]] = {}
+        for line in self.lines:
+            if line.threads == threads and all(getattr(line, name) == value for name, value in about.items()):
+                cells.setdefault(line.cell, []).append(line)
+        return list(cells.values())
+
+    def cell(self, door: str, op: str, shape: str, dtype: str = "float32") -> list[Line]:
+        """One framework's; empty where it was not measured."""
+        found = self.cells(op=op, shape=shape, dtype=dtype)
+        return next((cell for cell in found if cell[0].framework.startswith(door)), [])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """All that was measured; the first machine is the one that README shows."""
+
+    machines: list[Machine]
+    scaling: list[Line]
+    errors: list[Error]
+    weights: list[WeightError]
+    trainings: list[confident.Point]
+
+    @property
+    def shown(self) -> Machine:
+        """README's."""
+        return self.machines[0]
+
+    def worst(self, quantity: str, dtype: str, call: str) -> Error:
+        """Over all cases."""
+        key = (quantity, dtype, call, ALL)
+        return next(e for e in self.errors if (e.quantity, e.dtype, e.call, e.case) == key)
+
+
+PAIRS = (  # of the first picture
+    ("torch", "PyTorch: softmax\n1024 x 32,000 (Llama 2's classes)", "softmax", LARGE),
+    ("torch", "PyTorch: cross_entropy and gradient\n1024 x 32,000 (Llama 2's classes)", GRADIENT, LARGE),
+    ("torch", "PyTorch: the same, inplace_backward\n512 x 128,256 (Llama 3's classes)", f"{GRADIENT}_inplace", LARGER),
+    ("torch", "PyTorch: linear_cross_entropy\n2048 x 576 @ 49,152 (SmolLM's head)", "linear_cross_entropy", HEAD),
+    (
+        "jax",
+        "JAX: cross_entropy and gradient\n1024 x 32,000 (Llama 2's classes)",
+        "cross_entropy_value_and_grad",
+        LARGE,
+    ),
+    ("jax", "JAX: linear_cross_entropy\n2048 x 576 @ 49,152 (SmolLM's head)", "linear_cross_entropy", HEAD),
+)
+
+
+def is_whole(machine: Machine) -> bool:
+    """Does it have all that README and its picture show?"""
+    cells = [machine.cell(door, op, shape) for door, _, op, shape in PAIRS] + [machine.cell("torch", GRADIENT, SMALL)]
+    return all(cell and rivals(cell) for cell in cells)
+
+
+def pairs(kept: Kept) -> list[Pair]:
+    """The first picture's bars."""
+    cells = [(door, title, kept.shown.cell(door, op, shape)) for door, title, op, shape in PAIRS]
+    return [Pair(door, title, cell[0], rivals(cell)[0]) for door, title, cell in cells]
+
+
+def machine(kept: Kept) -> str:
+    """The first picture's caption."""
+    loss, head, small = (
+        kept.shown.cell("torch", op, shape)
+        for op, shape in ((GRADIENT, LARGE), ("linear_cross_entropy", HEAD), (GRADIENT, SMALL))
+    )
+    versions = loss[0].framework.split("+")[0], kept.shown.cell("jax", "softmax", LARGE)[0].framework
+    compiled = [_ratio(_line(cell, "torch.compile")) for cell in (loss, head)]
+    beside = f"`torch.compile`, not drawn, takes {compiled[0]} and {compiled[1]} of our time in rows 2 and 4. "
+    errors = [_ulp(kept.worst("gradient", "float32", call).worst_ulp) for call in ("torch_ops", "torch")]
+    return (
+        f"{kept.shown.name}, {versions[0]}, {versions[1]}, float32. The built-ins: `torch.softmax`, `F.cross_entropy`, "
+        f"`F.linear` before it, optax under jit. {beside if all(compiled) else ''}"
+        f"Small calls are the built-in's home: on one row of 50 classes it takes {_ratio(_first(small))} of our time. "
+        f"Worst error of the gradient: ours {errors[0]} ulp, PyTorch's {errors[1]} (no correct digit)."
+    )
+
+
+def overview(kept: Kept) -> str:
+    """Speed, memory and error of each op at one large shape, on the machine that README shows."""
+    rows = []
+    for name, op, quantity in (
+        ("softmax", "softmax", "softmax"),
+        ("log_softmax", "log_softmax", "log_softmax"),
+        ("cross_entropy", "cross_entropy", "loss"),
+        ("cross_entropy and its gradient", GRADIENT, "gradient"),
+        ("the same, `inplace_backward=True`", f"{GRADIENT}_inplace", "gradient"),
+    ):
+        torch = kept.shown.cell("torch", op, LARGE)
+        jax = kept.shown.cell("jax", op.replace("_grad", "_value_and_grad"), LARGE)
+        eager, compiled = (_line(torch, call) for call in ("torch", "torch.compile"))
+        memory = (_mb(line and line.peak_bytes) for line in (torch[0], eager, compiled))
+        errors = (_ulp(kept.worst(quantity, "float32", call).worst_ulp) for call in ("torch_ops", "torch"))
+        rows.append((name, LARGE, _ratio(eager), _ratio(compiled), _ratio(_first(jax)), *memory, *errors))
+    torch, jax = (kept.shown.cell(door, "linear_cross_entropy", HEAD) for door in ("torch", "jax"))
+    eager, compiled = (_line(torch, call) for call in ("F.linear + F.cross_entropy", "torch.compile"))
+    memory = (_mb(line and line.workspace_bytes) for line in (torch[0], eager, compiled))
+    rows.append(("linear_cross_entropy", HEAD, *map(_ratio, (eager, compiled, _first(jax))), *memory, "", ""))
+    for rival in rivals(torch):
+        if rival.call.startswith("F.linear_cross_entropy"):
+            memory = (_mb(torch[0].workspace_bytes), _mb(rival.workspace_bytes))
+            rows.append((f"the same beside {rival.call}", HEAD, _ratio(rival), "", "", *memory, "", "", ""))
+    times = ("PyTorch's time / ours", "torch.compile's", "JAX's")
+    memory = ("our memory, MB", "PyTorch's", "torch.compile's")
+    head = ("float32", "shape", *times, *memory, "our worst error, ulp", "PyTorch's")
+    return f"{kept.shown.name}:\n\n{_markdown(head, rows)}"
+
+
+def _line(cell: Iterable[Line], call: str) -> Line | None:
+    return next((line for line in cell if line.call == call), None)
+
+
+def _first(cell: Iterable[Line]) -> Line | None:
+    return next(iter(rivals(cell)), None)
+
+
+def accuracy(kept: Kept) -> str:
+    """Worst and mean errors, a quantity and type a row."""
+    rows = []
+    for dtype in UNITS:
+        for quantity in QUANTITIES:
+            errors = [kept.worst(quantity, dtype, call) for call in CALLS]
+            rows.append((quantity, dtype, *(f"{_ulp(e.worst_ulp)} ({_ulp(e.mean_ulp)})" for e in errors)))
+    return _markdown(("worst (mean)", "", *CALLS), rows)
+
+
+def weights(kept: Kept) -> str:
+    """What chunks do to a weight's gradient, a call a row."""
+    counts = sorted({e.chunks for e in kept.weights})
+    rows = []
+    for call in dict.fromkeys(e.call for e in kept.weights):
+        mine = {e.chunks: e.relative for e in kept.weights if e.call == call}
+        rows.append((call, *(_power(mine[count], 2) for count in counts)))
+    return _markdown(("chunks", *map(str, counts)), rows)
+
+
+def trainings(kept: Kept) -> str:
+    """The collapse of the softmax at a few steps."""
+    last = max(point.step for point in kept.trainings)
+    due = [step for step in sorted({p.step for p in kept.trainings}) if step and step * 5 % last == 0]
+    rows = [
+        (
+            _percent(point.train_share, 0),
+            point.loss,
+            str(point.step),
+            _power(point.train_loss, 2),
+            *(_percent(share, 1) for share in (point.zero_target_gradient, point.zero_gradient)),
+            *(_percent(share, 1) for share in (point.train_accuracy, point.test_accuracy)),
+        )
+        for point in kept.trainings
+        if point.step in due
+    ]
+    rows.sort(key=lambda row: (row[0], list(confident.LOSSES).index(row[1])))
+    head = (
+        "of all pairs",
+        "loss",
+        "step",
+        "training loss, nats",
+        "gradient 0 at the target",
+        "in every class",
+        "right, training",
+    )
+    return _markdown((*head, "right, test"), rows)
+
+
+def speed(kept: Kept) -> str:
+    """Every machine's shapes and ops: each rival's time by ours."""
+    return "\n\n".join(f"### {one.name}\n\n{_speed(one)}" for one in kept.machines)
+
+
+def _speed(one: Machine) -> str:
+    shapes = list(dict.fromkeys((line.shape, line.dtype) for line in one.lines if "@" not in line.shape))
+    rows = []
+    for door in ("torch", "jax"):
+        for op in dict.fromkeys(line.op for line in one.lines):
+            mine = [c for c in one.cells(op=op) if c[0].framework.startswith(door)]
+            cells = {(c[0].shape, c[0].dtype): c for c in mine if (c[0].shape, c[0].dtype) in shapes}
+            for call in dict.fromkeys(line.call for cell in cells.values() for line in rivals(cell)):
+                found = {at: _ratio(line) for at, cell in cells.items() for line in cell if line.call == call}
+                rows.append((f"`{op}`", call, *(found.get(at, "") for at in shapes)))
+    return _markdown(("its time / ours", "", *(f"{shape} {dtype}" for shape, dtype in shapes)), rows)
+
+
+def heads(kept: Kept) -> str:
+    """The linear head on every machine: each call by ours and by three bare matmuls."""
+    return "\n\n".join(f"### The head: {one.name}\n\n{_heads(one)}" for one in kept.machines)
+
+
+def _heads(one: Machine) -> str:
+    rows = [
+        (
+            line.framework.split()[0],
+            f"{line.shape} {line.dtype}",
+            line.call,
+            _ratio(line),
+            _percent(line.share, 0),
+            _mb(line.workspace_bytes),
+            _mb(line.frozen_bytes),
+        )
+        for cell in one.cells(op="linear_cross_entropy")
+        for line in cell
+        if line.call not in LIMITS
+    ]
+    head = ("", "shape", "call", "its time / ours", "of matmul speed", "workspace, MB", "weight frozen, MB")
+    return _markdown(head, rows)
+
+
+def scaling(kept: Kept) -> str:
+    """Who is faster below which size."""
+    if not kept.scaling:
+        return "Not measured yet: `make scaling`."
+    rows = [
+        (
+            c.framework.split()[0],
+            str(c.threads),
+            f"`{c.op}`",
+            c.call,
+            c.fixed,
+            c.below,
+            "every size" if c.size is None else f"{c.grows} = {c.size}",
+        )
+        for c in crossings(kept.scaling)
+    ]
+    found = _markdown(("", "cores", "op", "beside", "shape", "faster", "below"), rows)
+    return f"![Time and memory by N, V and D](scaling.png)\n\n{table.machine(kept.scaling)}:\n\n{found}"
+
+
+TABLES: dict[str, Callable[[Kept], str]] = {
+    f.__name__: f for f in (machine, overview, accuracy, weights, trainings, speed, heads, scaling)
+}
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
+
+
+def _ratio(line: Line | None) -> str:
+    return "" if line is None else f"{line.ratio:.2f}"
+
+
+def _percent(share: float, digits: int) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _mb(size: int | None) -> str:
+    if size is None:
+        return ""
+    return f"{size / 1e6:.0f}" if size >= 1e8 else f"{size / 1e6:.2g}"
+
+
+def _ulp(value: float) -> str:
+    if 1 <= value < 1e3:
+        return f"{value:.3g}"
+    return f"{value:.2g}" if 0.01 <= value < 1 else _power(value, 2)
+
+
+def _power(value: float, digits: int) -> str:
+    digit, _, power = f"{value:.{digits - 1}e}".partition("e")
+    return f"{digit}e{int(power)}" if value else "0"
