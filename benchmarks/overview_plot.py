@@ -25,8 +25,8 @@ class Pair:
 def draw(path: Path, pairs: Sequence[Pair], machine: str) -> None:
     """Write the picture: two bars a pair, the longer of them the whole width."""
     with palette.sizes():
-        figure = palette.canvas(0.62 * len(pairs) + 1.0)
-        figure.suptitle(f"ours (coloured) and the built-in (gray); float32, {machine}", x=0.01, ha="left")
+        figure = palette.canvas(0.62 * len(pairs) + 1.2)
+        figure.suptitle(f"ours (coloured) and the built-in (gray), float32\n{machine}", x=0.01, ha="left")
         times, memory = figure.subplots(1, 2, sharey=True, width_ratios=(1.15, 1))
         faster = [f"  ({pair.built_in.ratio:.1f}x)" for pair in pairs]
         _draw(times, pairs, lambda line: line.microseconds, _time, faster, 1.2)

@@ -58,7 +58,7 @@ def draw(path: Path, sweeps: Sequence[Swept], machine: str) -> None:
     sweeps = [(sweep, sizes, [line for line in lines if line.threads == threads]) for sweep, sizes, lines in sweeps]
     with palette.sizes():
         figure = palette.canvas(2.15 * len(ROWS))
-        figure.suptitle(f"time and memory as one size grows; lower is better; {machine}", x=0.01, ha="left")
+        figure.suptitle(f"time and memory as one size grows; lower is better\n{machine}", x=0.01, ha="left")
         grid = figure.add_gridspec(len(ROWS), 6)
         for i, row in enumerate(ROWS):
             panels = [panel for name in COLUMNS for panel in _panels(row, name, sweeps)]

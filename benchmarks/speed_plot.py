@@ -25,7 +25,7 @@ def draw(path: Path, cells: Sequence[Sequence[Line]], machine: str) -> None:
     ratios = [ratio for cell in rows for line in rivals(cell) for ratio in (line.ratio_low, line.ratio_high)]
     with palette.sizes():
         figure = palette.canvas(len(ops) * (0.19 * len(shapes) + 0.42) + 1.2)
-        figure.suptitle(f"a rival's time by ours: right of 1 ours is faster; {machine}", x=0.01, ha="left")
+        figure.suptitle(f"a rival's time by ours: right of 1 ours is faster\n{machine}", x=0.01, ha="left")
         grid = figure.subplots(len(ops), len(TITLE), sharex=True, sharey=True, squeeze=False)
         for row, op in zip(grid, ops, strict=True):
             for axes, door in zip(row, TITLE, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 import softmax_ext
+from softmax_ext import built
 
 LIBRARY = "libsoftmax_ext_xla.so"
 _ROWS = [f"{op}_{way}" for op in ("softmax", "log_softmax", "cross_entropy") for way in ("fwd", "bwd")]
@@ -31,7 +32,7 @@ def _find() -> tuple[Any, str]:
             if theirs is None or ours[0] != theirs[0] or ours[1] > theirs[1]:
                 return None, f"{LIBRARY} was built for another FFI version ({ours}) than this jaxlib's ({theirs})"
             return library, ""
-    return None, f"{LIBRARY} was not built: no compiler or no jaxlib headers when the package was installed"
+    return None, f"{LIBRARY} is {built.why_not('jax')}"
 
 
 def _interface() -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import softmax_ext
+from softmax_ext import built
 from torch_ops._modes import is_direct, is_plain
 
 LIBRARY = "libsoftmax_ext_torch.so"
@@ -25,7 +26,7 @@ def _find() -> tuple[Any, str]:
             except OSError as error:  # built for another machine or an older torch
                 return None, f"{LIBRARY} does not load ({error})"
             return ctypes.CDLL(str(path)), ""
-    return None, f"{LIBRARY} was not built: no compiler or no PyTorch headers when the package was installed"
+    return None, f"{LIBRARY} is {built.why_not('torch')}"
 
 
 _library, missing = _find()
