@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -101,12 +102,13 @@ def machine(kept: Kept) -> str:
     compiled = [_ratio(_line(cell, "torch.compile")) for cell in (loss, head)]
     beside = f"`torch.compile`, not drawn, takes {compiled[0]} and {compiled[1]} of our time in rows 2 and 4. "
     errors = [_ulp(kept.worst("gradient", "float32", call).worst_ulp) for call in ("torch_ops", "torch")]
-    return (
+    said = (
         f"{kept.shown.name}, {versions[0]}, {versions[1]}, float32. The built-ins: `torch.softmax`, `F.cross_entropy`, "
         f"`F.linear` before it, optax under jit. {beside if all(compiled) else ''}"
         f"Small calls are the built-in's home: on one row of 50 classes it takes {_ratio(_first(small))} of our time. "
         f"Worst error of the gradient: ours {errors[0]} ulp, PyTorch's {errors[1]} (no correct digit)."
     )
+    return textwrap.fill(said, 120, break_on_hyphens=False, break_long_words=False)
 
 
 def overview(kept: Kept) -> str:
