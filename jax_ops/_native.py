@@ -32,7 +32,7 @@ def _find() -> tuple[Any, str]:
             if theirs is None or ours[0] != theirs[0] or ours[1] > theirs[1]:
                 return None, f"{LIBRARY} was built for another FFI version ({ours}) than this jaxlib's ({theirs})"
             return library, ""
-    return None, f"{LIBRARY} is {built.why_not('jax')}"
+    return None, f"{LIBRARY} is {built.why_not('jax', softmax_ext.__path__)}"
 
 
 def _interface() -> tuple[int, int] | None:

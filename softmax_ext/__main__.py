@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from softmax_ext import __version__, built, machine, reference
+from softmax_ext import __path__, __version__, built, machine, reference
 
 DOORS = {"torch": "torch_ops", "jax": "jax_ops"}
 LOGITS = np.array([[1.1, 2.2, 0.2, -1.7], [60.0, 0.0, 0.0, 0.0], [1e4, 1e4 - 1, -np.inf, 9e3]], dtype=np.float32)
@@ -47,7 +47,7 @@ def report() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu": machine.name(),
         "huge_pages": _huge_pages(),
-        "built": built.doors(),
+        "built": built.doors(__path__),
         "doors": {name: _door(door) for name, door in opened.items()},
         "check": {"type": "float32", "unit": "ulp", "bound": BOUND, "worst": check},
         "holds": holds,

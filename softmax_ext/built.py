@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-
-import softmax_ext
 
 FILE = "built.txt"
 
 
-def doors() -> dict[str, str]:
-    """What became of each door; nothing where the package was not installed."""
-    for folder in softmax_ext.__path__:
+def doors(package: Iterable[str]) -> dict[str, str]:
+    """What became of each door, from the package's folders; nothing where it was not installed."""
+    for folder in package:
         file = Path(folder) / FILE
         if file.exists():
             lines = (line.partition(": ") for line in file.read_text().splitlines())
@@ -19,6 +18,6 @@ def doors() -> dict[str, str]:
     return {}
 
 
-def why_not(door: str) -> str:
+def why_not(door: str, package: Iterable[str]) -> str:
     """Why a door's library is not there."""
-    return doors().get(door, "not built: the package was not installed, or without a compiler and headers")
+    return doors(package).get(door, "not built: the package was not installed, or without a compiler and headers")

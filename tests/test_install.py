@@ -58,12 +58,14 @@ def test_why_nothing_is_built_is_said(tmp_path: Path) -> None:
 
 
 def test_the_reason_reaches_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax_ext, "__path__", [str(tmp_path / "elsewhere"), str(tmp_path)])
-    assert built.doors() == {}
-    assert built.why_not("jax").startswith("not built: the package was not installed")
+    folders = [str(tmp_path / "elsewhere"), str(tmp_path)]
+    assert built.doors(folders) == {}
+    assert built.why_not("jax", folders).startswith("not built: the package was not installed")
     (tmp_path / built.FILE).write_text("torch: built with GNU 12\njax: not built: no jaxlib\n")
-    assert built.doors() == {"torch": "built with GNU 12", "jax": "not built: no jaxlib"}
-    assert built.why_not("jax") == "not built: no jaxlib"
+    assert built.doors(folders) == {"torch": "built with GNU 12", "jax": "not built: no jaxlib"}
+    assert built.why_not("jax", folders) == "not built: no jaxlib"
+    monkeypatch.setattr(report, "__path__", folders)
+    assert report.report()["built"] == {"torch": "built with GNU 12", "jax": "not built: no jaxlib"}
 
 
 def test_one_version() -> None:

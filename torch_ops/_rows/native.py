@@ -26,7 +26,7 @@ def _find() -> tuple[Any, str]:
             except OSError as error:  # built for another machine or an older torch
                 return None, f"{LIBRARY} does not load ({error})"
             return ctypes.CDLL(str(path)), ""
-    return None, f"{LIBRARY} is {built.why_not('torch')}"
+    return None, f"{LIBRARY} is {built.why_not('torch', softmax_ext.__path__)}"
 
 
 _library, missing = _find()
