@@ -15,6 +15,7 @@
 
 namespace softmax_ext::SX_ISA {
 
+enum class Do { fwd, bwd, both };
 enum class RowKind { counted, ignored, invalid };
 
 inline int64_t target_at(const CrossEntropy& a, int64_t r) {

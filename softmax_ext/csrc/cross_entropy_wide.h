@@ -110,8 +110,6 @@ void ce_gradient(const CrossEntropy& a, const T* x, const Y* y, T* out, int64_t 
   if (t >= 0) put(out + t, at_target);
 }
 
-enum class Do { fwd, bwd, both };
-
 // Forward and gradient with one exp per element, left in `kept` meanwhile, which may be `out`, which may be x: integer
 // targets, no more asked.
 template <class T>

@@ -59,6 +59,16 @@ Plan plan(const Layout& y) {
   return {units, grain > 0 ? grain : 1};
 }
 
+static Plan by_rows(int64_t rows, int64_t elements) {
+  int64_t grain = 32768 / (elements > 0 ? elements : 1);
+  return {rows, grain > 0 ? grain : 1};
+}
+Plan plan(const Points& a) { return by_rows(a.layout.outer, a.layout.V); }
+Plan plan(const Picked& a) {
+  if (a.pairs) return {Pairs::units, 1};
+  return by_rows(a.layout.outer, a.K * a.layout.V);
+}
+
 void prepare(CrossEntropy& a) {
   if (!a.weight) {
     a.weight_sum = (double)a.layout.V;

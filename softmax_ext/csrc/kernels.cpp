@@ -1,8 +1,11 @@
 // The kernels for one instruction set: built once per set, with SX_ISA naming the namespace.
+#include "cross_entropy_classes.h"
 #include "cross_entropy_lanes.h"
 #include "cross_entropy_wide.h"
 #include "dispatch.h"
+#include "picked.h"
 #include "planes.h"
+#include "points.h"
 #include "scratch.h"
 #include "softmax.h"
 
@@ -212,6 +215,10 @@ template <class T, class Args, class Rows> bool run_rows(const void* p, int64_t 
 }
 template <class T, Do what> bool run_loss(Fn fn, const void* p, int64_t b, int64_t e) {
   const CrossEntropy& args = *(const CrossEntropy*)p;
+  if (args.ids)
+    return classes_of_rows<T, what>(fn, args, b, e, [](Fn f, const CrossEntropy& one, int64_t from, int64_t to) {
+      return run_as<T>(f, &one, from, to);
+    });
   return way_of(args.layout) == Way::planes ? each_plane<T>(args, b, e, fn) : cross_entropy<T, what>(args, b, e);
 }
 
@@ -224,6 +231,10 @@ template <class T> bool run_as(Fn fn, const void* p, int64_t b, int64_t e) {
     case Fn::cross_entropy_fwd: return run_loss<T, Do::fwd>(fn, p, b, e);
     case Fn::cross_entropy_bwd: return run_loss<T, Do::bwd>(fn, p, b, e);
     case Fn::cross_entropy_fwd_bwd: return run_loss<T, Do::both>(fn, p, b, e);
+    case Fn::points: return points<T>(*(const Points*)p, b, e);
+    case Fn::picked_fwd: return picked_fwd<T>(*(const Picked*)p, b, e);
+    case Fn::picked_input_bwd: return picked_input_bwd<T>(*(const Picked*)p, b, e);
+    case Fn::picked_weight_bwd: return picked_weight_bwd<T>(*(const Picked*)p, b, e);
   }
   return false;
 }

@@ -60,6 +60,65 @@ struct CrossEntropy {
   const void *d_nll, *d_lse, *d_smooth, *d_entropy;  // upstream gradients, F per row, each may be null
   void* dlogits;                              // may be the logits themselves
   double weight_sum = 0;                      // filled by prepare()
+  // K classes a row, (outer, K, inner), in the place of the integer target, which is not read: nll and d_nll then have
+  // this shape, and m and rest are not null in any call. An id of -1 is no class at all (its nll is 0, its d_nll not
+  // read), any other outside [0, V) makes a NaN of its nll and its row's gradient. A row without ids is ignored.
+  const void* ids = nullptr;
+  Target ids_kind = Target::i64;
+  int64_t K = 0;
+};
+
+// What nll says of a class that has no probability, whose nll is infinite: no nll is negative.
+constexpr double masked_nll = -1;
+
+// K points a row on the cumulative sum of exp(z_j - m) in class order, the classes of `except` left out:
+// point k is the first class where the sum passes (k + u_k) / K of `whole`.
+struct Points {
+  Layout layout;  // (N, V, 1)
+  Type type;
+  const void* logits;
+  const void *m, *rest;  // F per row, as cross_entropy leaves them
+  const void* except;    // (N, E) classes; -1 is no class; where E of them are -1 the row has no points
+  Target except_kind;
+  int64_t E;
+  const float* u;        // (N, K), in [0, 1)
+  int64_t K;
+  // Null, or F (N, 3, 2): before, after and whole as sums of two numbers, where other classes lie elsewhere: points in
+  // [before, after) of [0, whole) are found here, others are -1.
+  const void* span;
+  double scale, softcap;
+  int32_t* ids;  // (N, K); -1: no class has any mass
+  void* mass;    // F (N, 2): the whole sum as a sum of two numbers, NaN (and ids 0) in a row without a distribution
+};
+
+// x . W[id], and what follows from it: three products, each one's derivatives the other two. An id of -1 is no class,
+// any other outside [0, V) stands for a row of NaN that takes no gradient.
+struct Picked {
+  Layout layout;  // (N, D, 1)
+  Type type;
+  const void *x, *w;  // (N, D), (V, D)
+  const void* ids;    // (N, K)
+  Target ids_kind;
+  int64_t K, V;
+  void* z;        // F (N, K): x_i . W[id_ik]
+  const void* c;  // F (N, C), 1 <= C <= K: the first of a row's C numbers is that of all leading ids it has none for
+  int64_t C;
+  const void *by, *of_all;  // null, or F: an outer product to begin with, (N,) with (D,) or (V,) with (D,)
+  void* dx;                 // (N, D): by_i of_all + sum_k c_ik W[id_ik]
+  void* dw;                 // (V, D): by_v of_all + sum of c_ik x_i over id_ik = v
+  bool wide;                // dx and dw are of the compute type F, not of T
+  const struct Pairs* pairs = nullptr;  // for dw
+};
+
+// The pairs i K + k of a range of classes in the order of their classes, so that each class is summed by one thread in
+// the order of its pairs: the same bits for any number of threads.
+struct Pairs {
+  static constexpr int64_t units = 64;
+  int64_t from, to;         // the classes
+  const int64_t* start;     // (V + 1,): how many pairs come before class v
+  const uint32_t* small;    // those of the range in order: one of the two, or neither: where one class has more pairs
+  const int64_t* large;     // than there is room for, they are found one by one
+  int64_t unit[units + 1];  // where each unit's classes begin
 };
 
 enum class Fn : int32_t {
@@ -70,6 +129,10 @@ enum class Fn : int32_t {
   cross_entropy_fwd,
   cross_entropy_bwd,
   cross_entropy_fwd_bwd,  // forward and gradient while the row is in cache; m, rest may be null
+  points,
+  picked_fwd,         // z
+  picked_input_bwd,   // dx
+  picked_weight_bwd,  // dw, of the classes that `sorted` has in order
 };
 
 // How a call is cut: units are independent and each writes only its own rows, so any split over any
@@ -80,6 +143,9 @@ struct Plan {
 };
 
 Plan plan(const Layout& layout);
+Plan plan(const Points& args);
+Plan plan(const Picked& args);
+template <class Args> Plan plan(const Args& args) { return plan(args.layout); }
 void prepare(CrossEntropy& args);
 
 // Runs units [begin, end). False: out of memory for scratch space (a few V * 16 values a thread).

@@ -1,100 +1,11 @@
 // The door for PyTorch: LibTorch's stable ABI only, so that one build serves every Python and every torch from
 // TORCH_TARGET_VERSION on. Checks what the kernels rely on, allocates, and hands units to torch's own threads.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <atomic>
-#include <optional>
-#include <vector>
-
-#include "rows.h"
+#include "torch_door.h"
 
 namespace {
 
 using namespace softmax_ext;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-Type type_of(const Tensor& x, const char* op, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::Double: return Type::f64;
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::f16;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float64, bfloat16 or float16.");
-  }
-}
-ScalarType compute_type(Type t) { return t == Type::f64 ? ScalarType::Double : ScalarType::Float; }
-
-Layout layout_of(const Tensor& x, int64_t dim, const char* op) {
-  STD_TORCH_CHECK(x.is_cpu(), op, ": the native kernels serve CPU tensors.");
-  int64_t d = x.dim();
-  STD_TORCH_CHECK(dim >= 0 && dim < d, op, ": dim must lie in [0, ", d, "); got ", dim, ".");
-  STD_TORCH_CHECK(x.size(dim) > 0, op, ": the native kernels need at least one class.");
-  Layout y{1, x.size(dim), 1};
-  for (int64_t i = 0; i < dim; ++i) y.outer *= x.size(i);
-  for (int64_t i = dim + 1; i < d; ++i) y.inner *= x.size(i);
-  return y;
-}
-
-// The built-ins take any strides; an upstream gradient is often expanded, with stride 0.
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-void check_like(const Tensor& x, const Tensor& like, const char* op, const char* name) {
-  bool same = x.is_cpu() && x.dim() == like.dim() && x.scalar_type() == like.scalar_type();
-  for (int64_t i = 0; same && i < like.dim(); ++i) same = x.size(i) == like.size(i);
-  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape, type and device of the first argument.");
-}
-
-void check_rows(const Tensor& x, const Tensor& of, int64_t dim, ScalarType type, const char* op, const char* name) {
-  bool same = x.is_cpu() && x.dim() == of.dim() - 1 && x.scalar_type() == type;
-  for (int64_t i = 0; same && i < of.dim() - 1; ++i) same = x.size(i) == of.size(i < dim ? i : i + 1);
-  STD_TORCH_CHECK(same, op, ": ", name, " must have one entry per row, in the right type.");
-}
-
-Tensor new_rows(const Tensor& of, int64_t dim, ScalarType type) {
-  int64_t sizes[64];
-  int64_t d = of.dim();
-  STD_TORCH_CHECK(d <= 64, "softmax_ext: at most 64 dimensions.");
-  for (int64_t i = 0; i < d - 1; ++i) sizes[i] = of.size(i < dim ? i : i + 1);
-  AtenTensorHandle h;
-  int64_t strides[64], s = 1;
-  for (int64_t i = d - 2; i >= 0; --i) strides[i] = s, s *= sizes[i] > 0 ? sizes[i] : 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      d - 1, sizes, strides, type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &h));
-  return Tensor(h);
-}
-
-Tensor new_like(const Tensor& x) {  // contiguous, whatever the strides of x
-  int64_t sizes[64], strides[64], s = 1, d = x.dim();
-  STD_TORCH_CHECK(d <= 64, "softmax_ext: at most 64 dimensions.");
-  for (int64_t i = d - 1; i >= 0; --i) sizes[i] = x.size(i), strides[i] = s, s *= sizes[i] > 0 ? sizes[i] : 1;
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle h;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(d, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &h));
-  Tensor y(h);
-  advise_huge_pages(y.data_ptr(), s * (int64_t)x.element_size());
-  return y;
-}
-
-template <class Args> void run_all(Fn fn, const Args& args) {
-  if (args.layout.rows() == 0) return;
-  Plan p = plan(args.layout);
-  std::atomic<bool> ok{true};
-  auto part = [&](int64_t begin, int64_t end) {
-    if (!run(fn, &args, begin, end)) ok = false;
-  };
-  if (p.units <= p.grain) part(0, p.units);
-  else torch::stable::parallel_for(0, p.units, p.grain, part);
-  STD_TORCH_CHECK(ok, "softmax_ext: out of memory for scratch space.");
-}
+using namespace softmax_ext::door;
 
 Tensor softmax_fwd(const Tensor& x0, int64_t dim) {
   const char* op = "softmax_fwd";
@@ -147,6 +58,13 @@ struct Checked {
     alive.push_back(dense(x));
     return alive.back().data_ptr();
   }
+  // K a row, along the classes' dimension
+  void classes(const Tensor& x, const Tensor& logits, int64_t dim, ScalarType type, const char* op, const char* name) {
+    bool same = x.is_cpu() && x.dim() == logits.dim() && x.scalar_type() == type;
+    for (int64_t i = 0; same && i < logits.dim(); ++i)
+      same = i == dim ? !a.ids || x.size(i) == a.K : x.size(i) == logits.size(i);
+    STD_TORCH_CHECK(same, op, ": ", name, " must have K entries per row, in the right type.");
+  }
 };
 
 Checked check_inputs(const Tensor& logits, const Tensor& target, const MaybeTensor& weight, int64_t dim, double scale,
@@ -156,9 +74,16 @@ Checked check_inputs(const Tensor& logits, const Tensor& target, const MaybeTens
   c.a.layout = layout_of(logits, dim, op);
   c.a.type = type_of(logits, op, "logits");
   ScalarType F = compute_type(c.a.type), t = target.scalar_type();
-  if (t == ScalarType::Long || t == ScalarType::Int) {
+  Target integers = t == ScalarType::Long ? Target::i64 : Target::i32;
+  if ((t == ScalarType::Long || t == ScalarType::Int) && target.dim() == logits.dim()) {
+    c.classes(target, logits, dim, t, op, "target");
+    c.a.ids_kind = integers;
+    c.a.K = target.size(dim);
+    c.a.ids = c.keep(target);
+    if (!c.a.ids) c.a.ids = &c.a.K;  // no ids at all: not read, but not absent
+  } else if (t == ScalarType::Long || t == ScalarType::Int) {
     check_rows(target, logits, dim, t, op, "target");
-    c.a.target_kind = t == ScalarType::Long ? Target::i64 : Target::i32;
+    c.a.target_kind = integers;
   } else {
     bool same = target.is_cpu() && target.dim() == logits.dim() && (t == F || t == logits.scalar_type());
     for (int64_t i = 0; same && i < logits.dim(); ++i) same = target.size(i) == logits.size(i);
@@ -166,7 +91,7 @@ Checked check_inputs(const Tensor& logits, const Tensor& target, const MaybeTens
     c.a.target_kind = t == F ? Target::dense_compute_type : Target::dense_logits_type;
   }
   c.a.logits = c.keep(logits);
-  c.a.target = c.keep(target);
+  if (!c.a.ids) c.a.target = c.keep(target);
   if (weight) {
     STD_TORCH_CHECK(weight->is_cpu() && weight->dim() == 1 && weight->size(0) == c.a.layout.V &&
                         weight->scalar_type() == F,
@@ -180,7 +105,8 @@ Checked check_inputs(const Tensor& logits, const Tensor& target, const MaybeTens
   return c;
 }
 
-std::vector<Tensor> add_results(Checked& c, const Tensor& logits, int64_t dim, bool smooth, bool entropy) {
+std::vector<Tensor> add_results(Checked& c, const Tensor& logits, const Tensor& target, int64_t dim, bool smooth,
+                                bool entropy) {
   ScalarType F = compute_type(c.a.type);
   std::vector<Tensor> out;
   out.reserve(6);
@@ -188,7 +114,14 @@ std::vector<Tensor> add_results(Checked& c, const Tensor& logits, int64_t dim, b
     out.push_back(new_rows(logits, dim, F));
     return out.back().data_ptr();
   };
-  c.a.nll = next();
+  if (c.a.ids) {
+    int64_t sizes[64];
+    for (int64_t i = 0; i < target.dim(); ++i) sizes[i] = target.size(i);
+    out.push_back(new_of(target.dim(), sizes, dtype_of(F)));
+    c.a.nll = out.back().data_ptr();
+  } else {
+    c.a.nll = next();
+  }
   c.a.lse = next();
   if (smooth) c.a.smooth = next();
   if (entropy) c.a.entropy = next();
@@ -204,7 +137,12 @@ void add_upstream(Checked& c, const Tensor& logits, int64_t dim, const MaybeTens
     check_rows(*d, logits, dim, compute_type(c.a.type), op, name);
     return c.keep(*d);
   };
-  c.a.d_nll = one(d_nll, "d_nll");
+  if (c.a.ids && d_nll) {
+    c.classes(*d_nll, logits, dim, compute_type(c.a.type), op, "d_nll");
+    c.a.d_nll = c.keep(*d_nll);
+  } else {
+    c.a.d_nll = one(d_nll, "d_nll");
+  }
   c.a.d_lse = one(d_lse, "d_lse");
   c.a.d_smooth = one(d_smooth, "d_smooth");
   c.a.d_entropy = one(d_entropy, "d_entropy");
@@ -219,7 +157,7 @@ std::vector<Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& target
                                       int64_t dim, double scale, std::optional<double> softcap, bool smooth,
                                       bool entropy) {
   Checked c = check_inputs(logits, target, weight, dim, scale, softcap, "cross_entropy_fwd");
-  std::vector<Tensor> out = add_results(c, logits, dim, smooth, entropy);
+  std::vector<Tensor> out = add_results(c, logits, target, dim, smooth, entropy);
   run_all(Fn::cross_entropy_fwd, c.a);
   return out;
 }
@@ -270,7 +208,7 @@ std::vector<Tensor> cross_entropy_fwd_bwd_(const Tensor& logits, const Tensor& t
   void* dlogits = in_place(logits, op);
   Checked c = check_inputs(logits, target, weight, dim, scale, softcap, op);
   add_upstream(c, logits, dim, d_nll, d_lse, d_smooth, d_entropy, op);
-  std::vector<Tensor> out = add_results(c, logits, dim, smooth, entropy);
+  std::vector<Tensor> out = add_results(c, logits, target, dim, smooth, entropy);
   c.a.dlogits = dlogits;
   run_all(Fn::cross_entropy_fwd_bwd, c.a);
   return out;

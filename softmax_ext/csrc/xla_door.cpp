@@ -2,116 +2,12 @@
 // layout from the buffers and the `axis` attribute, and hands units to XLA's own threads.
 //
 // Arguments and results that may be absent come in a fixed order, those present named by boolean attributes.
-#include <atomic>
-#include <condition_variable>
-#include <memory>
-#include <mutex>
-#include <string>
-
-#include "rows.h"
-#include "xla/ffi/api/ffi.h"
+#include "xla_door.h"
 
 namespace {
 
 using namespace softmax_ext;
-namespace ffi = xla::ffi;
-using ffi::AnyBuffer;
-using ffi::DataType;
-using ffi::Error;
-using Out = ffi::Result<AnyBuffer>;
-
-Error wrong(const char* op, const std::string& what) {
-  return Error::InvalidArgument(std::string("softmax_ext_") + op + ": " + what);
-}
-
-// Work shared with the pool. Only a claimed chunk is waited for: a task that never starts (all of the pool's threads
-// may be inside handlers like this one) claims nothing, and one that starts late finds nothing left.
-struct Shared {
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> ok{true};
-  int64_t units, chunk, chunks, done = 0;
-  Fn fn;
-  const void* args;  // lives in the caller, who returns only after the last chunk
-  std::mutex mutex;
-  std::condition_variable finished;
-
-  void work() {
-    int64_t mine = 0;
-    for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks; ++mine) {
-      int64_t begin = c * chunk, end = begin + chunk < units ? begin + chunk : units;
-      if (!run(fn, args, begin, end)) ok = false;
-    }
-    if (mine == 0) return;
-    std::lock_guard<std::mutex> lock(mutex);
-    if ((done += mine) == chunks) finished.notify_all();
-  }
-};
-
-template <class Args> Error run_all(ffi::ThreadPool& pool, Fn fn, const Args& args) {
-  if (args.layout.V == 0) return Error::InvalidArgument("softmax_ext: the native kernels need at least one class.");
-  if (args.layout.rows() == 0) return Error::Success();
-  Plan p = plan(args.layout);
-  bool ok = true;
-  int64_t threads = p.units > p.grain ? pool.num_threads() : 1;
-  if (threads <= 1) {
-    ok = run(fn, &args, 0, p.units);
-  } else {
-    auto shared = std::make_shared<Shared>();
-    shared->units = p.units;
-    shared->chunk = p.units / (threads * 4) > p.grain ? p.units / (threads * 4) : p.grain;
-    shared->chunks = (p.units + shared->chunk - 1) / shared->chunk;
-    shared->fn = fn;
-    shared->args = &args;
-    int64_t helpers = threads - 1 < shared->chunks - 1 ? threads - 1 : shared->chunks - 1;
-    for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->work(); });
-    shared->work();
-    std::unique_lock<std::mutex> lock(shared->mutex);
-    shared->finished.wait(lock, [&] { return shared->done == shared->chunks; });
-    ok = shared->ok;
-  }
-  return ok ? Error::Success() : Error(ffi::ErrorCode::kResourceExhausted, "softmax_ext: out of memory for scratch space.");
-}
-
-bool type_of(DataType t, Type& out) {
-  switch (t) {
-    case DataType::F32: out = Type::f32; return true;
-    case DataType::F64: out = Type::f64; return true;
-    case DataType::BF16: out = Type::bf16; return true;
-    case DataType::F16: out = Type::f16; return true;
-    default: return false;
-  }
-}
-DataType compute_type(Type t) { return t == Type::f64 ? DataType::F64 : DataType::F32; }
-
-bool layout_of(const AnyBuffer& x, int64_t axis, Layout& y) {
-  auto d = x.dimensions();
-  int64_t n = (int64_t)d.size();
-  if (axis < 0 || axis >= n) return false;
-  y = {1, d[axis], 1};
-  for (int64_t i = 0; i < axis; ++i) y.outer *= d[i];
-  for (int64_t i = axis + 1; i < n; ++i) y.inner *= d[i];
-  return true;
-}
-bool same_shape(const AnyBuffer& a, const AnyBuffer& b) {
-  auto x = a.dimensions(), y = b.dimensions();
-  bool same = x.size() == y.size();
-  for (size_t i = 0; same && i < x.size(); ++i) same = x[i] == y[i];
-  return same;
-}
-bool like(const AnyBuffer& a, const AnyBuffer& b) { return a.element_type() == b.element_type() && same_shape(a, b); }
-bool rows_of(const AnyBuffer& r, const AnyBuffer& x, int64_t axis) {
-  auto a = r.dimensions(), b = x.dimensions();
-  bool same = a.size() + 1 == b.size();
-  for (int64_t i = 0; same && i < (int64_t)a.size(); ++i) same = a[i] == b[i < axis ? i : i + 1];
-  return same;
-}
-bool rows_of(const AnyBuffer& r, const AnyBuffer& x, int64_t axis, Type type) {
-  return r.element_type() == compute_type(type) && rows_of(r, x, axis);
-}
-void* fresh(Out& y) {
-  advise_huge_pages(y->untyped_data(), (int64_t)y->size_bytes());
-  return y->untyped_data();
-}
+using namespace softmax_ext::door;
 
 #define SX_HEAD(op, first)                                                                      \
   Type type;                                                                                    \
@@ -183,14 +79,21 @@ struct CeCall {
     if (!type_of(logits.element_type(), a.type)) return void(error = "unsupported element type.");
     if (!layout_of(logits, axis, a.layout)) return void(error = "axis is out of range.");
     DataType t = target.element_type();
-    if ((t == DataType::S64 || t == DataType::S32) && rows_of(target, logits, axis))
-      a.target_kind = t == DataType::S64 ? Target::i64 : Target::i32;
+    const bool integers = t == DataType::S64 || t == DataType::S32;
+    const Target kind = t == DataType::S64 ? Target::i64 : Target::i32;
+    if (integers && classes_of(target, logits, axis)) {
+      a.ids_kind = kind;
+      a.K = target.dimensions()[axis];
+      a.ids = target.untyped_data();
+      if (!a.ids) a.ids = &a.K;  // no ids at all: not read, but not absent
+    } else if (integers && rows_of(target, logits, axis))
+      a.target_kind = kind;
     else if (t == compute_type(a.type) && same_shape(target, logits))
       a.target_kind = Target::dense_compute_type;
     else if (like(target, logits))
       a.target_kind = Target::dense_logits_type;
     else
-      return void(error = "target must hold int32 or int64, one per row, or have the logits' shape and type.");
+      return void(error = "target must hold int32 or int64, one or K per row, or have the logits' shape and type.");
     if (!(scale > 0)) return void(error = "scale must be positive.");
     a.logits = logits.untyped_data();
     a.target = target.untyped_data();
@@ -211,6 +114,17 @@ struct CeCall {
     if (!error.empty() || !next.take(wanted, b)) return nullptr;
     if (!rows_of(b, logits, axis, a.type)) {
       error = "a row-shaped buffer must have one entry per row, in the compute type.";
+      return nullptr;
+    }
+    return b.untyped_data();
+  }
+  // nll and its gradient: as the target, one or K per row
+  template <class R> void* own(Next<R>& next, bool wanted, const AnyBuffer& logits, int64_t axis) {
+    if (!a.ids) return row(next, wanted, logits, axis);
+    AnyBuffer b(nullptr_buffer());
+    if (!error.empty() || !next.take(wanted, b)) return nullptr;
+    if (b.element_type() != compute_type(a.type) || !classes_of(b, logits, axis) || b.dimensions()[axis] != a.K) {
+      error = "nll and its gradient must have the target's shape, in the compute type.";
       return nullptr;
     }
     return b.untyped_data();
@@ -247,7 +161,7 @@ Error cross_entropy_fwd(ffi::ThreadPool pool, AnyBuffer logits, AnyBuffer target
   Next<ffi::RemainingArgs> in{"cross_entropy_fwd", args, 0, {}};
   Next<ffi::RemainingRets> out{"cross_entropy_fwd", rets, 0, {}};
   c.a.weight = c.weight(in, weight);
-  c.a.nll = c.row(out, true, logits, axis);
+  c.a.nll = c.own(out, true, logits, axis);
   c.a.lse = c.row(out, true, logits, axis);
   c.a.smooth = c.row(out, smooth, logits, axis);
   c.a.entropy = c.row(out, entropy, logits, axis);
@@ -266,7 +180,7 @@ Error cross_entropy_bwd(ffi::ThreadPool pool, AnyBuffer logits, AnyBuffer target
   c.a.weight = c.weight(in, weight);
   c.a.m = c.row(in, true, logits, axis);
   c.a.rest = c.row(in, true, logits, axis);
-  c.a.d_nll = c.row(in, d_nll, logits, axis);
+  c.a.d_nll = c.own(in, d_nll, logits, axis);
   c.a.d_lse = c.row(in, d_lse, logits, axis);
   c.a.d_smooth = c.row(in, d_smooth, logits, axis);
   c.a.d_entropy = c.row(in, d_entropy, logits, axis);
@@ -282,12 +196,12 @@ Error cross_entropy_fwd_bwd(ffi::ThreadPool pool, AnyBuffer logits, AnyBuffer ta
   Next<ffi::RemainingArgs> in{"cross_entropy_fwd_bwd", args, 0, {}};
   Next<ffi::RemainingRets> out{"cross_entropy_fwd_bwd", rets, 0, {}};
   c.a.weight = c.weight(in, weight);
-  c.a.d_nll = c.row(in, d_nll, logits, axis);
+  c.a.d_nll = c.own(in, d_nll, logits, axis);
   c.a.d_lse = c.row(in, d_lse, logits, axis);
   c.a.d_smooth = c.row(in, d_smooth, logits, axis);
   c.a.d_entropy = c.row(in, d_entropy, logits, axis);
   c.a.dlogits = c.gradient(out, logits);
-  c.a.nll = c.row(out, true, logits, axis);
+  c.a.nll = c.own(out, true, logits, axis);
   c.a.lse = c.row(out, true, logits, axis);
   c.a.smooth = c.row(out, smooth, logits, axis);
   c.a.entropy = c.row(out, entropy, logits, axis);
@@ -295,8 +209,6 @@ Error cross_entropy_fwd_bwd(ffi::ThreadPool pool, AnyBuffer logits, AnyBuffer ta
   c.a.rest = c.row(out, true, logits, axis);
   return c.finish("cross_entropy_fwd_bwd", pool, Fn::cross_entropy_fwd_bwd, in, out);
 }
-
-auto row_binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 auto cross_entropy_binding() {
   return row_binding()
