@@ -4,7 +4,7 @@ Knows shapes and type names only, never arrays, so both frameworks share every r
 """
 
 from softmax_ext.contract.arrays import FLOATS, Array, at_least_1d, dimension, floating
-from softmax_ext.contract.losses import linear_loss, loss
+from softmax_ext.contract.losses import linear_at, linear_loss, loss
 from softmax_ext.contract.options import (
     MEMORY,
     ON_ALL_IGNORED,
@@ -15,6 +15,8 @@ from softmax_ext.contract.options import (
     flag,
     head_options,
     is_integer,
+    key_of_samples,
+    sampling,
 )
 from softmax_ext.contract.sentences import (
     ArgumentIndexError,
@@ -26,6 +28,7 @@ from softmax_ext.contract.sentences import (
     fail_type,
     fail_value,
     rows_differ_elsewhere,
+    second_derivative_of_samples,
     target_out_of_range,
     target_out_of_range_elsewhere,
 )
@@ -53,9 +56,13 @@ __all__ = [
     "floating",
     "head_options",
     "is_integer",
+    "key_of_samples",
+    "linear_at",
     "linear_loss",
     "loss",
     "rows_differ_elsewhere",
+    "sampling",
+    "second_derivative_of_samples",
     "target_out_of_range",
     "target_out_of_range_elsewhere",
 ]

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from softmax_ext.contract.arrays import Array, an_array, at_least_1d, floating, same_device, same_type
-from softmax_ext.contract.options import LossOptions, head_options
+from softmax_ext.contract.arrays import FLOATS, Array, an_array, at_least_1d, floating, same_device, same_type
+from softmax_ext.contract.options import LossOptions, head_options, sampling
 from softmax_ext.contract.sentences import fail_type, fail_value, shape_words, wrong_value
+
+# Class indices or probabilities; or a pair of both, ids and the probabilities of K classes a row.
+Target = Array | None | tuple[Array | None, ...] | list[Array | None]
 
 
 def loss(
     op: str,
     input: Array,
-    target: Array | None,
+    target: Target,
     weight: Array | None,
     token_weight: Array | None,
     *,
     options: LossOptions,
     axis: int,
 ) -> bool:
-    """Check a loss on logits of class dimension `axis` (non-negative); True when targets are soft."""
+    """Check a loss on logits of class dimension `axis` (non-negative); True when targets are soft (a pair is not)."""
     options.check(op)
     floating(op, "input", input)
     rows = input.shape[:axis] + input.shape[axis + 1 :]
@@ -30,7 +33,7 @@ def linear_loss(
     op: str,
     input: Array | None,
     linear_weight: Array | None,
-    target: Array | None,
+    target: Target,
     linear_bias: Array | None,
     weight: Array | None,
     token_weight: Array | None,
@@ -39,14 +42,17 @@ def linear_loss(
     shift: Any,
     memory: Any,
     chunk_size: Any,
+    grad_samples: Any = None,
 ) -> bool:
-    """Check the loss of a linear layer's logits; True when targets are soft.
+    """Check the loss of a linear layer's logits; True when targets are soft (a pair is not).
 
     Shapes: input (..., D), linear_weight (V, D), target (...) or (..., V); or input (N, D),
     linear_weight (V, d1, .., dK, D), target (N, d1, .., dK) or (N, V, d1, .., dK).
+    A pair (ids, probabilities) has K where soft targets have V.
     """
     options.check(op)
     head_options(op, shift, memory, chunk_size)
+    sampling(op, grad_samples, memory)
     input = at_least_1d(op, "input", input)
     floating(op, "input", input)
     linear_weight = an_array(op, "linear_weight", linear_weight)
@@ -73,7 +79,44 @@ def linear_loss(
     # K-dimensional logits have their classes at dimension 1, as torch's losses; others at the last.
     axis = 1 if inner else len(lead)
     full = (*lead, classes, *inner)
-    return _targets_and_weights(op, input, full, lead + inner, axis, target, weight, token_weight, options, "logits'")
+    soft = _targets_and_weights(op, input, full, lead + inner, axis, target, weight, token_weight, options, "logits'")
+    if soft and grad_samples is not None:
+        wrong_value(op, "grad_samples", "be None with class probabilities as targets", grad_samples)
+    return soft
+
+
+def linear_at(
+    op: str,
+    input: Array | None,
+    linear_weight: Array | None,
+    ids: Array | None,
+    linear_bias: Array | None,
+    ignored: Any,
+) -> None:
+    """Check the logits of K classes a row: input (..., D), linear_weight (V, D), ids (..., K), linear_bias (V,)."""
+    LossOptions(ignore_index=ignored).check(op)
+    input = at_least_1d(op, "input", input)
+    floating(op, "input", input)
+    linear_weight = an_array(op, "linear_weight", linear_weight)
+    same_type(op, "linear_weight", linear_weight, input)
+    if len(linear_weight.shape) != 2 or linear_weight.shape[1] != input.shape[-1]:
+        rule = f"have 2 dimensions, the last {input.shape[-1]} (the input's)"
+        fail_value(op, "linear_weight", rule, shape_words(linear_weight.shape))
+    ids = an_array(op, "ids", ids)
+    if ids.kind != "int":
+        fail_type(op, "ids", "have an integer type", ids.dtype)
+    if ids.shape[:-1] != input.shape[:-1] or len(ids.shape) != len(input.shape):
+        lead = ", ".join(map(str, (*input.shape[:-1], "K"))) + ("," if len(input.shape) == 1 else "")
+        fail_value(op, "ids", f"have shape ({lead})", shape_words(ids.shape))
+    if linear_bias is not None:
+        same_type(op, "linear_bias", linear_bias, input)
+        if linear_bias.shape != linear_weight.shape[:1]:
+            fail_value(
+                op, "linear_bias", f"have shape {shape_words(linear_weight.shape[:1])}", shape_words(linear_bias.shape)
+            )
+    for name, array in (("linear_weight", linear_weight), ("ids", ids), ("linear_bias", linear_bias)):
+        if array is not None:
+            same_device(op, name, array, input)
 
 
 def _targets_and_weights(
@@ -82,15 +125,18 @@ def _targets_and_weights(
     full: tuple[int, ...],
     rows: tuple[int, ...],
     axis: int,
-    target: Array | None,
+    target: Target,
     weight: Array | None,
     token_weight: Array | None,
     options: LossOptions,
     of: str,
 ) -> bool:
     """The rules every loss shares, for logits of shape `full`: whether targets are soft."""
-    target = an_array(op, "target", target)
-    soft = _is_soft(op, full, rows, target, of)
+    if isinstance(target, tuple | list):
+        of_target, soft = _pair(op, full, axis, target), False
+    else:
+        of_target = [an_array(op, "target", target)]
+        soft = _is_soft(op, full, rows, of_target[0], of)
     if soft and options.ignored >= 0:
         rule = "be negative with class probabilities as targets"
         wrong_value(op, "ignore_index", rule, options.ignore_index)
@@ -105,8 +151,30 @@ def _targets_and_weights(
             if array.shape != shape:
                 fail_value(op, name, f"have shape {shape_words(shape)}", shape_words(array.shape))
             same_device(op, name, array, input)
-    same_device(op, "target", target, input)
+    for array in of_target:
+        same_device(op, "target", array, input)
     return soft
+
+
+def _pair(
+    op: str, full: tuple[int, ...], axis: int, target: tuple[Array | None, ...] | list[Array | None]
+) -> list[Array]:
+    """The facts of a sparse target's ids and probabilities."""
+    if len(target) != 2:
+        count = f"a {type(target).__name__} of {len(target)}"
+        fail_type(op, "target", "be an array or a pair (ids, probabilities)", count)
+    ids, probabilities = (an_array(op, "target", array) for array in target)
+    if ids.kind != "int":
+        fail_type(op, "target", "have ids of an integer type in its pair", ids.dtype)
+    if probabilities.dtype not in FLOATS:
+        fail_type(op, "target", "have probabilities of a floating type in its pair", probabilities.dtype)
+    k = ids.shape[axis] if len(ids.shape) == len(full) else "K"
+    wanted = (*full[:axis], k, *full[axis + 1 :])
+    for name, array in (("ids", ids), ("probabilities", probabilities)):
+        if array.shape != wanted:
+            words = "(" + ", ".join(map(str, wanted)) + ("," if len(wanted) == 1 else "") + ")"
+            fail_value(op, "target", f"have {name} of shape {words} in its pair", shape_words(array.shape))
+    return [ids, probabilities]
 
 
 def _is_soft(op: str, full: tuple[int, ...], rows: tuple[int, ...], target: Array, of: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from softmax_ext.contract.sentences import (
     ArgumentTypeError,
     ReductionTypeError,
+    fail_value,
     sentence,
     words,
     wrong_type,
@@ -91,6 +92,26 @@ def head_options(op: str, shift: Any, memory: Any, chunk_size: Any) -> None:
         wrong_type(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
     if chunk_size is not None and chunk_size < 1:
         wrong_value(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
+
+
+def sampling(op: str, grad_samples: Any, memory: Any = "fast") -> None:
+    """Raise unless the number of points a row's gradient is sampled at is within its rule."""
+    if grad_samples is None:
+        return
+    if not is_integer(grad_samples):
+        wrong_type(op, "grad_samples", "be a Python integer >= 1 or None", grad_samples)
+    if grad_samples < 1:
+        wrong_value(op, "grad_samples", "be a Python integer >= 1 or None", grad_samples)
+    if memory == "lean":
+        wrong_value(op, "grad_samples", "be None with memory='lean'", grad_samples)
+
+
+def key_of_samples(op: str, grad_samples: Any, has_key: bool) -> None:
+    """Raise unless a key is given exactly where gradients are sampled."""
+    if grad_samples is not None and not has_key:
+        wrong_type(op, "key", "be a jax.random key with grad_samples", None)
+    if grad_samples is None and has_key:
+        fail_value(op, "key", "be None without grad_samples", "a key")
 
 
 def axis_names(op: str, axis_name: Any) -> tuple[str, ...]:

@@ -69,10 +69,16 @@ def wrong_value(op: str, name: str, rule: str, value: Any) -> NoReturn:
     fail_value(op, name, rule, words(value))
 
 
-def target_out_of_range(op: str, classes: int, ignored: int, value: int, row: int) -> IndexError:
+def target_out_of_range(op: str, classes: int, ignored: int, value: int, row: int, name: str = "target") -> IndexError:
     """The error for a class index that names no class, told with its row and value."""
     rule = f"be in [0, {classes}) or ignore_index ({ignored})"
-    return ArgumentIndexError(sentence(op, "target", rule, f"{value} at row {row}"))
+    return ArgumentIndexError(sentence(op, name, rule, f"{value} at row {row}"))
+
+
+def second_derivative_of_samples(op: str) -> NotImplementedError:
+    """The error for a derivative of a sampled gradient, whose points have none."""
+    rule = "be None where a gradient is differentiated again"
+    return NotImplementedError(sentence(op, "grad_samples", rule, "a second derivative"))
 
 
 def target_out_of_range_elsewhere(op: str, classes: int, ignored: int) -> IndexError:

@@ -10,6 +10,7 @@ Sums run in long double where the machine has one, so the float64 handed back is
 digits. Losses are in nats. Nothing here checks its arguments: the contract does.
 """
 
+from softmax_ext.reference.classes import linear_at, linear_at_grad, points
 from softmax_ext.reference.head import linear_cross_entropy, linear_cross_entropy_grad
 from softmax_ext.reference.probabilities import (
     log_softmax,
@@ -24,10 +25,13 @@ from softmax_ext.reference.rows import cross_entropy, cross_entropy_grad
 __all__ = [
     "cross_entropy",
     "cross_entropy_grad",
+    "linear_at",
+    "linear_at_grad",
     "linear_cross_entropy",
     "linear_cross_entropy_grad",
     "log_softmax",
     "log_softmax_vjp",
+    "points",
     "softmax",
     "softmax_jacobian",
     "softmax_jvp",

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from softmax_ext.contract import LossOptions
 from softmax_ext.reference.arithmetic import WIDE, Array, quiet, wide
+from softmax_ext.reference.classes import Pair
 from softmax_ext.reference.rows import Rows, gradient_of, loss_of, rows_of, stats_of
 
 
@@ -20,24 +21,23 @@ class _Head(NamedTuple):
     x: Array  # (R, D)
     w: Array  # (V, P, D)
     rows: Rows  # of logits (R, P, V)
-    shape: tuple[int, ...]  # of the losses
+    lead: tuple[int, ...]  # the losses' shape: the rows', then the positions'
+    inner: tuple[int, ...]
 
 
 def _head(
     input: ArrayLike,
     linear_weight: ArrayLike,
-    target: ArrayLike,
+    target: Any,
     bias: ArrayLike | None,
     weight: ArrayLike | None,
     token_weight: ArrayLike | None,
     shift: int,
     o: LossOptions,
 ) -> _Head:
-    x, w, t = wide(input), wide(linear_weight), np.asarray(target)
-    soft = t.dtype.kind not in "iu"
+    x, w = wide(input), wide(linear_weight)
     if shift:  # position i is judged by the target k further on
         x = x[..., : max(x.shape[-2] - shift, 0), :]
-        t = t[..., shift:, :] if soft else t[..., shift:]
         token_weight = None if token_weight is None else np.asarray(token_weight)[..., shift:]
     lead, (classes, *inner, features) = x.shape[:-1], w.shape
     flat = (math.prod(lead), math.prod(inner))
@@ -46,16 +46,38 @@ def _head(
     z = z.reshape(flat[0], classes, flat[1])
     if bias is not None:
         z = z + wide(bias).reshape(classes, flat[1])
-    t = np.moveaxis(t.reshape(z.shape), 1, -1) if soft else t.reshape(flat)
+
+    def laid_out(t: Array, soft: bool) -> Array:
+        if shift:
+            t = t[..., shift:, :] if soft else t[..., shift:]
+        return np.moveaxis(t.reshape(flat[0], t.shape[len(lead)], flat[1]), 1, -1) if soft else t.reshape(flat)
+
+    if isinstance(target, tuple | list):
+        t = Pair(*(laid_out(np.asarray(a), True) for a in target))
+    else:
+        t = laid_out(np.asarray(target), np.asarray(target).dtype.kind not in "iu")
     tw = None if token_weight is None else wide(token_weight).reshape(flat)
-    return _Head(x, w, rows_of(np.moveaxis(z, 1, -1), t, weight, tw, o), (*lead, *inner))
+    return _Head(x, w, rows_of(np.moveaxis(z, 1, -1), t, weight, tw, o), lead, tuple(inner))
+
+
+def _as_given(value: Array, h: _Head) -> Array:
+    """(R, P) in the losses' shape; (R, P, K) with K where the target had it."""
+    if value.ndim == 2:
+        return value.reshape((*h.lead, *h.inner))
+    return np.moveaxis(value, -1, 1).reshape(*h.lead, value.shape[-1], *h.inner)
+
+
+def _laid_out(value: Array, h: _Head, k: bool) -> Array:
+    """`_as_given`, the other way."""
+    flat = (math.prod(h.lead), math.prod(h.inner))
+    return np.moveaxis(value.reshape(flat[0], -1, flat[1]), 1, -1) if k else value.reshape(flat)
 
 
 @quiet
 def linear_cross_entropy(
     input: ArrayLike,
     linear_weight: ArrayLike,
-    target: ArrayLike,
+    target: Any,
     *,
     linear_bias: ArrayLike | None = None,
     weight: ArrayLike | None = None,
@@ -70,7 +92,8 @@ def linear_cross_entropy(
     Args:
         input: (..., D).
         linear_weight: (V, D), or (V, d1, .., dK, D) with input (N, D).
-        target: (...) integers or (..., V) floating; K-d: (N, d1, .., dK) or (N, V, d1, .., dK).
+        target: (...) integers or (..., V) floating; K-d: (N, d1, .., dK) or (N, V, d1, .., dK); or a pair, ids and
+            their probabilities, with K where the floating one has V.
         linear_bias: linear_weight's shape without D.
         weight: per class, (V,).
         token_weight: per row, the shape of the integer target.
@@ -85,8 +108,8 @@ def linear_cross_entropy(
     o = LossOptions(**options)
     h = _head(input, linear_weight, target, linear_bias, weight, token_weight, shift, o)
     loss = np.asarray(loss_of(h.rows, o), np.float64)
-    loss = loss.reshape(h.shape) if o.reduction == "none" else loss
-    stats = {name: s.reshape(h.shape) for name, s in stats_of(h.rows, o).items()}
+    loss = loss.reshape((*h.lead, *h.inner)) if o.reduction == "none" else loss
+    stats = {name: _as_given(s, h) for name, s in stats_of(h.rows, o).items()}
     return (loss, stats) if o.stats else loss
 
 
@@ -94,7 +117,7 @@ def linear_cross_entropy(
 def linear_cross_entropy_grad(
     input: ArrayLike,
     linear_weight: ArrayLike,
-    target: ArrayLike,
+    target: Any,
     *,
     linear_bias: ArrayLike | None = None,
     weight: ArrayLike | None = None,
@@ -122,7 +145,8 @@ def linear_cross_entropy_grad(
     h = _head(input, linear_weight, target, linear_bias, weight, token_weight, shift, o)
     flat = h.rows.lse.shape
     dloss = np.reshape(dloss, flat) if o.reduction == "none" and np.ndim(dloss) else dloss
-    ups = {name: np.reshape(d, flat) for name, d in (dstats or {}).items()}
+    slots = h.rows.slots is not None
+    ups = {name: _laid_out(np.asarray(d), h, name == "logprob" and slots) for name, d in (dstats or {}).items()}
     g = gradient_of(h.rows, o, dloss, ups)
     dx, dw = np.zeros_like(h.x), np.zeros_like(h.w)
     db = np.zeros(h.w.shape[:2], WIDE)

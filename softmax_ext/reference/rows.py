@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from softmax_ext.contract import LossOptions
 from softmax_ext.reference.arithmetic import WIDE, Array, back, last, mass_sum, others, parts, quiet, wide
+from softmax_ext.reference.classes import Pair, pair_of
 
 
 class Rows(NamedTuple):
@@ -29,11 +30,13 @@ class Rows(NamedTuple):
     tw: Array  # token weights
     keep: Array  # not ignored
     bad: Array  # target names no class
+    logprob: Array  # log p of the target: row-shaped, (.., K) of a sparse one
+    slots: tuple[Array, Array, Array] | None = None  # of a sparse target
 
 
 def rows_of(
     x: Array,
-    target: Array,
+    target: Array | Pair,
     weight: ArrayLike | None,
     token_weight: ArrayLike | None,
     o: LossOptions,
@@ -43,7 +46,11 @@ def rows_of(
     w = np.ones(classes, WIDE) if weight is None else wide(weight)
     tw = np.ones(rows, WIDE) if token_weight is None else wide(token_weight)
     keep, bad, wt = np.ones(rows, bool), np.zeros(rows, bool), np.ones(rows, WIDE)
-    if target.dtype.kind in "iu":
+    slots = None
+    if isinstance(target, Pair):
+        y, keep, bad = target.dense(classes, o.ignored)
+        y, slots = y * w, target.slots(classes, o.ignored)
+    elif target.dtype.kind in "iu":
         keep = target != o.ignored  # before any conversion: uint8 156 is not -100
         valid = (target >= 0) & (target < classes)
         bad = keep & ~valid
@@ -60,7 +67,12 @@ def rows_of(
         dz = o.logit_scale / np.cosh(u / o.softcap) ** 2
     p, q, logp, lse = parts(z)
     nll = np.where(bad, np.nan, -mass_sum(y, logp))
-    return Rows(z, dz, p, q, logp, lse, -mass_sum(p, logp), nll, y, w, wt, tw, keep, bad)
+    logprob = -nll
+    if slots is not None:
+        at, kept, no_class = slots
+        logprob = np.take_along_axis(logp, at, -1) if classes else np.full(at.shape, np.nan)
+        logprob = np.where(kept, np.where(no_class, np.nan, logprob), 0)
+    return Rows(z, dz, p, q, logp, lse, -mass_sum(p, logp), nll, y, w, wt, tw, keep, bad, logprob, slots)
 
 
 def _smoothed(r: Rows, o: LossOptions) -> tuple[Any, Any]:
@@ -95,8 +107,9 @@ def loss_of(r: Rows, o: LossOptions) -> Any:
 
 def stats_of(r: Rows, o: LossOptions) -> dict[str, Array]:
     """The statistics asked for."""
-    values = {"lse": r.lse, "logprob": -r.nll, "entropy": r.entropy}
-    stats = {n: np.where(r.keep, v, 0).astype(np.float64) for n, v in values.items()}
+    values = {"lse": r.lse, "logprob": r.logprob, "entropy": r.entropy}
+    stats = {n: np.where(r.keep if v.ndim == r.keep.ndim else True, v, 0) for n, v in values.items()}
+    stats = {n: v.astype(np.float64) for n, v in stats.items()}
     if "argmax" in o.stats:
         stats["argmax"] = np.where(r.keep, np.argmax(r.z.astype(np.float64), -1), -1)
     return {name: stats[name] for name in o.stats}
@@ -104,12 +117,17 @@ def stats_of(r: Rows, o: LossOptions) -> dict[str, Array]:
 
 def gradient_of(r: Rows, o: LossOptions, dloss: ArrayLike, dstats: Mapping[str, ArrayLike]) -> Array:
     """dL/dx of every row."""
-    up = {name: wide(d)[..., None] for name, d in dstats.items()}
+    up = {name: wide(d)[..., None] for name, d in dstats.items() if name != "logprob" or r.slots is None}
     g = (wide(dloss) * _share(r, o) * r.tw)[..., None]  # dL/dloss_i
     # The mass a_j that L puts on -log p_j; L also holds d_lse lse + d_h H (H the entropy).
     of_y, of_uniform = _smoothed(r, o)
     a = g * (of_y * r.wt[..., None] * r.y + of_uniform * r.w)
     a = a - up.get("logprob", 0) * r.y
+    if r.slots is not None and "logprob" in dstats:
+        at, kept, no_class = r.slots
+        d_slot = np.where(kept & ~no_class, wide(dstats["logprob"]), 0)
+        for place in np.ndindex(at.shape):
+            a[(*place[:-1], at[place])] -= d_slot[place]
     d_lse = 2 * o.z_loss * g * r.lse[..., None] + up.get("lse", 0)
     # Document 4 without its last step (sum(y) = 1): -sum_i a_i (delta_ij - p_j) = p_j sum(a) - a_j.
     # Splitting a_j from the sum gives p_j sum_{k != j} a_k - a_j (1 - p_j): no cancellation.
@@ -122,7 +140,10 @@ def gradient_of(r: Rows, o: LossOptions, dloss: ArrayLike, dstats: Mapping[str, 
     return np.where(r.keep[..., None], d, 0)
 
 
-def _target(target: ArrayLike, axis: int) -> Array:
+def _target(target: Any, axis: int) -> Array | Pair:
+    pair = pair_of(target, axis)
+    if pair is not None:
+        return pair
     t = np.asarray(target)
     return t if t.dtype.kind in "iu" else np.moveaxis(t, axis, -1)
 
@@ -130,7 +151,7 @@ def _target(target: ArrayLike, axis: int) -> Array:
 @quiet
 def cross_entropy(
     input: ArrayLike,
-    target: ArrayLike,
+    target: Any,
     weight: ArrayLike | None = None,
     *,
     axis: int = -1,
@@ -143,7 +164,8 @@ def cross_entropy(
 
     Args:
         input: logits; rows of V classes along `axis`.
-        target: integers of the row shape (y one-hot), or floating of input's shape (any sum).
+        target: integers of the row shape (y one-hot), floating of input's shape (any sum), or a pair of both
+            with K along `axis`: the ids and their probabilities.
         weight: per class, (V,).
         axis: the class axis.
         token_weight: per row, the row shape.
@@ -157,13 +179,16 @@ def cross_entropy(
     o = LossOptions(**options)
     r = rows_of(last(input, axis), _target(target, axis), weight, token_weight, o)
     loss = np.asarray(loss_of(r, o), np.float64)
-    return (loss, stats_of(r, o)) if o.stats else loss
+    stats = stats_of(r, o)
+    if r.slots is not None and "logprob" in stats:
+        stats["logprob"] = np.moveaxis(stats["logprob"], -1, axis)
+    return (loss, stats) if o.stats else loss
 
 
 @quiet
 def cross_entropy_grad(
     input: ArrayLike,
-    target: ArrayLike,
+    target: Any,
     weight: ArrayLike | None = None,
     *,
     axis: int = -1,
@@ -179,7 +204,7 @@ def cross_entropy_grad(
     Args:
         input: as in cross_entropy, and so what is not named here.
         dloss: dL/dloss, of the loss's shape.
-        dstats: dL/d(stat) by name ("lse", "logprob", "entropy"), row-shaped.
+        dstats: dL/d(stat) by name ("lse", "logprob", "entropy"), of the statistics' shape.
 
     Returns:
         dL/dinput, the shape of input.
@@ -188,4 +213,7 @@ def cross_entropy_grad(
     """
     o = LossOptions(**options)
     r = rows_of(last(input, axis), _target(target, axis), weight, token_weight, o)
-    return back(gradient_of(r, o, dloss, dstats or {}), axis, np.shape(input))
+    ups = dict(dstats or {})
+    if r.slots is not None and "logprob" in ups:
+        ups["logprob"] = np.moveaxis(np.asarray(ups["logprob"]), axis, -1)
+    return back(gradient_of(r, o, dloss, ups), axis, np.shape(input))

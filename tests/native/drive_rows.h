@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "sorted.h"
 
 using namespace softmax_ext;
 
@@ -111,5 +112,77 @@ template <class Each> void drive(Layout y, Type type, int64_t shift, Each each) 
       results = {};
     }
     each(Fn::cross_entropy_fwd_bwd, &c, results);
+  }
+  for (int64_t K : {0, 1, 5}) {  // K classes a row, markers, repeated ids and ids of no class among them
+    const bool narrow = K == 1;
+    Buffer ids(rows * K, narrow ? 4 : 8, shift), each_nll(rows * K, f, shift), each_d(rows * K, f, shift);
+    fill(each_d, rows * K, F, 6);
+    for (int64_t i = 0; i < rows * K; ++i) {
+      const int64_t id = i % 17 == 16 ? odd[i % 8] : i % 3 == 0 ? -1 : y.V - 1 - i % 2;
+      const int32_t few = (int32_t)id;
+      if (narrow) std::memcpy(ids.p + i * 4, &few, 4);
+      else std::memcpy(ids.p + i * 8, &id, 8);
+    }
+    CrossEntropy c{};
+    c.layout = y, c.type = type, c.logits = x.p, c.scale = 1, c.softcap = K == 5 ? 5 : 0;
+    c.ids = K ? (const void*)ids.p : (const void*)&K, c.ids_kind = narrow ? Target::i32 : Target::i64, c.K = K;
+    c.weight = w.p, c.nll = each_nll.p, c.lse = lse.p, c.m = m.p, c.rest = rest.p, c.d_nll = each_d.p;
+    std::vector<Buffer*> results{&each_nll, &lse, &m, &rest};
+    if (K == 5) c.smooth = smooth.p, c.entropy = entropy.p, c.d_entropy = c.d_smooth = c.d_lse = d.p;
+    if (K == 5) results.insert(results.end(), {&smooth, &entropy});
+    c.dlogits = out.p;
+    prepare(c);
+    each(Fn::cross_entropy_fwd, &c, results);
+    each(Fn::cross_entropy_bwd, &c, {&out});
+    results.push_back(&out);
+    each(Fn::cross_entropy_fwd_bwd, &c, results);
+  }
+}
+
+// Calls each(fn, args, units, outputs) for the functions of K classes a row: N rows of D numbers, V classes.
+template <class Each>
+void drive_classes(int64_t N, int64_t D, int64_t V, int64_t K, Type type, int64_t shift, Each each) {
+  int64_t s = size_of(type);
+  Type F = type == Type::f64 ? Type::f64 : Type::f32;
+  int64_t f = size_of(F);
+  Buffer x(N * D, s, shift), w(V * D, s, shift), ids(N * K, 4, shift), c(N * K, f, shift), z(N * K, f, shift);
+  Buffer by_row(N, f, shift), by_class(V, f, shift), of_all(D, f, shift), dx(N * D, s, shift), dw(V * D, s, shift);
+  fill(x, N * D, type, 1), fill(w, V * D, type, 2), fill(c, N * K, F, 3), fill(of_all, D, F, 4);
+  fill(by_row, N, F, 5), fill(by_class, V, F, 6);
+  const int32_t odd[] = {-1, -2, (int32_t)V, INT32_MAX, INT32_MIN};
+  for (int64_t i = 0; i < N * K; ++i) {
+    int32_t id = i % 7 == 3 || V == 0 ? odd[i / 7 % 5] : (int32_t)(i * 5 % V);
+    std::memcpy(ids.p + i * 4, &id, 4);
+  }
+  Picked p{};
+  p.layout = {N, D, 1}, p.type = type, p.x = x.p, p.w = w.p, p.ids = ids.p, p.ids_kind = Target::i32, p.K = K, p.V = V;
+  p.z = z.p, p.c = c.p, p.C = K, p.of_all = of_all.p, p.dx = dx.p, p.dw = dw.p;
+  each(Fn::picked_fwd, &p, plan(p).units, {&z});
+  p.by = by_row.p;
+  each(Fn::picked_input_bwd, &p, plan(p).units, {&dx});
+  if (K > 1) p.C = 1;
+  p.by = by_class.p;
+  Sorted sorted(p);
+  while (sorted.next()) each(Fn::picked_weight_bwd, &p, plan(p).units, {&dw});
+
+  if (V == 0) return;
+  Buffer logits(N * V, s, shift), m(N, f, shift), rest(N, f, shift), u(N * K, 4, shift), points(N * K, 4, shift);
+  Buffer mass(2 * N, f, shift), span(6 * N, f, shift);
+  fill(logits, N * V, type, 7), fill(span, 6 * N, F, 8);
+  CrossEntropy e{};
+  Buffer target(N, 8, shift), nothing(N, f, shift);
+  std::memset(target.p, 0, target.bytes);
+  e.layout = {N, V, 1}, e.type = type, e.logits = logits.p, e.target = target.p, e.scale = 1;
+  e.nll = e.lse = nothing.p, e.m = m.p, e.rest = rest.p;
+  prepare(e);
+  if (!run(Fn::cross_entropy_fwd, &e, 0, plan(e).units)) std::abort();
+  const float us[] = {0, 0x1.fffffep-1f, 0.5f, 0.25f};
+  for (int64_t i = 0; i < N * K; ++i) std::memcpy(u.p + i * 4, &us[i % 4], 4);
+  for (bool elsewhere : {false, true}) {
+    Points q{};
+    q.layout = e.layout, q.type = type, q.logits = logits.p, q.m = m.p, q.rest = rest.p, q.except = ids.p;
+    q.except_kind = Target::i32, q.E = K, q.u = (const float*)u.p, q.K = K, q.span = elsewhere ? span.p : nullptr;
+    q.scale = 1, q.softcap = elsewhere ? 3 : 0, q.ids = (int32_t*)points.p, q.mass = mass.p;
+    each(Fn::points, &q, plan(q).units, {&points, &mass});
   }
 }

@@ -33,6 +33,20 @@ void one(Layout y, Type type, int64_t shift) {
   });
 }
 
+void check_points(const Points& a) {
+  const int64_t V = a.layout.V;
+  for (int64_t i = 0; i < a.layout.outer * a.K; ++i)
+    if (a.ids[i] < -1 || a.ids[i] >= V) std::abort();
+}
+
+void classes(int64_t N, int64_t D, int64_t V, int64_t K, Type type, int64_t shift) {
+  drive_classes(N, D, V, K, type, shift, [&](Fn fn, const void* args, int64_t units, const std::vector<Buffer*>&) {
+    ++calls;
+    if (!run(fn, args, 0, units)) std::abort();
+    if (fn == Fn::points) check_points(*(const Points*)args);
+  });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -53,6 +67,11 @@ int main(int argc, char** argv) {
       for (int64_t inner : {2, 3, 15}) one({3, V, inner}, t, V % 5);
     for (int64_t V : {255, 256, 257}) one({3, V, 1}, t, 3);
     for (int64_t V : {4095, 4096, 4097, 8191, 8193, 8200}) one({2, V, 1}, t, 1), one({1, V, 3}, t, 1);
+    for (int64_t D = 0; D <= 33; ++D)
+      for (int64_t K : {0, 1, 4}) classes(3, D, 5, K, t, (D + K) % 5);
+    for (int64_t D : {63, 64, 65, 129}) classes(5, D, 40, 9, t, 1);
+    for (int64_t V : {0, 1, 2, 127, 128, 129, 255, 257, 300}) classes(4, 3, V, 6, t, V % 5);
+    classes(0, 5, 4, 3, t, 0), classes(300, 2, 2, 7, t, 1);
     for (Layout y : {Layout{1, 9, 130}, Layout{70, 3, 1}, Layout{129, 1, 1}, Layout{1, 32769, 1}}) one(y, t, 1);
   }
   std::printf("%lld calls, instruction set %s\n", (long long)calls, instruction_set_name());
