@@ -33,8 +33,8 @@ class Pair(NamedTuple):
 
 
 def pair_of(target: Any, axis: int) -> Pair | None:
-    """A sparse target with its K last, None for any other."""
-    if not isinstance(target, tuple | list):
+    """A sparse target, two arrays, with its K last; None for any other."""
+    if not (isinstance(target, tuple | list) and len(target) == 2 and all(isinstance(a, np.ndarray) for a in target)):
         return None
     ids, y = (np.moveaxis(np.atleast_1d(np.asarray(a)), axis, -1) for a in target)
     return Pair(ids, y)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from softmax_ext.contract import LossOptions
 from softmax_ext.reference.arithmetic import WIDE, Array, quiet, wide
-from softmax_ext.reference.classes import Pair
+from softmax_ext.reference.classes import Pair, pair_of
 from softmax_ext.reference.rows import Rows, gradient_of, loss_of, rows_of, stats_of
 
 
@@ -52,8 +52,8 @@ def _head(
             t = t[..., shift:, :] if soft else t[..., shift:]
         return np.moveaxis(t.reshape(flat[0], t.shape[len(lead)], flat[1]), 1, -1) if soft else t.reshape(flat)
 
-    if isinstance(target, tuple | list):
-        t = Pair(*(laid_out(np.asarray(a), True) for a in target))
+    if pair_of(target, -1) is not None:
+        t = Pair(*(laid_out(a, True) for a in target))
     else:
         t = laid_out(np.asarray(target), np.asarray(target).dtype.kind not in "iu")
     tw = None if token_weight is None else wide(token_weight).reshape(flat)
