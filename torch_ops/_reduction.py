@@ -87,6 +87,22 @@ def reduce(total: Tensor, by: Coefficients, options: LossOptions) -> Tensor:
     return torch.where(some, total / torch.where(some, count, 1.0), 0.0 if zero else torch.nan)
 
 
+def finish(
+    rows: dict[str, Tensor],
+    z: Callable[[], Tensor],
+    target: Tensor,
+    by: Coefficients,
+    options: LossOptions,
+    dim: int,
+    reduced: Callable[..., Tensor] = reduce,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, statistics) from the rows' numbers; `z()` are the logits scaled and capped, where no row says argmax."""
+    loss = combine(rows, target, by)
+    if options.reduction != "none":
+        loss = reduced(loss.sum(), by, options)
+    return loss, statistics(rows, z, target, options, dim)
+
+
 def statistics(
     rows: dict[str, Tensor], z: Callable[[], Tensor], target: Tensor, options: LossOptions, dim: int
 ) -> dict[str, Tensor]:

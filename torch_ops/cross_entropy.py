@@ -13,10 +13,11 @@ from softmax_ext import contract
 from torch_ops._arguments import describe, enter_graph
 from torch_ops._modes import may_overwrite
 from torch_ops._parallel.mesh import is_on_mesh
-from torch_ops._reduction import coefficients, combine, reduce, statistics
+from torch_ops._reduction import coefficients, finish
 from torch_ops._rows.dispatch import capped
 from torch_ops._rows.targets import canonical
 from torch_ops._rules.cross_entropy import mean, row
+from torch_ops._rules.plan import Plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -167,30 +168,16 @@ def cross_entropy(
         return losses.cross_entropy(named, options, group, axis=dim, soft=soft, inplace=inplace_backward)
 
     kind = torch.promote_types(input.dtype, torch.float32)
-    scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)
-    classes, smooth, entropy = input.shape[dim], options.label_smoothing > 0.0, "entropy" in stats
+    plan, classes = Plan.of(options, kind), input.shape[dim]
     if not soft:
         target = canonical("cross_entropy", target, classes, options.ignored)
-    values = row(
-        input,
-        target,
-        weight.to(kind) if weight is not None and (soft or smooth) else None,  # nothing else of a row needs it
-        dim,
-        scale,
-        cap,
-        smooth,
-        entropy,
-        inplace_backward and may_overwrite(input),
-    )
-    names = ["nll", "lse", *["smooth"] * smooth, *["entropy"] * entropy]
-    per_row = dict(zip(names, values, strict=False))
+    of_class = plan.class_weight(weight, kind, soft=soft)
+    values = row(input, target, of_class, dim, *plan[:4], inplace_backward and may_overwrite(input))
+    per_row = dict(zip(plan.names, values, strict=False))
     by = coefficients(per_row["nll"], target, weight, token_weight, options, classes)
-    loss = combine(per_row, target, by)
-    if reduction != "none":
-        loss = reduce(loss.sum(), by, options)
-    if not stats:
-        return loss
-    return loss, statistics(per_row, lambda: capped(input.detach(), scale, cap), target, options, dim)
+    z = lambda: capped(input.detach(), plan.scale, plan.softcap)  # noqa: E731
+    loss, found = finish(per_row, z, target, by, options, dim)
+    return (loss, found) if stats else loss
 
 
 _NAMES, _DEFAULTS = zip(*vars(contract.LossOptions()).items(), strict=True)

@@ -14,8 +14,9 @@ from softmax_ext import contract
 from torch_ops._arguments import autocast, describe, enter_graph, one_row
 from torch_ops._head.layout import each_row, lay_out, total
 from torch_ops._parallel.mesh import is_on_mesh
-from torch_ops._reduction import coefficients, combine, reduce, statistics
+from torch_ops._reduction import coefficients, finish, reduce
 from torch_ops._rows.targets import canonical
+from torch_ops._rules.plan import Plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -181,25 +182,19 @@ def linear_cross_entropy(
         return losses.linear_cross_entropy(named, options, group, soft=soft, **static)
 
     classes, kind = linear_weight.shape[0], torch.promote_types(input.dtype, torch.float32)
-    scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)
-    smooth, entropy = options.label_smoothing > 0.0, "entropy" in stats
+    plan = Plan.of(options, kind, memory == "lean", chunk_size)
     if not soft:
         target = canonical("linear_cross_entropy", target, classes, options.ignored)
     of = lay_out(input, linear_weight, linear_bias, target, token_weight, soft=soft, shift=int(shift))
-    w = weight.to(kind) if weight is not None and (soft or smooth) else None  # nothing else of a row needs it
-    plan = (scale, cap, smooth, entropy, "argmax" in stats, memory == "lean", chunk_size)
+    w = plan.class_weight(weight, kind, soft=soft)
     ones = torch.ones((), dtype=kind, device=input.device).expand(of.n, math.prod(linear_weight.shape[1:-1]))
     by = coefficients(ones, of.target, weight, of.token_weight, options, classes)
     if reduction != "none" and not stats and memory == "fast":
         return reduce(total(of, w, by, plan), by, options)
-    names = ["nll", "lse", *["smooth"] * smooth, *["entropy"] * entropy]
-    per_row = each_row(of, w, names, plan)
-    loss = combine(per_row, of.target, by)
-    loss = loss.reshape(of.shape) if reduction == "none" else reduce(loss.sum(), by, options)
-    if not stats:
-        return loss
-    found = statistics(per_row, lambda: per_row["argmax"], of.target, options, 1)
-    return loss, {name: value.reshape(of.shape) for name, value in found.items()}
+    rows = each_row(of, w, plan)
+    loss, found = finish(rows, lambda: rows["argmax"], of.target, by, options, 1)
+    loss = loss.reshape(of.shape) if reduction == "none" else loss
+    return (loss, {name: value.reshape(of.shape) for name, value in found.items()}) if stats else loss
 
 
 _ARRAYS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,7 +64,30 @@ class LogSoftmax(_Along):
         return log_softmax(input, self.dim)
 
 
-class CrossEntropyLoss(torch.nn.Module):
+class _Loss(torch.nn.Module):
+    """A loss whose options are attributes."""
+
+    _more: dict[str, Any]  # those beside LossOptions, with their defaults
+    weight: Tensor | None
+
+    def _keep(self, options: contract.LossOptions, weight: Tensor | None, **more: Any) -> None:
+        for name, value in {**vars(options), **more}.items():
+            setattr(self, name, value)
+        self.register_buffer("weight", weight)
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*vars(contract.LossOptions()), *self._more)}
+
+    def _changed(self) -> dict[str, Any]:
+        defaults = {**vars(contract.LossOptions()), **self._more}
+        return {name: value for name, value in self._options().items() if value != defaults[name]}
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        return ", ".join(f"{k}={v!r}" for k, v in self._changed().items())
+
+
+class CrossEntropyLoss(_Loss):
     """`torch_ops.cross_entropy` as a module: torch.nn.CrossEntropyLoss's constructor and state_dict, plus our options.
 
     Options are checked at construction; see `torch_ops.cross_entropy` for each.
@@ -76,7 +99,7 @@ class CrossEntropyLoss(torch.nn.Module):
         0.2269
     """
 
-    weight: Tensor | None
+    _more: ClassVar = {"inplace_backward": False}
 
     def __init__(
         self,
@@ -105,25 +128,14 @@ class CrossEntropyLoss(torch.nn.Module):
         )
         options.check("CrossEntropyLoss")
         contract.flag("CrossEntropyLoss", "inplace_backward", inplace_backward)
-        for name, value in vars(options).items():
-            setattr(self, name, value)
-        self.inplace_backward = inplace_backward
-        self.register_buffer("weight", weight)
-
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*vars(contract.LossOptions()), "inplace_backward")}
-
-    def extra_repr(self) -> str:
-        """The options that differ from their defaults."""
-        defaults = {**vars(contract.LossOptions()), "inplace_backward": False}
-        return ", ".join(f"{k}={v!r}" for k, v in self._options().items() if v != defaults[k])
+        self._keep(options, weight, inplace_backward=inplace_backward)
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Any:
         """The loss in nats, with (loss, stats) as `torch_ops.cross_entropy` returns them."""
         return cross_entropy(input, target, self.weight, token_weight=token_weight, **self._options())
 
 
-class LinearCrossEntropyLoss(torch.nn.Module):
+class LinearCrossEntropyLoss(_Loss):
     """`torch_ops.linear_cross_entropy` with its own linear layer, as torch.nn.LinearCrossEntropyLoss (2.13).
 
     The constructor and state_dict of that, plus our options, which are checked at construction; see
@@ -141,7 +153,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         )
     """
 
-    weight: Tensor | None
+    _more: ClassVar = {"shift": 0, "memory": "fast", "chunk_size": None}
 
     def __init__(
         self,
@@ -183,22 +195,16 @@ class LinearCrossEntropyLoss(torch.nn.Module):
                 "LinearCrossEntropyLoss", "weight", f"have shape ({num_classes},)", str(tuple(weight.shape))
             )
         self.num_classes, self.out_features = num_classes, tuple(out_features)
-        for name, value in {**vars(options), "shift": shift, "memory": memory, "chunk_size": chunk_size}.items():
-            setattr(self, name, value)
         outputs = math.prod(self.out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
-        self.register_buffer("weight", weight)
-
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*vars(contract.LossOptions()), *_HEAD_OPTIONS)}
+        self._keep(options, weight, shift=shift, memory=memory, chunk_size=chunk_size)
 
     def extra_repr(self) -> str:
         """The sizes, and the options that differ from their defaults."""
         own: dict[str, Any] = {"in_features": self.linear.in_features, "num_classes": self.num_classes}
         own |= {"out_features": self.out_features} if self.out_features else {}
         own |= {"bias": True} if self.linear.bias is not None else {}
-        defaults = {**vars(contract.LossOptions()), **_HEAD_OPTIONS}
-        own |= {k: v for k, v in self._options().items() if v != defaults[k]}
+        own |= self._changed()
         return ", ".join(f"{k}={v!r}" for k, v in own.items())
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Any:
@@ -210,6 +216,3 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             bias = bias if bias is None else bias.reshape(shape)
         arrays: dict[str, Any] = {"linear_bias": bias, "weight": self.weight, "token_weight": token_weight}
         return linear_cross_entropy(input, weight, target, **arrays, **self._options())
-
-
-_HEAD_OPTIONS: dict[str, Any] = {"shift": 0, "memory": "fast", "chunk_size": None}

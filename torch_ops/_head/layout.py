@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from torch_ops import _modes as modes
-from torch_ops._head.per_row import head_rows
-from torch_ops._head.sum import head_sum
+from torch_ops._head.per_row import per_row
+from torch_ops._head.sum import weighted_sum
 from torch_ops._reduction import Coefficients
 from torch_ops._rows.dispatch import IGNORED, INVALID
+from torch_ops._rules.plan import Plan
 
 
 class Layout(NamedTuple):
@@ -70,8 +71,8 @@ def total(
     of: Layout,
     weight: Tensor | None,
     by: Coefficients,
-    plan: tuple[object, ...],
-    sum_of: Callable[..., Tensor] = head_sum,
+    plan: Plan,
+    sum_of: Callable[..., Tensor] = weighted_sum,
 ) -> Tensor:
     """The sum of the rows' losses over rows and positions."""
     parts = []
@@ -93,12 +94,11 @@ def total(
 def each_row(
     of: Layout,
     weight: Tensor | None,
-    names: list[str],
-    plan: tuple[object, ...],
-    rows: Callable[..., Sequence[Tensor]] = head_rows,
+    plan: Plan,
+    rows: Callable[..., Sequence[Tensor]] = per_row,
 ) -> dict[str, Tensor]:
     """The rows' numbers by name, (n, P)."""
-    columns = []
+    names, columns = plan.names, []
     for lw, lb, target in _heads(of):
         kept = _kept(target)
         index = _both(of.index, kept)

@@ -1,4 +1,4 @@
-"""The linear head's rows by slices of the vocabulary, all rows at once: nothing but row numbers outlives a slice.
+"""A head's rows by slices of the vocabulary, all rows at once: nothing but row numbers outlives a slice.
 
 legend:  slice k has maximum m_k, rest_k, lse_k = m_k + log1p(rest_k); M, rest, lse are of the slices seen so far
 merge:   with M' = max(M, m_k), the side that holds M' keeps its rest and the other adds exp(m - M') (1 + rest):
@@ -13,6 +13,7 @@ A slice whose logits are all -inf takes no part.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,152 +22,116 @@ from torch import Tensor
 from torch_ops._head.chunks import spans, that_fit
 from torch_ops._head.linear import (
     PIECE_OF_WEIGHT,
+    Linear,
     MassGradient,
-    add_input_gradient,
-    add_weight_gradient,
     first_maximum,
     formed_in,
     ignored_rows,
-    logits,
     without,
 )
 from torch_ops._head.rounding import scaled
 from torch_ops._rows import dispatch as rows
+from torch_ops._rules.plan import Plan
 
 
-def head_fwd(
-    x: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-    smooth: bool,
-    entropy: bool,
-    argmax: bool,
-    chunk_size: int | None,
-) -> list[Tensor]:
+def fwd(x: Tensor, head: Linear, target: Tensor, weight: Tensor | None, plan: Plan) -> list[Tensor]:
     """[nll, lse, [smooth], [entropy], m, rest, [argmax]] of each row."""
-    slices = Slices(x, linear_weight, linear_bias, target, chunk_size)
-    soft, layout = target.is_floating_point(), {"dim": 1, "scale": scale, "softcap": softcap}
-    kind = torch.promote_types(x.dtype, torch.float32)
-    state = _Merged(x.shape[0], x.new_empty(0, dtype=kind), soft=soft, smooth=smooth, entropy=entropy)
+    soft, kind = target.is_floating_point(), torch.promote_types(x.dtype, torch.float32)
+    state = _Merged(x.shape[0], x.new_empty(0, dtype=kind), soft=soft, smooth=plan.smooth, entropy=plan.entropy)
     at_target = torch.full_like(state.m, math.nan)
     best, where = torch.full_like(state.m, -math.inf), torch.zeros_like(state.m, dtype=torch.int64)
-    for i, j, z in slices:
+    for i, j, z in Slices(x, head, target, plan.chunk_size):
         inside, local = (None, target[:, i:j]) if soft else _local(target, i, j)
         w = None if weight is None else weight[i:j]
-        values = rows.cross_entropy_fwd(z, local, w, **layout, smooth=smooth, entropy=entropy)
+        values = rows.cross_entropy_fwd(z, local, w, **plan.wanted)
         dead = _dead(z, values[-2])
         state.add(values, dead, _mass(local, w, kind) if soft else None, _total(w, j - i, state.m))
         if inside is not None and j > i:
-            picked = rows.capped(z.gather(1, local.unsqueeze(1)), scale, softcap).squeeze(1)
+            picked = rows.capped(z.gather(1, local.unsqueeze(1)), plan.scale, plan.softcap).squeeze(1)
             at_target = torch.where(inside, picked, at_target)
-        if argmax:
-            value, position = first_maximum(z, scale, softcap)
+        if plan.argmax:
+            value, position = first_maximum(z, plan.scale, plan.softcap)
             more = (value > best) | (value.isnan() & ~best.isnan())
             best, where = torch.where(more, value, best), torch.where(more, position + i, where)
-    if argmax and not linear_weight.shape[0]:
+    if plan.argmax and not head.classes:
         where.fill_(-1)
-    return state.done(target, at_target) + [where] * argmax
+    return state.done(target, at_target) + [where] * plan.argmax
 
 
-def head_bwd(
+def bwd(
     x: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
+    head: Linear,
     target: Tensor,
     weight: Tensor | None,
     m: Tensor,
     rest: Tensor,
     h: Tensor | None,
-    upstream: list[Tensor | None],
-    *,
-    scale: float,
-    softcap: float | None,
-    needs: tuple[bool, ...],
-    chunk_size: int | None,
+    upstream: list[Any],
+    needs: Sequence[bool],
+    plan: Plan,
 ) -> list[Tensor | None]:
     """[dX, dW, db, d_target, d_weight], those needed, from the rows' upstream gradients."""
-    # A row function that sees one slice, m and rest of the whole row forms A p_j - a_j with A summed over its
-    # slice only, and H = log1p(rest) - sum p d over its slice only. What the other slices add to A, and what
-    # they take from -d_entropy H, multiplies p_j: it belongs to d_lse.
-    ignored, soft = ignored_rows(target), target.is_floating_point()
-    x = without(x, ignored, 0, x.shape[0])
-    slices = Slices(x, linear_weight, linear_bias, target, chunk_size)
-    kind, layout = m.dtype, {"dim": 1, "scale": scale, "softcap": softcap}
-    dtype, x = x.dtype, slices.arrays[0]
-    dx = torch.zeros_like(x, dtype=kind) if needs[0] else None
-    dw = torch.empty_like(linear_weight, memory_format=torch.contiguous_format) if needs[1] else None
-    db = torch.empty_like(linear_bias) if needs[2] and linear_bias is not None else None
-    mass = MassGradient(target, weight, *needs[3:5])
-    d_nll, d_lse, d_smooth, d_entropy = upstream
-    lse, log_total = m + torch.log1p(rest), torch.log1p(rest)
-    of_row = _total(weight, linear_weight.shape[0], m)
-    of_target = _mass(target, weight, kind) if soft and d_nll is not None else None
+    ignored, soft, dtype, kind = ignored_rows(target), target.is_floating_point(), x.dtype, m.dtype
+    slices = Slices(without(x, ignored, 0, x.shape[0]), head, target, plan.chunk_size)
+    x, dx = slices.x, torch.zeros_like(slices.x, dtype=kind) if needs[0] else None
+    shared, mass = head.gradient(*needs[1:3], summed=False), MassGradient(target, weight, *needs[3:5])
+    of_row = _total(weight, head.classes, m)
+    of_target = _mass(target, weight, kind) if soft else None
     for i, j, z in slices:
         w = None if weight is None else weight[i:j]
-        part: list[Any] = [d_nll, d_lse, d_smooth, d_entropy]
-        if d_nll is None:
-            local = target[:, i:j] if soft else _local(target, i, j)[1]
-        elif of_target is not None:
-            local = target[:, i:j]
-            part[1] = _plus(part[1], d_nll * (of_target - _mass(local, w, kind)))
-        else:
-            inside, local = _local(target, i, j)
-            elsewhere = (target >= 0) & ~inside
-            part[0] = d_nll.masked_fill(elsewhere, 0.0)
-            part[1] = _plus(part[1], torch.where(elsewhere, d_nll, 0.0))
-        if not soft:  # a row that is ignored or invalid stays so
-            local = torch.where(target < 0, target, local)
-        if d_smooth is not None:
-            part[1] = _plus(part[1], d_smooth * (of_row - _total(w, j - i, m)))
-        if d_entropy is not None and h is not None:
-            p, own = _entropy_part(z, layout, lse)
-            part[1] = _plus(part[1], -d_entropy * ((h - own) - (1.0 - p) * log_total))
-        mass.add(z, m, rest, upstream, scale, softcap, slice(None), slice(i, j))
+        own = _own_upstream(upstream, target, i, j, of_row - _total(w, j - i, m))
+        if of_target is not None and upstream[0] is not None:
+            own[1] = _plus(own[1], upstream[0] * (of_target - _mass(target[:, i:j], w, kind)))
+        if upstream[3] is not None:
+            own[1] = _plus(own[1], -upstream[3] * _entropy_elsewhere(z, m, rest, h, plan.row))
+        mass.add(z, m, rest, upstream, plan.row, classes=slice(i, j))
         if any(needs[:3]) and j > i:
-            rows.cross_entropy_bwd(z, local, w, m, rest, *part, **layout, out=z)
+            # a row that is ignored or invalid stays so
+            local = target[:, i:j] if soft else torch.where(target < 0, target, _local(target, i, j)[1])
+            rows.cross_entropy_bwd(z, local, w, m, rest, *own, **plan.row, out=z)
             if dx is not None:
-                add_input_gradient(dx, z, linear_weight[i:j])
-            if dw is not None and dw.dtype == z.dtype:
-                torch.mm(z.t(), x, out=dw[i:j])
-            elif dw is not None:
-                add_weight_gradient(dw[i:j], z, x, first=True)
-            if db is not None:
-                db[i:j] = z.sum(0, dtype=kind)
+                head.part(i, j).add_input_gradient(dx, z)
+            shared.part(i, j).add(z, x)
     if dx is not None and ignored is not None:
         dx.masked_fill_(ignored.unsqueeze(1), 0.0)
-    return [None if dx is None else scaled(dx, None, dtype), dw, db, *mass.done()]
+    return [None if dx is None else scaled(dx, None, dtype), *shared.rounded(), *mass.done()]
+
+
+def _own_upstream(upstream: list[Any], target: Tensor, i: int, j: int, elsewhere: Tensor) -> list[Any]:
+    """The upstream gradients for a row function that sees one slice, and m and rest of the whole row.
+
+    It forms A p_j - a_j with A summed over its slice only, and H = log1p(rest) - sum p d over its slice only. What the
+    other slices add to A (here: of class indices and smoothing), and what they take from -d_entropy H, multiplies p_j:
+    it belongs to d_lse.
+    """
+    own = [*upstream]
+    d_nll, _, d_smooth, _ = upstream
+    if d_nll is not None and not target.is_floating_point():
+        other = (target >= 0) & ~_local(target, i, j)[0]
+        own[0] = d_nll.masked_fill(other, 0.0)
+        own[1] = _plus(own[1], torch.where(other, d_nll, 0.0))
+    if d_smooth is not None:
+        own[1] = _plus(own[1], d_smooth * elsewhere)
+    return own
 
 
 class Slices:
     """(begin, end, logits) of each slice of the vocabulary, the logits in one reused buffer."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        chunk_size: int | None,
-    ) -> None:
+    def __init__(self, x: Tensor, head: Linear, target: Tensor, chunk_size: int | None) -> None:
         kind = formed_in(x, target)
         # In half precision dX is summed in float32, beside products of its size or beside x itself in float32.
         beside = 0 if x.dtype in (torch.float32, torch.float64) else x.numel() * (4 + kind.itemsize)
         if kind != x.dtype:
             beside += 2 * PIECE_OF_WEIGHT * kind.itemsize
-        self.arrays = x.to(kind), linear_weight, linear_bias
-        self.spans = spans(linear_weight.shape[0], that_fit(chunk_size, x.shape[0], kind.itemsize, beside))
+        self.x, self.head = x.to(kind), head
+        self.spans = spans(head.classes, that_fit(chunk_size, x.shape[0], kind.itemsize, beside))
         self.data = x.new_empty(x.shape[0] * max(j - i for i, j in self.spans), dtype=kind)
 
     def __iter__(self) -> Any:
-        x, weight, bias = self.arrays
+        n = self.x.shape[0]
         for i, j in self.spans:
-            out = self.data[: x.shape[0] * (j - i)].view(x.shape[0], j - i)
-            yield i, j, logits(x, weight[i:j], None if bias is None else bias[i:j], out)
+            yield i, j, self.head.part(i, j).logits(self.x, self.data[: n * (j - i)].view(n, j - i))
 
 
 class _Merged:
@@ -255,10 +220,13 @@ def _plus(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b
 
 
-def _entropy_part(z: Tensor, layout: dict[str, Any], lse: Tensor) -> tuple[Tensor, Tensor]:
-    """(P_k, sum_j p_j (-log p_j)) of the slice."""
+def _entropy_elsewhere(z: Tensor, m: Tensor, rest: Tensor, h: Any, row: dict[str, Any]) -> Tensor:
+    """What of a row's H - log1p(rest) is not in this slice's own: H is `h`."""
     t = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
-    _, lse_k, h, m, _ = rows.cross_entropy_fwd(z, t, None, **layout, smooth=False, entropy=True)
-    dead = m == -math.inf
-    p = torch.exp(lse_k - lse)
-    return p.masked_fill(dead, 0.0), (p * (h + (lse - lse_k))).masked_fill(dead, 0.0)
+    log_total = torch.log1p(rest)
+    lse = m + log_total
+    _, lse_k, h_k, m_k, _ = rows.cross_entropy_fwd(z, t, None, **row, smooth=False, entropy=True)
+    dead = m_k == -math.inf
+    p = torch.exp(lse_k - lse)  # the slice's
+    own = (p * (h_k + (lse - lse_k))).masked_fill(dead, 0.0)  # sum_j p_j (-log p_j)
+    return (h - own) - (1.0 - p.masked_fill(dead, 0.0)) * log_total

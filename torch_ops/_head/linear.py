@@ -1,11 +1,15 @@
-"""Pieces of the linear head's loops: logits of a chunk, sums over chunks, what ignored rows may not reach."""
+"""A linear layer over the classes as one value, and the chunks of its logits: what a head's loops are made of.
+
+Anything with the same three operations is a head: logits of some rows, what their gradient adds to the input's, and a
+gradient of its own parameters that grows chunk by chunk.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +22,143 @@ from torch_ops._rows import dispatch as rows
 # Entries of a piece of dW on its way into a wider sum, or of W on its way to a wider matmul: 8 MiB of bfloat16.
 # Matmuls of fewer classes are slower (at D = 2304 and 512 rows: 455 classes at a time take 1.7 times as long as 2048).
 PIECE_OF_WEIGHT = 1 << 22
+
+
+class Linear(NamedTuple):
+    """z = x WT + b."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+
+    @property
+    def classes(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    def part(self, i: int, j: int) -> Linear:
+        """The layer of the classes i to j."""
+        return Linear(self.weight[i:j], None if self.bias is None else self.bias[i:j])
+
+    def logits(self, x: Tensor, out: Tensor) -> Tensor:
+        """X WT + b, formed in the type of `out` and written there."""
+        x = x.to(out.dtype)
+        for i, j, w in self._pieces(out.dtype):
+            if self.bias is None:
+                torch.mm(x, w.t(), out=out[:, i:j])
+            else:
+                torch.addmm(self.bias[i:j].to(out.dtype), x, w.t(), out=out[:, i:j])
+        return out
+
+    def set_input_gradient(self, dx: Tensor, dz: Tensor) -> None:
+        """dX = dz W, in the type of dz."""
+        if self.weight.dtype == dz.dtype:
+            torch.mm(dz, self.weight, out=dx)
+        else:
+            self.add_input_gradient(dx.zero_(), dz)
+
+    def add_input_gradient(self, dx: Tensor, dz: Tensor) -> None:
+        """dX += dz W, where dX has the type of dz, or is summed in float32."""
+        if dx.dtype == dz.dtype:
+            for i, j, w in self._pieces(dz.dtype):
+                dx.addmm_(dz[:, i:j], w)
+        elif not add_product(dx, dz, self.weight, first=False):
+            dx.add_(torch.mm(dz, self.weight))
+
+    def gradient(self, weight: bool, bias: bool, *, summed: bool) -> LinearGradient:
+        """An empty gradient of the parameters wanted; `summed` over several chunks, and so in the compute type."""
+        kind = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = kind if summed else self.weight.dtype
+        dw = self.weight.new_empty(self.weight.shape, dtype=dtype) if weight else None
+        db = torch.zeros_like(self.bias, dtype=kind) if bias and self.bias is not None else None
+        return LinearGradient(dw, db, self.weight.dtype)
+
+    def _pieces(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """(begin, end, W of these classes) in the type given: all of them, or pieces in one reused buffer."""
+        w = self.weight
+        if w.dtype == dtype:
+            yield 0, self.classes, w
+            return
+        pieces = spans(self.classes, max(1, PIECE_OF_WEIGHT // max(1, w.shape[1])))
+        room = w.new_empty(max(j - i for i, j in pieces), w.shape[1], dtype=dtype)
+        for i, j in pieces:
+            yield i, j, room[: j - i].copy_(w[i:j])
+
+
+class LinearGradient:
+    """dW = sum over chunks of dzT x and db = sum of dz, in the compute type.
+
+    A half-precision product is rounded before it is added, but on CUDA (`add_product`). Where nothing is summed there
+    is one chunk, and dW takes its product in its own type.
+    """
+
+    def __init__(self, dw: Tensor | None, db: Tensor | None, dtype: torch.dtype) -> None:
+        self.dw, self.db, self.dtype, self.first = dw, db, dtype, True
+
+    def part(self, i: int, j: int) -> LinearGradient:
+        """The gradient of the classes i to j, which writes into this one."""
+        dw, db = (g if g is None else g[i:j] for g in (self.dw, self.db))
+        return LinearGradient(dw, db, self.dtype)
+
+    def add(self, dz: Tensor, x: Tensor) -> None:
+        """One chunk more."""
+        if self.db is not None:
+            self.db += dz.sum(0, dtype=self.db.dtype)
+        if self.dw is None:
+            return
+        if self.dw.dtype == dz.dtype:
+            torch.mm(dz.t(), x, out=self.dw) if self.first else self.dw.addmm_(dz.t(), x)
+        else:
+            _add_by_pieces(self.dw, dz, x, first=self.first)
+        self.first = False
+
+    def unrounded(self) -> list[Tensor | None]:
+        """[dW, db] as they were summed."""
+        return [self.dw, self.db]
+
+    def rounded(self) -> list[Tensor | None]:
+        """[dW, db] in the parameters' type."""
+        return [g if g is None else scaled(g, None, self.dtype) for g in (self.dw, self.db)]
+
+
+def _add_by_pieces(dw: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
+    """dW += dzT x, or dW = dzT x, where dW has another type than dz: by pieces of the classes, or unrounded."""
+    if add_product(dw, dz.t(), x, first=first):
+        return
+    pieces = spans(dz.shape[1], max(1, PIECE_OF_WEIGHT // max(1, x.shape[1])))
+    room = dz.new_empty(max(j - i for i, j in pieces), x.shape[1])
+    for i, j in pieces:
+        product = torch.mm(dz[:, i:j].t(), x, out=room[: j - i])
+        dw[i:j].copy_(product) if first else dw[i:j].add_(product)
+
+
+class Gradients:
+    """[dX, dW, db] of a head by chunks of rows. dX is given, of the rows' number, or None."""
+
+    def __init__(self, head: Linear, dx: Tensor | None, shared: LinearGradient, ignored: Tensor | None) -> None:
+        self.head, self.dx, self.shared, self.ignored = head, dx, shared, ignored
+
+    def add(self, dz: Tensor, x: Tensor, i: int, j: int, at: Tensor | None = None) -> None:
+        """Rows i to j, which are those of dX that `at` names (None: the same)."""
+        self.shared.add(dz, x)
+        dx = self.dx
+        if dx is None:
+            return
+        out = dx[i:j] if at is None and dx.dtype == dz.dtype else dz.new_empty(dz.shape[0], dx.shape[1])
+        self.head.set_input_gradient(out, dz)
+        if self.ignored is not None:
+            out.masked_fill_(self.ignored[i:j].unsqueeze(1), 0.0)
+        if at is not None:
+            dx.index_copy_(0, at, out)
+        elif dx.dtype != dz.dtype:
+            dx[i:j] = out
+
+    def unrounded(self) -> list[Tensor | None]:
+        """As they were summed."""
+        return [self.dx, *self.shared.unrounded()]
+
+    def rounded(self) -> list[Tensor | None]:
+        """In the arguments' types."""
+        return [self.dx, *self.shared.rounded()]
 
 
 def formed_in(x: Tensor, target: Tensor) -> torch.dtype:
@@ -48,37 +189,6 @@ def _slow_halves(dtype: torch.dtype) -> bool:
     return bool(names) and not any(found.get(name, False) for name in names)
 
 
-def logits(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, out: Tensor) -> Tensor:
-    """X WT + b, formed in the type of `out` and written there."""
-    x = x.to(out.dtype)
-    for i, j, w in class_pieces(linear_weight, out.dtype):
-        if linear_bias is None:
-            torch.mm(x, w.t(), out=out[:, i:j])
-        else:
-            torch.addmm(linear_bias[i:j].to(out.dtype), x, w.t(), out=out[:, i:j])
-    return out
-
-
-def class_pieces(linear_weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """(begin, end, W of these classes) in the type given: all of them, or pieces in one reused buffer."""
-    if linear_weight.dtype == dtype:
-        yield 0, linear_weight.shape[0], linear_weight
-        return
-    pieces = spans(linear_weight.shape[0], max(1, PIECE_OF_WEIGHT // max(1, linear_weight.shape[1])))
-    room = linear_weight.new_empty(max(j - i for i, j in pieces), linear_weight.shape[1], dtype=dtype)
-    for i, j in pieces:
-        yield i, j, room[: j - i].copy_(linear_weight[i:j])
-
-
-def add_input_gradient(dx: Tensor, dz: Tensor, linear_weight: Tensor) -> None:
-    """dX += dz W, where dX has the type of dz, or is summed in float32."""
-    if dx.dtype == dz.dtype:
-        for i, j, w in class_pieces(linear_weight, dz.dtype):
-            dx.addmm_(dz[:, i:j], w)
-    elif not add_product(dx, dz, linear_weight, first=False):
-        dx.add_(torch.mm(dz, linear_weight))
-
-
 def ignored_rows(target: Tensor) -> Tensor | None:
     """A mask of the ignored rows; None where a look that costs nothing finds none."""
     if target.is_floating_point():
@@ -107,85 +217,11 @@ def first_maximum(z: Tensor, scale: float, softcap: float | None) -> tuple[Tenso
     return torch.cat(top), torch.cat(at)
 
 
-class ClassGradient:
-    """dW = sum over chunks of dzT x and db = sum of dz, in the compute type.
-
-    A half-precision product is rounded before it is added, but on CUDA (`add_product`). Not `summed`: there is one
-    chunk, and dW takes its product in its own type.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool, summed: bool) -> None:
-        self.kind = torch.promote_types(weight.dtype, torch.float32)
-        self.dtype, self.first = weight.dtype, True
-        dtype = self.kind if summed else weight.dtype
-        self.dw = weight.new_empty(weight.shape, dtype=dtype) if need_weight else None
-        self.db = torch.zeros_like(bias, dtype=self.kind) if need_bias and bias is not None else None
-
-    def add(self, dz: Tensor, x: Tensor) -> None:
-        """One chunk more."""
-        if self.db is not None:
-            self.db += dz.sum(0, dtype=self.kind)
-        if self.dw is None:
-            return
-        if self.dw.dtype == dz.dtype:
-            torch.mm(dz.t(), x, out=self.dw) if self.first else self.dw.addmm_(dz.t(), x)
-        else:
-            add_weight_gradient(self.dw, dz, x, first=self.first)
-        self.first = False
-
-    def unrounded(self) -> list[Tensor | None]:
-        """[dW, db] as they were summed."""
-        return [self.dw, self.db]
-
-    def rounded(self) -> list[Tensor | None]:
-        """[dW, db] in the parameters' type."""
-        return [g if g is None else scaled(g, None, self.dtype) for g in (self.dw, self.db)]
-
-
-def add_weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
-    """dW += dzT x, or dW = dzT x, where dW has another type than dz: by pieces of the classes, or unrounded."""
-    if add_product(dw, dz.t(), x, first=first):
-        return
-    pieces = spans(dz.shape[1], max(1, PIECE_OF_WEIGHT // max(1, x.shape[1])))
-    room = dz.new_empty(max(j - i for i, j in pieces), x.shape[1])
-    for i, j in pieces:
-        product = torch.mm(dz[:, i:j].t(), x, out=room[: j - i])
-        dw[i:j].copy_(product) if first else dw[i:j].add_(product)
-
-
-def products(
-    dz: Tensor,
-    x: Tensor,
-    linear_weight: Tensor,
-    dx: Tensor | None,
-    shared: ClassGradient,
-    ignored: Tensor | None,
-    i: int,
-    j: int,
-    at: Tensor | None = None,
-) -> None:
-    """dX_i = dz W, dW += dzT x, db += sum_i dz."""
-    if dx is not None:
-        out = dx[i:j] if at is None and dx.dtype == dz.dtype else dz.new_empty(dz.shape[0], dx.shape[1])
-        if linear_weight.dtype == dz.dtype:
-            torch.mm(dz, linear_weight, out=out)
-        else:
-            add_input_gradient(out.zero_(), dz, linear_weight)
-        if ignored is not None:
-            out.masked_fill_(ignored[i:j].unsqueeze(1), 0.0)
-        if at is not None:
-            dx.index_copy_(0, at, out)
-        elif dx.dtype != dz.dtype:
-            dx[i:j] = out
-    shared.add(dz, x)
-
-
 class MassGradient:
-    """dL/dy and dL/dw: -log p times what multiplies y_j and w_j in the loss."""
+    """[dL/dy, dL/dw] of chunks of logits."""
 
     def __init__(self, target: Tensor, weight: Tensor | None, by_target: bool, by_weight: bool) -> None:
         self.target, self.weight = target, weight
-        self.soft = target.is_floating_point()
         self.d_target = torch.zeros_like(target, memory_format=torch.contiguous_format) if by_target else None
         self.d_weight = torch.zeros_like(weight) if by_weight and weight is not None else None
 
@@ -195,32 +231,22 @@ class MassGradient:
         m: Tensor,
         rest: Tensor,
         upstream: list[Tensor | None],
-        scale: float,
-        softcap: float | None,
-        these: slice,
-        classes: slice,
+        row: dict[str, Any],
+        these: slice = slice(None),
+        classes: slice = slice(None),
     ) -> None:
         """The logits of some rows and classes more."""
         if self.d_target is None and self.d_weight is None:
             return
-        d_nll, _, d_smooth, _ = (u if u is None else u.unsqueeze(1) for u in upstream)
-        target = self.target[these, classes] if self.soft else self.target[these]
+        target = self.target[these, classes] if self.target.is_floating_point() else self.target[these]
         w = None if self.weight is None else self.weight[classes]
-        log_total, m = torch.log1p(rest).unsqueeze(1), m.unsqueeze(1)
         for i, j in spans(z.shape[0], lines(z)):
-            minus_log_p = log_total[i:j] - (rows.capped(z[i:j], scale, softcap) - m[i:j])
-            minus_log_p.masked_fill_(minus_log_p == math.inf, 0.0)  # as in the derivative in plain ops
-            if self.d_target is not None and d_nll is not None:
-                part = d_nll[i:j] * minus_log_p
-                self.d_target[these, classes][i:j] = part if w is None else part * w
-            if self.d_weight is not None:
-                factor = 0.0 if d_smooth is None else d_smooth[i:j]
-                if self.soft and d_nll is not None:
-                    factor = factor + d_nll[i:j] * target[i:j]
-                terms = factor * minus_log_p
-                if not self.soft:
-                    terms = terms.masked_fill((target[i:j] == rows.IGNORED).unsqueeze(1), 0.0)
-                self.d_weight[classes] += terms.sum(0)
+            of_rows: list[Any] = [v if v is None else v[i:j] for v in (m, rest, upstream[0], upstream[2])]
+            dy, dw = rows.cross_entropy_mass_bwd(z[i:j], target[i:j], w, *of_rows, **row)
+            if self.d_target is not None and dy is not None:
+                self.d_target[these, classes][i:j] = dy
+            if self.d_weight is not None and dw is not None:
+                self.d_weight[classes] += dw
 
     def done(self) -> list[Tensor | None]:
         """[d_target, d_weight]."""

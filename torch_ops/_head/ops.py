@@ -7,15 +7,14 @@ to them, the same rows are computed in plain functional ops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_ops._head import fast as tokens
-from torch_ops._head import lean as classes
-from torch_ops._head.linear import formed_in
+from torch_ops._head import fast, lean
+from torch_ops._head.linear import Linear, formed_in
 from torch_ops._head.rounding import levelled, scaled
 from torch_ops._modes import is_traced
 from torch_ops._rules.plan import Plan
@@ -31,57 +30,60 @@ _library.define(
 )
 
 
-def head_fwd(arrays: Sequence[Any], plan: Plan) -> list[Tensor]:
+def fwd(arrays: Sequence[Any], plan: Plan) -> list[Tensor]:
     """[nll, lse, [smooth], [entropy], m, rest, [argmax]] of each row."""
     return _fwd(*arrays, *plan) if not is_traced() else torch.ops.softmax_ext.head_fwd(*arrays, *plan)
 
 
-def head_bwd(arrays: Sequence[Any], needs: Sequence[bool], plan: Plan) -> list[Tensor]:
+def bwd(arrays: Sequence[Any], needs: Sequence[bool], plan: Plan) -> list[Tensor]:
     """Those needed of dX, dW, db, d_target, d_weight."""
     return _bwd(*arrays, needs, *plan) if not is_traced() else torch.ops.softmax_ext.head_bwd(*arrays, needs, *plan)
 
 
-def head_fwd_bwd(
+def fwd_bwd(
     arrays: Sequence[Any], needs: Sequence[bool], plan: Plan
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """([nll, lse, smooth], [dX, dW, db]) of the weighted sum, the latter unrounded."""
-    if not is_traced():
-        out = _fwd_bwd(*arrays, needs, *plan)
-    else:
-        out = torch.ops.softmax_ext.head_fwd_bwd(*arrays, needs, *plan)
+    run = _fwd_bwd if not is_traced() else torch.ops.softmax_ext.head_fwd_bwd
+    out = run(*arrays, needs, *plan)
     smooth = arrays[6] is not None
     found = iter(out[2 + smooth :])
     return [*out[:2], out[2] if smooth else None], [next(found) if need else None for need in needs]
 
 
-def _fwd(*args: Any) -> list[Tensor]:
-    arrays, plan = args[:5], Plan(*args[5:])
-    door = classes if plan.lean else tokens
-    options = plan._asdict()
-    options.pop("lean")
-    return door.head_fwd(*arrays, **options)
+def _fwd(x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, weight: Tensor | None, *plan: Any) -> list[Tensor]:
+    p = Plan(*plan)
+    return (lean if p.lean else fast).fwd(x, Linear(lw, lb), target, weight, p)
 
 
 def _bwd(*args: Any) -> list[Tensor]:
-    arrays, needs, plan = list(args[:12]), args[12], Plan(*args[13:])
-    peak, arrays[8:] = levelled(arrays, arrays[8:])
-    door = classes if plan.lean else tokens
-    layout = {"scale": plan.scale, "softcap": plan.softcap, "chunk_size": plan.chunk_size}
-    found: list[Tensor | None] = door.head_bwd(*arrays[:8], arrays[8:], needs=needs, **layout)  # pyright: ignore
+    (x, lw, lb, target, weight, m, rest, h), needs, plan = args[:8], args[12], Plan(*args[13:])
+    peak, upstream = levelled(args, [*args[8:12]])
+    loops = lean if plan.lean else fast
+    found = loops.bwd(x, Linear(lw, lb), target, weight, m, rest, h, upstream, needs, plan)
     return [d if peak is None else scaled(d, peak, d.dtype) for d in found if d is not None]
 
 
 def _fwd_bwd(*args: Any) -> list[Tensor]:
-    arrays, needs, plan = list(args[:9]), args[9], Plan(*args[10:])
-    layout = {"scale": plan.scale, "softcap": plan.softcap, "chunk_size": plan.chunk_size}
-    a, s, c = arrays[5:8]
-    peak, (arrays[5], _, arrays[6], _) = levelled(arrays, [a, None if c is None else 2.0 * c, s, None])
-    if peak is not None and c is not None:
-        arrays[7] = c / peak
-    values, grads = tokens.head_fwd_bwd(*arrays, needs=needs, **layout)
-    # Levelled gradients leave in the compute type: dX times the peak may be out of float16's range until it is scaled.
-    grads = [g if g is None or peak is None else scaled(g, peak, peak.dtype) for g in grads]
+    values, grads = sums(args[:9], args[9], Plan(*args[10:]))
     return [*values, *(g for g in grads if g is not None)]
+
+
+def sums(
+    arrays: Sequence[Any],
+    needs: Sequence[bool],
+    plan: Plan,
+    visit: Callable[..., Sequence[Tensor]] = fast.visit,
+    over: Callable[[Tensor], Tensor] = lambda own: own,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """fast.fwd_bwd of levelled upstream gradients."""
+    x, lw, lb, target, weight, a, s, c, index = arrays
+    peak, (a, _, s, _) = levelled(arrays, [a, None if c is None else 2.0 * c, s, None], over)
+    if peak is not None and c is not None:
+        c = c / peak
+    values, grads = fast.fwd_bwd(x, Linear(lw, lb), target, weight, a, s, c, index, needs, plan, visit)
+    # Levelled gradients leave in the compute type: dX times the peak may be out of float16's range until it is scaled.
+    return values, [g if g is None or peak is None else scaled(g, peak, peak.dtype) for g in grads]
 
 
 def _fwd_bwd_one_type(*args: Any) -> list[Tensor]:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from torch_ops._head import ops
 from torch_ops._head.chunks import that_fit
-from torch_ops._head.ops import head_bwd, head_fwd
 from torch_ops._head.row_map import DERIVED, RowMap, batched, pulled_back, pushed_forward, run
 from torch_ops._modes import is_constant, may_write
 from torch_ops._rows import dispatch as rows
@@ -46,7 +46,7 @@ def _row_map(plan: Plan) -> RowMap:
 
 
 @in_graph
-def head_rows(
+def per_row(
     x: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -80,8 +80,7 @@ class LinearRows(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        given = iter(grads)
-        ups = [next(given), next(given), *(next(given) if on else None for on in (ctx.plan.smooth, ctx.plan.entropy))]
+        ups = ctx.plan.upstream(grads)
         needs = tuple(ctx.needs_input_grad[:5])
         out: list[Tensor | None] = [None] * 6
         if any(u is not None for u in ups):
@@ -169,13 +168,13 @@ def _size_of_one(plan: Plan, arrays: Any, in_dims: Any) -> int:
 def _rows_fwd(*args: Any) -> Any:
     *arrays, plan = args
     if may_write(*arrays):
-        return tuple(head_fwd(arrays, plan))
+        return tuple(ops.fwd(arrays, plan))
     return run(_row_map(plan), that_fit(None, arrays[1].shape[0], arrays[0].itemsize), *arrays)
 
 
 def _rows_bwd(*args: Any) -> Any:
     *arrays, plan, needs = args
     if may_write(*arrays):
-        return tuple(head_bwd(arrays, needs, plan))
+        return tuple(ops.bwd(arrays, needs, plan))
     fn, size, given, _ = _as_map(arrays, plan, needs)
     return run(fn, size, *given)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_ops._head.ops import head_fwd_bwd
-from torch_ops._head.per_row import head_rows
+from torch_ops._head import ops
+from torch_ops._head.per_row import per_row
 from torch_ops._head.rounding import scaled
 from torch_ops._modes import is_transforming, may_write
 from torch_ops._rules.function import in_graph
@@ -17,7 +17,7 @@ from torch_ops._rules.plan import Plan
 
 
 @in_graph
-def head_sum(
+def weighted_sum(
     x: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -34,11 +34,11 @@ def head_sum(
     if one_pass(*arrays, a, s, c):
         return LinearSum.apply(*arrays, a, s, c, index, Plan(*plan), None)  # pyright: ignore[reportReturnType]
     x = x if index is None else x.index_select(0, index)
-    return weighted(head_rows(x, *arrays[1:], *plan), a, s, c)
+    return weighted(per_row(x, *arrays[1:], *plan), a, s, c)
 
 
 def weighted(values: Any, a: Tensor | None, s: Tensor | None, c: Tensor | None) -> Tensor:
-    """The sum of head_sum from the values of each row."""
+    """The sum of weighted_sum from the values of each row."""
     terms: list[Any] = [] if a is None else [a * values[0]]
     if s is not None:
         terms.append(s * values[2])
@@ -48,20 +48,20 @@ def weighted(values: Any, a: Tensor | None, s: Tensor | None, c: Tensor | None) 
 
 
 class LinearSum(Function):
-    """head_sum with its gradients formed in the forward pass: three matmuls, and G in the logits' memory.
+    """weighted_sum with its gradients formed in the forward pass: three matmuls, and G in the logits' memory.
 
-    A door other than head_fwd_bwd and head_rows (None) has classes on other ranks.
+    A shard of the classes has its own `rows` and `forward_backward` in the place of per_row and ops.fwd_bwd (None).
     Saves dX, dW (unrounded) and db beside its inputs; the backward pass scales them: in half precision a factor
     of 1/N on G itself would flush most of it to 0.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *arrays, plan, door = args
+        *arrays, plan, shard = args
         a, s, c = arrays[5:8]
         needs = tuple(x is not None and x.requires_grad for x in arrays[:3])
-        values, grads = head_fwd_bwd(arrays, needs, plan) if door is None else door.forward_backward(arrays, needs)
-        ctx.plan, ctx.door = plan, door
+        values, grads = ops.fwd_bwd(arrays, needs, plan) if shard is None else shard.forward_backward(arrays, needs)
+        ctx.plan, ctx.shard = plan, shard
         ctx.save_for_backward(*arrays, *grads, *values)
         return weighted(values, a, s, c)
 
@@ -76,7 +76,7 @@ class LinearSum(Function):
             x, lw, lb, a, s, c = inputs
             arrays = [v for v in (x, lw, lb, a, s, c) if v is not None and v.requires_grad]
             with_index = x if index is None else x.index_select(0, index)
-            rows = head_rows if ctx.door is None else ctx.door.rows
+            rows = per_row if ctx.shard is None else ctx.shard.rows
             total = weighted(rows(with_index, lw, lb, target, w, *ctx.plan), a, s, c)
             found = iter(torch.autograd.grad(total, arrays, g, create_graph=True))
             grads = [next(found) if v is not None and v.requires_grad else None for v in (x, lw, lb, a, s, c)]

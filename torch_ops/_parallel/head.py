@@ -9,40 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops._head.chunks import join, spans
+from torch_ops._head import ops
 from torch_ops._head.fast import rows_that_fit
 from torch_ops._head.lean import Slices
-from torch_ops._head.linear import ClassGradient, formed_in, ignored_rows, logits, products, without
-from torch_ops._head.ops import head_bwd, head_fwd
-from torch_ops._head.per_row import head_rows
-from torch_ops._head.rounding import levelled, scaled
+from torch_ops._head.linear import Linear
+from torch_ops._head.per_row import per_row
 from torch_ops._head.sum import LinearSum, one_pass, weighted
 from torch_ops._parallel.collectives import shared, summed
 from torch_ops._parallel.merge import own_upstream
 from torch_ops._parallel.rules import merged, sharded_rows, told_from_nan, without_classes
-from torch_ops._parallel.shard import Extent
+from torch_ops._parallel.shard import Shard
 from torch_ops._rows import dispatch as rows
 from torch_ops._rules.plan import Plan
 
 
-class HeadDoor:
+class HeadShard:
     """Rows of a linear head; arrays: x, linear_weight, linear_bias, target, weight. x is replicated."""
 
     dim = 1
 
-    def __init__(self, plan: Plan, extent: Extent) -> None:
-        self.plan, self.extent = plan, extent
+    def __init__(self, plan: Plan, shard: Shard) -> None:
+        self.plan, self.shard = plan, shard
 
     def forward(self, *arrays: Any) -> tuple[list[Tensor], Tensor]:
         """The shard's rows as the head's loops have them."""
         x, lw, lb, target, weight = arrays
-        if not self.extent.count:
+        if not self.shard.count:
             return without_classes(_nothing(x, lw, lb), self.plan)
-        values = head_fwd((x, lw, lb, self._target(target), weight), self.plan)
+        values = ops.fwd((x, lw, lb, self._target(target), weight), self.plan)
         m = values[self.plan.values]
         if x.device.type == "cpu" and (infinite := m.isinf()).any():  # as in told_from_nan, by slices
             found = torch.zeros_like(infinite[infinite])
-            for _, _, z in Slices(x[infinite], lw, lb, target[infinite], None):
+            for _, _, z in Slices(x[infinite], Linear(lw, lb), target[infinite], None):
                 found |= z.isnan().any(1)
             m[infinite] = m[infinite].masked_fill(found, math.nan)
         return values, m == -math.inf
@@ -50,15 +48,15 @@ class HeadDoor:
     def again(self, dead: Tensor, *arrays: Any) -> Sequence[Tensor]:
         """The shard's rows as the head has them."""
         x, lw, lb, target, weight = arrays
-        plan, x = self.plan._replace(argmax=False), shared(x, self.extent.group)
-        if not self.extent.count:
+        plan, x = self.plan._replace(argmax=False), shared(x, self.shard.group)
+        if not self.shard.count:
             return without_classes(_nothing(x, lw, lb), plan)[0]
         if not target.is_floating_point():
-            return head_rows(x, lw, lb, self._target(target).masked_fill(dead, rows.IGNORED), weight, *plan)
+            return per_row(x, lw, lb, self._target(target).masked_fill(dead, rows.IGNORED), weight, *plan)
         if x.device.type != "cpu" or not dead.any():
-            return head_rows(x, lw, lb, target, weight, *plan)
+            return per_row(x, lw, lb, target, weight, *plan)
         live = (~dead).nonzero().squeeze(1)
-        few = head_rows(x.index_select(0, live), lw, lb, target.index_select(0, live), weight, *plan)
+        few = per_row(x.index_select(0, live), lw, lb, target.index_select(0, live), weight, *plan)
         return [v.new_zeros(dead.shape).index_copy(0, live, v) for v in few]
 
     def backward(
@@ -66,22 +64,22 @@ class HeadDoor:
     ) -> list[Tensor]:
         """The head's loops', told m, rest and the shard's entropy of whole rows; dX is summed over the ranks."""
         x, lw, lb, target, weight = arrays
-        if self.extent.count:
+        if self.shard.count:
             ups = [upstream.get(name) for name in ("nll", "lse", "smooth", "entropy")]
-            found = head_bwd((x, lw, lb, self._target(target), weight, *whole, *ups), needs, self.plan)
+            found = ops.bwd((x, lw, lb, self._target(target), weight, *whole, *ups), needs, self.plan)
         else:
             found = [torch.zeros_like(a) for a, need in zip(arrays, needs, strict=True) if need]
-        return [summed(found[0], self.extent.group), *found[1:]] if needs[0] else found
+        return [summed(found[0], self.shard.group), *found[1:]] if needs[0] else found
 
     def rows(self, x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, weight: Any, *_: Any) -> list[Tensor]:
-        """As head_rows: (nll, lse, [smooth], [entropy], m, rest, [argmax]), but that m and rest are not told."""
+        """As per_row: (nll, lse, [smooth], [entropy], m, rest, [argmax]), but that m and rest are not told."""
         values = sharded_rows(self, x, lw, lb, target, weight)
         untold = values["lse"].detach()
         at = self.plan.values
         return [*list(values.values())[:at], untold, untold, *list(values.values())[at:]]
 
     def sum(self, *args: Any) -> Tensor:
-        """As head_sum."""
+        """As weighted_sum."""
         x, lw, lb, target, weight, a, s, c, index, *plan = args
         if one_pass(x, lw, lb, target, weight, a, s, c):
             return LinearSum.apply(*args[:9], Plan(*plan), self)  # pyright: ignore[reportReturnType]
@@ -89,56 +87,35 @@ class HeadDoor:
         return weighted(self.rows(x, lw, lb, target, weight), a, s, c)
 
     def forward_backward(self, arrays: Sequence[Any], needs: Sequence[bool]) -> tuple[list[Any], list[Tensor | None]]:
-        """As head_fwd_bwd: the ranks go by the same chunks of rows, and tell each other each chunk's numbers."""
-        x, lw, lb, target, weight, a, s, c, index = arrays
-        peak, (a, _, s, _) = levelled(
-            (x, lw, lb, target, weight),
-            [a, None if c is None else 2.0 * c, s, None],
-            lambda own: summed(own, self.extent.group),
-        )
-        c = c if peak is None or c is None else c / peak
+        """As ops.fwd_bwd: the ranks go by the same chunks of rows, and tell each other each chunk's numbers."""
         # All ranks' chunks are those of the rank with the most classes and the widest type a CPU forms logits in.
-        kind, widest_type = formed_in(x, target), torch.promote_types(x.dtype, torch.float32)
-        size = rows_that_fit(x, self.extent.widest or 0, widest_type, self.plan.chunk_size)
-        chunks = spans(target.shape[0], size)
-        buffer = x.new_empty(max(j - i for i, j in chunks), self.extent.count, dtype=kind)
-        dx = torch.zeros_like(x, dtype=kind, memory_format=torch.contiguous_format) if needs[0] else None
-        shared_by_rows = ClassGradient(lw, lb, needs[1], needs[2], len(chunks) > 1 or kind != x.dtype)
-        ignored = ignored_rows(target)
-        layout: dict[str, Any] = {"dim": 1, "scale": self.plan.scale, "softcap": self.plan.softcap}
-        parts = []
-        for i, j in chunks:
-            at = None if index is None else index[i:j]
-            xi = without(x[i:j] if at is None else x.index_select(0, at), ignored, i, j).to(kind)
-            t, z = target[i:j], buffer[: j - i]
-            if self.extent.count:
-                logits(xi, lw, lb, z)
-                local: Any = rows.cross_entropy_fwd(
-                    z, self._target(t), weight, **layout, smooth=s is not None, entropy=False
-                )
-                dead = told_from_nan(z, local[-2], 1) == -math.inf
-            else:
-                local, dead = without_classes(_nothing(xi, lw, lb), self.plan)
-            whole = merged(self, local, dead, (t, weight))
-            values = whole.values
-            if self.extent.count and any(needs):
-                ai, si, ci = (v if v is None else v[i:j] for v in (a, s, c))
-                ups = {"nll": ai, "lse": None if ci is None else 2.0 * ci * values["lse"], "smooth": si}
-                own = own_upstream(ups, t, whole.elsewhere, self.extent)
-                given = (z, self._target(t), weight, whole.m, whole.rest, own["nll"], own["lse"], own["smooth"], None)
-                rows.cross_entropy_bwd(*given, **layout, out=z)
-                products(z, xi, lw, dx, shared_by_rows, ignored, i, j, at)
-            parts.append([values["nll"], values["lse"], *([values["smooth"]] if s is not None else [])])
-        grads = [dx, *shared_by_rows.unrounded()]
-        if peak is not None:  # out of float16's range, perhaps, until they are scaled
-            grads = [g if g is None else scaled(g, peak, peak.dtype) for g in grads]
+        x = arrays[0]
+        widest_type = torch.promote_types(x.dtype, torch.float32)
+        size = rows_that_fit(x, self.shard.widest or 0, widest_type, self.plan.chunk_size)
+        over = lambda own: summed(own, self.shard.group)  # noqa: E731
+        values, grads = ops.sums(arrays, needs, self.plan._replace(chunk_size=size), self._visit, over)
         if grads[0] is not None:
-            grads[0] = summed(grads[0], self.extent.group)
-        values = join(parts)
+            grads[0] = summed(grads[0], self.shard.group)
         return [*values, *[None] * (3 - len(values))], grads
 
+    def _visit(self, z: Tensor, t: Tensor, weight: Any, a: Any, s: Any, c: Any, row: dict[str, Any]) -> list[Tensor]:
+        """As fast.visit, of whole rows."""
+        if self.shard.count:
+            wanted: Any = {**row, "smooth": s is not None, "entropy": False}
+            local: Any = rows.cross_entropy_fwd(z, self._target(t), weight, **wanted)
+            dead = told_from_nan(z, local[-2], 1) == -math.inf
+        else:
+            local, dead = without_classes(z.sum(1), self.plan)
+        values, m, rest, elsewhere = merged(self, local, dead, (t, weight))
+        if self.shard.count:
+            ups = {"nll": a, "lse": None if c is None else 2.0 * c * values["lse"], "smooth": s}
+            own = own_upstream(ups, t, elsewhere, self.shard)
+            given = (z, self._target(t), weight, m, rest, own["nll"], own["lse"], own["smooth"], None)
+            rows.cross_entropy_bwd(*given, **row, out=z)
+        return [values["nll"], values["lse"], *([values["smooth"]] if s is not None else [])]
+
     def _target(self, target: Tensor) -> Tensor:
-        return target if target.is_floating_point() else self.extent.local(target)[1]
+        return target if target.is_floating_point() else self.shard.local(target)[1]
 
 
 def _nothing(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:

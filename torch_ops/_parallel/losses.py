@@ -19,15 +19,15 @@ from softmax_ext import contract
 from softmax_ext.contract import LossOptions
 from torch_ops import _modes as modes
 from torch_ops._head.layout import each_row, lay_out, total
-from torch_ops._head.per_row import head_rows
-from torch_ops._head.sum import head_sum
+from torch_ops._head.per_row import per_row
+from torch_ops._head.sum import weighted_sum
 from torch_ops._parallel.collectives import maximum, summed
-from torch_ops._parallel.head import HeadDoor
-from torch_ops._parallel.logits import LogitsDoor
+from torch_ops._parallel.head import HeadShard
+from torch_ops._parallel.logits import LogitsShard
 from torch_ops._parallel.mesh import Place, head_place, is_on_mesh, logits_place
 from torch_ops._parallel.rules import sharded_rows
-from torch_ops._parallel.shard import Extent, extent
-from torch_ops._reduction import Coefficients, coefficients, combine, reduce, statistics
+from torch_ops._parallel.shard import Shard, shard_of
+from torch_ops._reduction import Coefficients, coefficients, finish, reduce
 from torch_ops._rows import dispatch as rows
 from torch_ops._rows.targets import canonical
 from torch_ops._rules.cross_entropy import row
@@ -46,26 +46,23 @@ def cross_entropy(
     if place is None:
         place, (x, target, weight, token_weight) = logits_place(op, arrays, axis=axis, soft=soft)
     shape = (*shape[:axis], *shape[axis + 1 :])
-    here = _extent(
+    here = _shard(
         op, place, x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :]), target, arrays["input"].shape[axis]
     )
     classes = x.shape[axis] if here is None else here.classes
     if not soft:
         target = _canonical(op, target, classes, options.ignored, place)
     kind = torch.promote_types(x.dtype, torch.float32)
-    plan = _plan(options, kind, lean=False, chunk_size=None)
-    w = weight.to(kind) if weight is not None and (soft or plan.smooth) else None  # nothing else of a row needs it
+    plan = Plan.of(options, kind)
+    w = plan.class_weight(weight, kind, soft=soft)
     if here is not None:
-        per_row = sharded_rows(LogitsDoor(plan, here, axis, inplace), x, target, w)
+        per_row = sharded_rows(LogitsShard(plan, here, axis, inplace), x, target, w)
     else:
         values = row(x, target, w, axis, *plan[:4], False)
         per_row = dict(zip(plan.names, values, strict=False))
     by = _coefficients(per_row["nll"], target, weight, token_weight, options, classes, here)
-    loss = combine(per_row, target, by)
-    if options.reduction != "none":
-        loss = _reduce(loss.sum(), by, options, place)
     capped = lambda: rows.capped(x.detach(), plan.scale, plan.softcap)  # noqa: E731
-    found = statistics(per_row, capped, target, options, axis)
+    loss, found = finish(per_row, capped, target, by, options, axis, partial(_reduce, place))
     return _results(loss, found, options, place, here, shape)
 
 
@@ -86,25 +83,24 @@ def linear_cross_entropy(
         place, found = head_place(op, arrays, axis=1 if inner else len(lead), soft=soft, shift=shift)
     x, lw, target, lb, weight, token_weight = found
     shape = (*lead[:-1], max(lead[-1] - shift, 0)) if shift else (*lead, *inner)
-    here = _extent(op, place, lw.shape[0], math.prod(x.shape[:-1]), target, arrays["linear_weight"].shape[0])
+    here = _shard(op, place, lw.shape[0], math.prod(x.shape[:-1]), target, arrays["linear_weight"].shape[0])
     classes = lw.shape[0] if here is None else here.classes
     if not soft:
         target = _canonical(op, target, classes, options.ignored, place)
     kind = torch.promote_types(x.dtype, torch.float32)
-    plan = _plan(options, kind, lean=memory == "lean", chunk_size=chunk_size)
+    plan = Plan.of(options, kind, memory == "lean", chunk_size)
     of = lay_out(x, lw, lb, target, token_weight, soft=soft, shift=shift)
-    w = weight.to(kind) if weight is not None and (soft or plan.smooth) else None
+    w = plan.class_weight(weight, kind, soft=soft)
     ones = torch.ones((), dtype=kind, device=x.device).expand(of.n, math.prod(inner))
     by = _coefficients(ones, of.target, weight, of.token_weight, options, classes, here)
-    door = None if here is None else HeadDoor(plan, here)
+    source = None if here is None else HeadShard(plan, here)
     in_step = here is None or here.widest is not None or chunk_size is not None  # the ranks' chunks are the same rows
     if options.reduction != "none" and not options.stats and memory == "fast" and in_step:
-        loss = _reduce(total(of, w, by, plan, head_sum if door is None else door.sum), by, options, place)
+        loss = _reduce(place, total(of, w, by, plan, weighted_sum if source is None else source.sum), by, options)
         return _results(loss, {}, options, place, here, shape)
-    per_row = each_row(of, w, plan.names, plan, head_rows if door is None else door.rows)
-    loss = combine(per_row, of.target, by)
-    loss = loss.reshape(of.shape) if options.reduction == "none" else _reduce(loss.sum(), by, options, place)
-    stats = statistics(per_row, lambda: per_row["argmax"], of.target, options, 1)
+    numbers = each_row(of, w, plan, per_row if source is None else source.rows)
+    loss, stats = finish(numbers, lambda: numbers["argmax"], of.target, by, options, 1, partial(_reduce, place))
+    loss = loss.reshape(of.shape) if options.reduction == "none" else loss
     stats = {name: value.reshape(of.shape) for name, value in stats.items()}
     return _results(loss, stats, options, place, here, shape)
 
@@ -124,11 +120,11 @@ def _place(op: str, arrays: dict[str, Any], group: Any) -> Place | None:
     return None if on_mesh else Place(group, dist.get_rank(group), ())
 
 
-def _extent(op: str, place: Place, count: int, number: int, target: Tensor, classes: int) -> Extent | None:
+def _shard(op: str, place: Place, count: int, number: int, target: Tensor, classes: int) -> Shard | None:
     if place.group is None:
         return None
     widest = None if place.mesh is None else -(-classes // dist.get_world_size(place.group))
-    find = partial(extent, op, place.group, place.position, count, number, target, widest)
+    find = partial(shard_of, op, place.group, place.position, count, number, target, widest)
     return _together(place, target, find, partial(contract.rows_differ_elsewhere, op))
 
 
@@ -154,12 +150,6 @@ def _together(place: Place, target: Tensor, step: Callable[[], _T], elsewhere: C
     return found  # pyright: ignore[reportReturnType]
 
 
-def _plan(options: LossOptions, kind: torch.dtype, *, lean: bool, chunk_size: int | None) -> Plan:
-    scale, cap = options.fitted(torch.finfo(kind).tiny, torch.finfo(kind).max)
-    stats = options.stats
-    return Plan(scale, cap, options.label_smoothing > 0.0, "entropy" in stats, "argmax" in stats, lean, chunk_size)
-
-
 def _coefficients(
     ones: Tensor,
     target: Tensor,
@@ -167,7 +157,7 @@ def _coefficients(
     token_weight: Tensor | None,
     options: LossOptions,
     classes: Any,
-    here: Extent | None,
+    here: Shard | None,
 ) -> Coefficients:
     """What each row's numbers are multiplied by; the weight of a target's class comes from the rank that has it."""
     if here is None:
@@ -185,7 +175,7 @@ def _coefficients(
     return by._replace(nll=None if by.nll is None else by.nll * of_row, share=by.share * of_row)
 
 
-def _reduce(loss: Tensor, by: Coefficients, options: LossOptions, place: Place) -> Tensor:
+def _reduce(place: Place, loss: Tensor, by: Coefficients, options: LossOptions) -> Tensor:
     """The sum or mean over the rows of all ranks."""
     loss = summed(loss, *place.row_groups)
     if options.reduction == "mean" and place.row_groups:
@@ -197,7 +187,7 @@ def _reduce(loss: Tensor, by: Coefficients, options: LossOptions, place: Place) 
 
 
 def _results(
-    loss: Tensor, stats: dict[str, Tensor], options: LossOptions, place: Place, here: Extent | None, shape: Any
+    loss: Tensor, stats: dict[str, Tensor], options: LossOptions, place: Place, here: Shard | None, shape: Any
 ) -> Any:
     if here is not None and here.agreed is not None:
         loss = loss.where(here.agreed, math.nan)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from torch_ops._parallel.collectives import maximum, summed
-from torch_ops._parallel.shard import Extent
+from torch_ops._parallel.shard import Shard
 from torch_ops._rows.dispatch import IGNORED, INVALID
 from torch_ops._rows.plain import _shifted
 
 
-class Shard(NamedTuple):
+class ShardRows(NamedTuple):
     """The rows of one shard: values of cross_entropy_fwd, and what they do not say."""
 
     values: dict[str, Tensor]  # nll, lse, [smooth], [entropy]
@@ -44,14 +44,14 @@ class Merged(NamedTuple):
     elsewhere: dict[str, Tensor]  # target mass, weights and entropy of the other shards
 
 
-def merge(shard: Shard, extent: Extent) -> Merged:
+def merge(here: ShardRows, shard: Shard) -> Merged:
     """The numbers of whole rows. They move as the shard's lse, nll, smooth and entropy do, to any order."""
-    soft, names = shard.target.is_floating_point(), list(shard.values)
-    dead, m, rest, lse = shard.dead, shard.m, shard.rest, shard.values["lse"]
+    soft, names = here.target.is_floating_point(), list(here.values)
+    dead, m, rest, lse = here.dead, here.m, here.rest, here.values["lse"]
     if not soft:  # an ignored row reaches no result, not even through 0 * NaN
-        ignored = shard.target == IGNORED
+        ignored = here.target == IGNORED
         m, rest, dead = m.masked_fill(ignored, 0.0), rest.masked_fill(ignored, 0.0), dead & ~ignored
-    top = maximum(m.masked_fill(dead | m.isnan(), -math.inf), extent.group)
+    top = maximum(m.masked_fill(dead | m.isnan(), -math.inf), shard.group)
     # Values come from m and rest, which are more exact than lse; lse - lse is 0 and has lse's derivatives.
     along = lse - lse.detach()
     d, share = _shifted(m, top.where(top.isfinite(), 0.0))
@@ -62,20 +62,20 @@ def merge(shard: Shard, extent: Extent) -> Merged:
 
     none, lost = torch.zeros_like(e), torch.full_like(e, math.inf)
     if soft:
-        mass: Any = shard.mass
-        nll = (shard.values["nll"] - mass * log_e).where(~dead, lost.where(mass != 0, none))
+        mass: Any = here.mass
+        nll = (here.values["nll"] - mass * log_e).where(~dead, lost.where(mass != 0, none))
         own |= {"nll": nll, "mass": mass}
     else:
-        inside, _ = extent.local(shard.target)
-        own["nll"] = (shard.values["nll"] - log_e).where(inside & ~dead, lost.where(inside & dead, none))
+        inside, _ = shard.local(here.target)
+        own["nll"] = (here.values["nll"] - log_e).where(inside & ~dead, lost.where(inside & dead, none))
     if "smooth" in names:
-        of_row = shard.of_row.expand_as(e)  # pyright: ignore[reportOptionalMemberAccess]
-        smooth = (shard.values["smooth"] - of_row * log_e).where(~dead, lost.where(of_row != 0, none))
+        of_row = here.of_row.expand_as(e)  # pyright: ignore[reportOptionalMemberAccess]
+        smooth = (here.values["smooth"] - of_row * log_e).where(~dead, lost.where(of_row != 0, none))
         own |= {"smooth": smooth, "of_row": of_row}
     if "entropy" in names:
-        own["entropy"] = (e * (shard.values["entropy"] - log_e)).masked_fill(dead, 0.0)
+        own["entropy"] = (e * (here.values["entropy"] - log_e)).masked_fill(dead, 0.0)
 
-    total = dict(zip(own, summed(torch.stack([*own.values()]), extent.group).unbind(), strict=True))
+    total = dict(zip(own, summed(torch.stack([*own.values()]), shard.group).unbind(), strict=True))
     # Added, not chosen: in a row without a distribution the derivatives are NaN too.
     rest = total["rest"] + (total["held"] - 1.0) + none.masked_fill(~top.isfinite(), math.nan)
     log_total, elsewhere = torch.log1p(rest), {}
@@ -89,13 +89,13 @@ def merge(shard: Shard, extent: Extent) -> Merged:
         found["entropy"] = total["entropy"] / (1.0 + rest) + log_total
         elsewhere["entropy"] = (total["entropy"] - own["entropy"]) / (1.0 + rest)
     if not soft:
-        found = {name: v.masked_fill(shard.target == IGNORED, 0.0) for name, v in found.items()}
-        found["nll"] = found["nll"].masked_fill(shard.target == INVALID, math.nan)
+        found = {name: v.masked_fill(here.target == IGNORED, 0.0) for name, v in found.items()}
+        found["nll"] = found["nll"].masked_fill(here.target == INVALID, math.nan)
     return Merged(found, top, rest, elsewhere)
 
 
 def own_upstream(
-    upstream: dict[str, Tensor | None], target: Tensor, elsewhere: dict[str, Tensor], extent: Extent
+    upstream: dict[str, Tensor | None], target: Tensor, elsewhere: dict[str, Tensor], shard: Shard
 ) -> dict[str, Any]:
     """The upstream gradients for a row function that sees one shard, and m and rest of whole rows."""
     # It forms A p_j - a_j with A, the mass, summed over the shard, and an entropy summed over the shard. What the
@@ -106,7 +106,7 @@ def own_upstream(
     if d_nll is not None and target.is_floating_point():
         moved.append(d_nll * elsewhere["nll"])
     elif d_nll is not None:
-        inside, _ = extent.local(target)
+        inside, _ = shard.local(target)
         own["nll"] = d_nll.where(inside, 0.0)
         moved.append(d_nll.where(~inside, 0.0))
     if own.get("smooth") is not None:

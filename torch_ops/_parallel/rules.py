@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch_ops._modes import is_untracked
-from torch_ops._parallel.merge import Merged, Shard, merge, own_upstream
-from torch_ops._parallel.shard import Extent, first_of_all
+from torch_ops._parallel.merge import Merged, ShardRows, merge, own_upstream
+from torch_ops._parallel.shard import Shard, first_of_all
 from torch_ops._rules.plan import Plan
 
 
-class Door(Protocol):
+class Source(Protocol):
     """How the rows of one shard come about: from logits, or from a linear head."""
 
     plan: Plan
-    extent: Extent
+    shard: Shard
 
     def forward(self, *arrays: Any) -> tuple[list[Tensor], Tensor]:
         """([nll, lse, [smooth], [entropy], m, rest, [argmax]], which rows are all -inf), of the shard alone."""
@@ -41,40 +41,40 @@ class Door(Protocol):
         ...
 
 
-def sharded_rows(door: Door, *arrays: Any) -> dict[str, Tensor]:
+def sharded_rows(source: Source, *arrays: Any) -> dict[str, Tensor]:
     """nll, lse, [smooth], [entropy], [argmax] of whole rows by name, replicated."""
-    names = [*door.plan.names, *["argmax"] * door.plan.argmax]
-    return dict(zip(names, ShardedRows.apply(door, *arrays), strict=True))  # pyright: ignore
+    names = [*source.plan.names, *["argmax"] * source.plan.argmax]
+    return dict(zip(names, ShardedRows.apply(source, *arrays), strict=True))  # pyright: ignore
 
 
 class ShardedRows(Function):
     """(nll, lse, [smooth], [entropy], [argmax]) of each row. Saves its inputs and some row numbers."""
 
     @staticmethod
-    def forward(ctx: Any, door: Door, *arrays: Any) -> tuple[Tensor, ...]:
-        local, dead = door.forward(*arrays)
-        whole = merged(door, local, dead, arrays)
+    def forward(ctx: Any, source: Source, *arrays: Any) -> tuple[Tensor, ...]:
+        local, dead = source.forward(*arrays)
+        whole = merged(source, local, dead, arrays)
         found = [*whole.values.values()]
-        if door.plan.argmax:
-            m, rest = local[door.plan.values :][:2]
+        if source.plan.argmax:
+            m, rest = local[source.plan.values :][:2]
             # An infinite maximum has no rest either, but is no NaN: that comes first, wherever it is.
             value = m.masked_fill(rest.isnan() & ~dead & (m != math.inf), math.nan)
-            found.append(first_of_all(value, local[-1], door.extent))
+            found.append(first_of_all(value, local[-1], source.shard))
             ctx.mark_non_differentiable(found[-1])
         ctx.set_materialize_grads(False)
-        ctx.door = door
+        ctx.source = source
         h = whole.values.get("entropy")
-        numbers = (whole.m, whole.rest, h, *(whole.elsewhere.get(n) for n in door.plan.names))
+        numbers = (whole.m, whole.rest, h, *(whole.elsewhere.get(n) for n in source.plan.names))
         ctx.save_for_backward(*arrays, dead, *numbers)
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         needs, out = ctx.needs_input_grad[1:], [None] * len(ctx.needs_input_grad)
-        upstream = grads[: ctx.door.plan.values]
+        upstream = grads[: ctx.source.plan.values]
         if any(u is not None for u in upstream):
             alone = is_untracked(*ctx.saved_tensors, *upstream)
-            found: Any = ShardedBwd.apply(ctx.door, needs, alone, *ctx.saved_tensors, *upstream)
+            found: Any = ShardedBwd.apply(ctx.source, needs, alone, *ctx.saved_tensors, *upstream)
             for i, g in zip((i for i, need in enumerate(needs) if need), found, strict=True):
                 out[i + 1] = g
         return tuple(out)
@@ -84,22 +84,22 @@ class ShardedBwd(Function):
     """Those needed of the arrays' gradients as a function of everything: linear in the upstreams."""
 
     @staticmethod
-    def forward(ctx: Any, door: Door, needs: Sequence[bool], alone: bool, *tensors: Any) -> tuple[Tensor, ...]:
-        ctx.door, ctx.needs = door, needs
+    def forward(ctx: Any, source: Source, needs: Sequence[bool], alone: bool, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.source, ctx.needs = source, needs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        names, count = door.plan.names, len(needs)
+        names, count = source.plan.names, len(needs)
         arrays, (_, m, rest, h, *others) = tensors[:count], tensors[count : -len(names)]
         elsewhere = {n: v for n, v in zip(names, others, strict=True) if v is not None}
         upstream = dict(zip(names, tensors[-len(names) :], strict=True))
-        own = own_upstream(upstream, arrays[-2], elsewhere, door.extent)
+        own = own_upstream(upstream, arrays[-2], elsewhere, source.shard)
         if h is not None:
             h = h - elsewhere["entropy"]
-        return tuple(door.backward(arrays, own, (m, rest, h), needs, alone))
+        return tuple(source.backward(arrays, own, (m, rest, h), needs, alone))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        door, count, names = ctx.door, len(ctx.needs), ctx.door.plan.names
+        source, count, names = ctx.source, len(ctx.needs), ctx.source.plan.names
         out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         dead, m = ctx.saved_tensors[count : count + 2]
         again = torch.is_grad_enabled()
@@ -113,7 +113,9 @@ class ShardedBwd(Function):
                 if need and not v.requires_grad:
                     v.requires_grad_()
             arrays, upstream = given[:count], dict(zip(names, given[count:], strict=True))
-            values = merged(door, door.again(dead & (m != -math.inf), *arrays), dead & (m != -math.inf), arrays).values
+            values = merged(
+                source, source.again(dead & (m != -math.inf), *arrays), dead & (m != -math.inf), arrays
+            ).values
             ends = [n for n, u in upstream.items() if u is not None]
             wrt = [v for v, need in zip(arrays, ctx.needs, strict=True) if need]
             first = torch.autograd.grad(
@@ -129,16 +131,16 @@ class ShardedBwd(Function):
         return tuple(out)
 
 
-def merged(door: Door, local: Sequence[Tensor], dead: Tensor, arrays: Sequence[Any]) -> Merged:
-    target, weight, plan = arrays[-2], arrays[-1], door.plan
+def merged(source: Source, local: Sequence[Tensor], dead: Tensor, arrays: Sequence[Any]) -> Merged:
+    target, weight, plan = arrays[-2], arrays[-1], source.plan
     m, rest = local[plan.values : plan.values + 2]
-    dim = getattr(door, "dim", 1)
+    dim = getattr(source, "dim", 1)
     mass = _mass(target, weight, dim, m.dtype) if target.is_floating_point() else None
     of_row = None
     if plan.smooth:
-        of_row = m.new_full((), door.extent.count) if weight is None else weight.sum()
-    shard = Shard(dict(zip(plan.names, local, strict=False)), m, rest, dead, target, mass, of_row)
-    return merge(shard, door.extent)
+        of_row = m.new_full((), source.shard.count) if weight is None else weight.sum()
+    here = ShardRows(dict(zip(plan.names, local, strict=False)), m, rest, dead, target, mass, of_row)
+    return merge(here, source.shard)
 
 
 def _mass(target: Tensor, weight: Tensor | None, dim: int, kind: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from torch_ops import _modes as modes
 from torch_ops._parallel.collectives import gathered, maximum, minimum
 
 
-class Extent(NamedTuple):
+class Shard(NamedTuple):
     """Which of the classes a rank has. `begin` and `classes` are tensors where a look at them would be a sync."""
 
     group: Any
@@ -29,9 +29,9 @@ class Extent(NamedTuple):
         return inside, (target - self.begin).where(inside, target.clamp(max=0))
 
 
-def extent(
+def shard_of(
     op: str, group: Any, position: int, count: int, rows: int, target: Tensor, widest: int | None = None
-) -> Extent:
+) -> Shard:
     """The shard of this rank, after one message of four integers to each other rank."""
     # A shift, another rank's batch: rows that differ would give numbers that are nobody's loss.
     told = torch.zeros((), dtype=torch.int64, device=target.device)
@@ -42,7 +42,7 @@ def extent(
     table = gathered(torch.stack([*mine, told]), group)
     if not modes.can_look(table):
         begin = table[:, 1].where(table[:, 0] < position, 0).sum()
-        return Extent(group, begin, count, table[:, 1].sum(), widest, (table[:, 2:] == table[0, 2:]).all())
+        return Shard(group, begin, count, table[:, 1].sum(), widest, (table[:, 2:] == table[0, 2:]).all())
     each = table.tolist()
     if len({r for _, _, r, _ in each}) > 1:
         found = ", ".join(str(r) for _, _, r, _ in each)
@@ -51,16 +51,16 @@ def extent(
         contract.fail_value(op, "target", "be the same on every rank of group", "different ones")
     begin = sum(c for p, c, _, _ in each if p < position)
     counts = [c for _, c, _, _ in each]
-    return Extent(group, begin, count, sum(counts), max(counts), None)
+    return Shard(group, begin, count, sum(counts), max(counts), None)
 
 
-def first_of_all(value: Tensor, position: Tensor, extent: Extent) -> Tensor:
+def first_of_all(value: Tensor, position: Tensor, shard: Shard) -> Tensor:
     """The place of the first maximum among the ranks' first maxima; NaN counts as the largest."""
     nan = value.isnan()
-    top, some = maximum(torch.stack([value.masked_fill(nan, math.inf), nan.to(value.dtype)]), extent.group)
+    top, some = maximum(torch.stack([value.masked_fill(nan, math.inf), nan.to(value.dtype)]), shard.group)
     here = nan.where(some > 0, value == top)
     last = torch.iinfo(torch.int64).max
-    if not extent.count:
+    if not shard.count:
         here = torch.zeros_like(nan)
-    at = minimum((position + extent.begin).where(here, last), extent.group)
+    at = minimum((position + shard.begin).where(here, last), shard.group)
     return at.masked_fill(at == last, -1)

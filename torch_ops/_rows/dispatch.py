@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from torch_ops._rows import native, plain, triton
-from torch_ops._rows.plain import IGNORED, INVALID, capped, class_row, compute, slope
+from torch_ops._rows.plain import IGNORED, INVALID, capped, class_row, compute, cross_entropy_mass_bwd, slope
 
-__all__ = ["IGNORED", "INVALID", "capped", "class_row", "compute", "slope"]
+__all__ = ["IGNORED", "INVALID", "capped", "class_row", "compute", "cross_entropy_mass_bwd", "slope"]
 
 
 def softmax_fwd(x: Tensor, *, dim: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,40 +73,6 @@ if _library is not None:
     log_softmax_alone = ops.log_softmax_alone.default
     cross_entropy_mean = ops.cross_entropy_mean.default
 
-    @torch.library.register_fake("softmax_ext::softmax_fwd")
-    def _(x: Tensor, dim: int) -> Tensor:
-        return dense_like(x)
-
-    @torch.library.register_fake("softmax_ext::softmax_bwd")
-    def _(dy: Tensor, y: Tensor, dim: int) -> Tensor:
-        return dense_like(y)
-
-    @torch.library.register_fake("softmax_ext::log_softmax_fwd")
-    def _(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        m, rest = rows_like(x, dim, 2)
-        return dense_like(x), m, rest
-
-    @torch.library.register_fake("softmax_ext::log_softmax_bwd")
-    def _(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, dim: int) -> Tensor:
-        return dense_like(x)
-
-    @torch.library.register_fake("softmax_ext::cross_entropy_fwd")
-    def _(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        dim: int,
-        scale: float,
-        softcap: float | None,
-        smooth: bool,
-        entropy: bool,
-    ) -> list[Tensor]:
-        return rows_like(logits, dim, 4 + smooth + entropy)
-
-    @torch.library.register_fake("softmax_ext::cross_entropy_bwd")
-    def _(logits: Tensor, *_: Any) -> Tensor:
-        return dense_like(logits)
-
 
 def dense_like(x: Tensor) -> Tensor:
     """An array of x's shape and type, contiguous."""
@@ -116,3 +83,27 @@ def rows_like(x: Tensor, dim: int, count: int) -> list[Tensor]:
     """Some arrays of a number a row, in the compute type."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return [x.new_empty([*x.shape[:dim], *x.shape[dim + 1 :]], dtype=dtype) for _ in range(count)]
+
+
+# What each op returns, to whoever traces it; the Triton ops are the same.
+FAKES: dict[str, Callable[..., Any]] = {
+    "softmax_fwd": lambda x, dim: dense_like(x),
+    "softmax_bwd": lambda dy, y, dim: dense_like(y),
+    "log_softmax_fwd": lambda x, dim: (dense_like(x), *rows_like(x, dim, 2)),
+    "log_softmax_bwd": lambda dy, x, m, rest, dim: dense_like(x),
+    "cross_entropy_fwd": lambda x, t, w, dim, scale, softcap, smooth, entropy: rows_like(x, dim, 4 + smooth + entropy),
+    "cross_entropy_bwd": lambda x, *_: dense_like(x),
+    "cross_entropy_bwd_": lambda *_: None,
+    "cross_entropy_fwd_bwd_": lambda x, *args: rows_like(x, args[6], 4 + args[9] + args[10]),
+}
+
+
+def describe(namespace: str, fakes: dict[str, Callable[..., Any]], library: Any) -> None:
+    """Tell the compiler what the ops of a namespace return."""
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+
+
+if _library is not None:
+    _described = torch.library.Library("softmax_ext", "FRAGMENT")
+    describe("softmax_ext", FAKES, _described)

@@ -147,6 +147,38 @@ def cross_entropy_bwd(
     return dz.to(logits.dtype)
 
 
+def cross_entropy_mass_bwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    m: Tensor,
+    rest: Tensor,
+    d_nll: Tensor | None,
+    d_smooth: Tensor | None,
+    *,
+    dim: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dL/dtarget of a soft target, dL/dweight): -log p times the factor of y_j and of w_j, 0 where p is 0."""
+    soft = target.is_floating_point()
+    minus_log_p = torch.log1p(rest).unsqueeze(dim) - (capped(logits, scale, softcap) - m.unsqueeze(dim))
+    minus_log_p = minus_log_p.masked_fill(minus_log_p == math.inf, 0.0)
+    d_target = d_weight = None
+    by: Tensor | float = 0.0 if d_smooth is None else d_smooth.unsqueeze(dim)  # what multiplies w_j (-log p_j)
+    if d_nll is not None and soft:
+        c, w = d_nll.unsqueeze(dim), class_row(weight, logits, dim)
+        d_target = ((c if w is None else c * w) * minus_log_p).to(target.dtype)
+        by = by + c * target.to(minus_log_p.dtype)
+    if weight is not None:
+        terms = by * minus_log_p
+        if not soft:
+            terms = terms.masked_fill((target == IGNORED).unsqueeze(dim), 0.0)
+        others = [i for i in range(terms.dim()) if i != dim]
+        d_weight = terms.sum(others) if others else terms
+    return d_target, d_weight
+
+
 def compute(x: Tensor) -> Tensor:
     """x in the type the arithmetic is done in."""
     return x if x.dtype == torch.float64 else x.float()

@@ -18,7 +18,7 @@ from torch import Tensor
 from softmax_ext.gpu import cross_entropy as ce
 from softmax_ext.gpu import rows as gpu
 from softmax_ext.gpu import targets as gpu_targets
-from torch_ops._rows.native import dense_like, rows_like
+from torch_ops._rows.native import FAKES, describe, rows_like
 
 tl: Any = gpu.tl  # as they are, Triton's types are not Python's
 
@@ -90,68 +90,28 @@ def cross_entropy_fwd(
     return out
 
 
-def cross_entropy_bwd(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    m: Tensor,
-    rest: Tensor,
-    d_nll: Tensor | None,
-    d_lse: Tensor | None,
-    d_smooth: Tensor | None,
-    d_entropy: Tensor | None,
-    dim: int,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """dL/dlogits."""
+def cross_entropy_bwd(logits: Tensor, *args: Any) -> Tensor:
+    """dL/dlogits; the arguments are those of _SCHEMAS."""
     logits = logits.contiguous()
     dx = torch.empty_like(logits)
-    upstream = (d_nll, d_lse, d_smooth, d_entropy)
-    _backward(dx, logits, target, weight, (None, None, None, None, m, rest), upstream, dim, scale, softcap)
+    target, weight, m, rest, *more = args
+    _backward(dx, logits, target, weight, (None, None, None, None, m, rest), *more)
     return dx
 
 
-def cross_entropy_bwd_(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    m: Tensor,
-    rest: Tensor,
-    d_nll: Tensor | None,
-    d_lse: Tensor | None,
-    d_smooth: Tensor | None,
-    d_entropy: Tensor | None,
-    dim: int,
-    scale: float,
-    softcap: float | None,
-) -> None:
+def cross_entropy_bwd_(logits: Tensor, *args: Any) -> None:
     """dL/dlogits over the logits."""
     _in_place(logits, "cross_entropy_bwd_")
-    upstream = (d_nll, d_lse, d_smooth, d_entropy)
-    _backward(logits, logits, target, weight, (None, None, None, None, m, rest), upstream, dim, scale, softcap)
+    target, weight, m, rest, *more = args
+    _backward(logits, logits, target, weight, (None, None, None, None, m, rest), *more)
 
 
-def cross_entropy_fwd_bwd_(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    d_nll: Tensor | None,
-    d_lse: Tensor | None,
-    d_smooth: Tensor | None,
-    d_entropy: Tensor | None,
-    dim: int,
-    scale: float,
-    softcap: float | None,
-    smooth: bool,
-    entropy: bool,
-) -> list[Tensor]:
+def cross_entropy_fwd_bwd_(logits: Tensor, *args: Any) -> list[Tensor]:
     """cross_entropy_fwd's results, and dL/dlogits over the logits, in one visit of each row."""
     _in_place(logits, "cross_entropy_fwd_bwd_")
-    out = rows_like(logits, dim, 4 + smooth + entropy)
-    upstream = (d_nll, d_lse, d_smooth, d_entropy)
-    results = _optional(out, smooth, entropy)
-    _backward(logits, logits, target, weight, results, upstream, dim, scale, softcap, both=True)
+    target, weight, *more, smooth, entropy = args
+    out = rows_like(logits, more[4], 4 + smooth + entropy)
+    _backward(logits, logits, target, weight, _optional(out, smooth, entropy), *more, both=True)
     return out
 
 
@@ -161,7 +121,10 @@ def _backward(
     target: Tensor,
     weight: Tensor | None,
     results: tuple[Tensor | None, ...],
-    upstream: tuple[Tensor | None, ...],
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    d_smooth: Tensor | None,
+    d_entropy: Tensor | None,
     dim: int,
     scale: float,
     softcap: float | None,
@@ -169,11 +132,11 @@ def _backward(
     both: bool = False,
 ) -> None:
     target, weight = target.contiguous(), _dense(weight)
-    results, upstream = tuple(map(_dense, results)), tuple(map(_dense, upstream))
-    smoothed = upstream[2] is not None
+    results, upstream = tuple(map(_dense, results)), tuple(map(_dense, (d_nll, d_lse, d_smooth, d_entropy)))
+    smoothed = d_smooth is not None
     weight_sum = weight.sum() if weight is not None and smoothed else None
     options, constants = _options(logits, target, scale, softcap)
-    many = target.is_floating_point() or smoothed or upstream[3] is not None or any(r is not None for r in results[2:4])
+    many = target.is_floating_point() or smoothed or d_entropy is not None or any(r is not None for r in results[2:4])
     arrays = (logits, target, weight, weight_sum, *results, *upstream, dx)
     widest = ce.widest(_fast(logits) > 0, both, bool(softcap), many)
     _launch(ce.cross_entropy_bwd_kernel, arrays, logits, dim, widest, *options, BOTH=both, **constants)
@@ -260,21 +223,14 @@ _SCHEMAS: dict[Any, str] = {
     cross_entropy_bwd_: f"(Tensor(a!) {_INPUTS}, Tensor m, Tensor rest, {_UPSTREAM}, {_OPTIONS}) -> ()",
     cross_entropy_fwd_bwd_: f"(Tensor(a!) {_INPUTS}, {_UPSTREAM}, {_OPTIONS}, bool smooth, bool entropy) -> Tensor[]",
 }
-# What each returns, to whoever traces it.
-_FAKES: dict[Any, Any] = {
-    canonical: lambda target, classes, ignored: torch.empty_like(target, dtype=torch.int64).contiguous(),
-    softmax_fwd: lambda x, dim: dense_like(x),
-    softmax_bwd: lambda dy, y, dim: dense_like(y),
-    log_softmax_fwd: lambda x, dim: (dense_like(x), *rows_like(x, dim, 2)),
-    log_softmax_bwd: lambda dy, x, m, rest, dim: dense_like(x),
-    cross_entropy_fwd: lambda x, t, w, dim, scale, softcap, smooth, entropy: rows_like(x, dim, 4 + smooth + entropy),
-    cross_entropy_bwd: lambda x, *_: dense_like(x),
-    cross_entropy_bwd_: lambda *_: None,
-    cross_entropy_fwd_bwd_: lambda x, *args: rows_like(x, args[6], 4 + args[9] + args[10]),
-}
+
+
+def _canonical_fake(target: Tensor, classes: int, ignored: int) -> Tensor:
+    return torch.empty_like(target, dtype=torch.int64).contiguous()
+
 
 _library = torch.library.Library("softmax_ext_triton", "DEF")
 for _op, _schema in _SCHEMAS.items():
     _library.define(_op.__name__ + _schema)
     _library.impl(_op.__name__, _op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"softmax_ext_triton::{_op.__name__}", _FAKES[_op], lib=_library)
+describe("softmax_ext_triton", {**FAKES, "canonical": _canonical_fake}, _library)

@@ -14,6 +14,7 @@ from torch_ops._rows import dispatch as rows
 from torch_ops._rows import native, triton
 from torch_ops._rules.curvature import Curvature
 from torch_ops._rules.function import Rule, batch_first, forward_rule, in_graph
+from torch_ops._rules.plan import Plan
 
 _IGNORED = LossOptions().ignored
 
@@ -49,20 +50,13 @@ class CrossEntropy(Rule):
         entropy: bool,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
-        return rows.cross_entropy_fwd(
-            logits,
-            target,
-            weight,
-            dim=dim,
-            scale=scale,
-            softcap=softcap,
-            smooth=smooth,
-            entropy=entropy,
-        )
+        layout: dict[str, Any] = {"dim": dim, "scale": scale, "softcap": softcap}
+        return rows.cross_entropy_fwd(logits, target, weight, **layout, smooth=smooth, entropy=entropy)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        logits, target, weight, *ctx.layout, ctx.smooth, ctx.entropy, ctx.inplace = inputs
+        logits, target, weight, dim, *plan, ctx.inplace = inputs
+        ctx.plan, ctx.layout = Plan(*plan), (dim, *plan[:2])
         m, rest = output[-2:]
         ctx.mark_non_differentiable(m, rest)
         ctx.set_materialize_grads(False)
@@ -72,7 +66,7 @@ class CrossEntropy(Rule):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         logits, target, weight, m, rest = ctx.saved_tensors
-        upstream = _by_name(ctx, grads)
+        upstream = ctx.plan.upstream(grads)
         d_logits = d_target = d_weight = None
         if all(g is None for g in upstream):
             return (None,) * 9
@@ -87,8 +81,9 @@ class CrossEntropy(Rule):
     @forward_rule
     def jvp(ctx: Any, saved: Any, dx: Tensor | None, dy: Any, dw: Tensor | None, *_: None) -> Any:
         curve = Curvature(*saved, *ctx.layout)
-        nll, lse, smooth, entropy = curve.tangents(dx, dy, dw, smooth=ctx.smooth, entropy=ctx.entropy)
-        return nll, lse, *[smooth] * ctx.smooth, *[entropy] * ctx.entropy, None, None
+        plan = ctx.plan
+        nll, lse, smooth, entropy = curve.tangents(dx, dy, dw, smooth=plan.smooth, entropy=plan.entropy)
+        return nll, lse, *[smooth] * plan.smooth, *[entropy] * plan.entropy, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, logits: Any, target: Any, weight: Any, dim: int, *rest: Any) -> Any:
@@ -169,16 +164,8 @@ class CrossEntropyBwd(Rule):
             return CrossEntropyBwd.apply(logits, target, weight, *per_row, dim + 1, scale, softcap), 0
         weights = weight.movedim(in_dims[2], 0)
         outs = [
-            CrossEntropyBwd.apply(
-                logits[i],
-                target[i],
-                weights[i],
-                *(r if r is None else r[i] for r in per_row),
-                dim,
-                scale,
-                softcap,
-            )
-            for i in range(info.batch_size)
+            CrossEntropyBwd.apply(x, t, w, *(r if r is None else r[i] for r in per_row), dim, scale, softcap)
+            for i, (x, t, w) in enumerate(zip(logits, target, weights, strict=True))
         ]
         return torch.stack(outs), 0  # pyright: ignore[reportArgumentType]
 
@@ -234,13 +221,3 @@ def _input_bwd(args: tuple[Any, ...], layout: Sequence[Any], *, inplace: bool) -
         return CrossEntropyBwd.apply(*args, *layout)
     dim, scale, softcap = layout
     return rows.cross_entropy_bwd(*args, dim=dim, scale=scale, softcap=softcap, out=args[0].detach())
-
-
-def _by_name(ctx: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """[d_nll, d_lse, d_smooth, d_entropy] from the gradients of the outputs that exist."""
-    found = iter(grads)
-    return [
-        next(found),
-        next(found),
-        *(next(found) if on else None for on in (ctx.smooth, ctx.entropy)),
-    ]
