@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import accuracy_plot, overview_plot, page_tables, records, scaling_plot, speed_plot, table
 from benchmarks.accuracy import Error
+from benchmarks.features import Answer
 from benchmarks.page_tables import TABLES, Kept, Machine
 from benchmarks.scaling import swept
 from benchmarks.table import Line
@@ -28,7 +29,7 @@ from examples import confident
 
 RESULTS = Path("benchmarks", "results")
 README = "README.md"
-PAGES = (README, "docs/index.md", "docs/accuracy.md", "docs/performance.md")
+PAGES = (README, "docs/index.md", "docs/accuracy.md", "docs/performance.md", "docs/leaderboard.md")
 SHOWN = re.compile(r"<!-- figures of: (\S+) -->")
 
 
@@ -71,6 +72,7 @@ def read(folder: Path, first: str) -> Kept:
         records.read(Error, folder / "accuracy.csv"),
         records.read(WeightError, folder / "weight_error.csv"),
         records.read(confident.Point, folder / "confident.csv"),
+        records.read(Answer, folder / "features.csv"),
     )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks import table
+from benchmarks import leaderboard, table
 from benchmarks.accuracy import ALL, CALLS, QUANTITIES, UNITS, Error
+from benchmarks.features import Answer
 from benchmarks.overview_plot import Pair
 from benchmarks.scaling import crossings
-from benchmarks.table import LIMITS, Line, rivals
+from benchmarks.table import LIMITS, Line, markdown, rivals
 from benchmarks.weight_error import WeightError
 from examples import confident
 
@@ -53,6 +54,7 @@ class Kept:
     errors: list[Error]
     weights: list[WeightError]
     trainings: list[confident.Point]
+    answers: list[Answer]
 
     @property
     def shown(self) -> Machine:
@@ -138,7 +140,7 @@ def overview(kept: Kept) -> str:
     times = ("PyTorch's time / ours", "torch.compile's", "JAX's")
     memory = ("our memory, MB", "PyTorch's", "torch.compile's")
     head = ("float32", "shape", *times, *memory, "our worst error, ulp", "PyTorch's")
-    return f"{kept.shown.name}:\n\n{_markdown(head, rows)}"
+    return f"{kept.shown.name}:\n\n{markdown(head, rows)}"
 
 
 def _line(cell: Iterable[Line], call: str) -> Line | None:
@@ -156,7 +158,7 @@ def accuracy(kept: Kept) -> str:
         for quantity in QUANTITIES:
             errors = [kept.worst(quantity, dtype, call) for call in CALLS]
             rows.append((quantity, dtype, *(f"{_ulp(e.worst_ulp)} ({_ulp(e.mean_ulp)})" for e in errors)))
-    return _markdown(("worst (mean)", "", *CALLS), rows)
+    return markdown(("worst (mean)", "", *CALLS), rows)
 
 
 def weights(kept: Kept) -> str:
@@ -166,7 +168,7 @@ def weights(kept: Kept) -> str:
     for call in dict.fromkeys(e.call for e in kept.weights):
         mine = {e.chunks: e.relative for e in kept.weights if e.call == call}
         rows.append((call, *(_power(mine[count], 2) for count in counts)))
-    return _markdown(("chunks", *map(str, counts)), rows)
+    return markdown(("chunks", *map(str, counts)), rows)
 
 
 def trainings(kept: Kept) -> str:
@@ -195,7 +197,7 @@ def trainings(kept: Kept) -> str:
         "in every class",
         "right, training",
     )
-    return _markdown((*head, "right, test"), rows)
+    return markdown((*head, "right, test"), rows)
 
 
 def speed(kept: Kept) -> str:
@@ -213,7 +215,7 @@ def _speed(one: Machine) -> str:
             for call in dict.fromkeys(line.call for cell in cells.values() for line in rivals(cell)):
                 found = {at: _ratio(line) for at, cell in cells.items() for line in cell if line.call == call}
                 rows.append((f"`{op}`", call, *(found.get(at, "") for at in shapes)))
-    return _markdown(("its time / ours", "", *(f"{shape} {dtype}" for shape, dtype in shapes)), rows)
+    return markdown(("its time / ours", "", *(f"{shape} {dtype}" for shape, dtype in shapes)), rows)
 
 
 def heads(kept: Kept) -> str:
@@ -237,7 +239,7 @@ def _heads(one: Machine) -> str:
         if line.call not in LIMITS
     ]
     head = ("", "shape", "call", "its time / ours", "of matmul speed", "workspace, MB", "weight frozen, MB")
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def scaling(kept: Kept) -> str:
@@ -256,18 +258,16 @@ def scaling(kept: Kept) -> str:
         )
         for c in crossings(kept.scaling)
     ]
-    found = _markdown(("", "cores", "op", "beside", "shape", "faster", "below"), rows)
+    found = markdown(("", "cores", "op", "beside", "shape", "faster", "below"), rows)
     return f"![Time and memory by N, V and D](scaling.png)\n\n{table.machine(kept.scaling)}:\n\n{found}"
 
 
 TABLES: dict[str, Callable[[Kept], str]] = {
-    f.__name__: f for f in (machine, overview, accuracy, weights, trainings, speed, heads, scaling)
+    **{f.__name__: f for f in (machine, overview, accuracy, weights, trainings, speed, heads, scaling)},
+    "features": lambda kept: leaderboard.features(kept.answers),
+    "refusals": lambda kept: leaderboard.refusals(kept.answers),
+    "peers": lambda kept: leaderboard.peers(kept.answers, [one.lines for one in kept.machines]),
 }
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
 
 
 def _ratio(line: Line | None) -> str:

@@ -128,6 +128,12 @@ def machine(lines: Sequence[Line]) -> str:
     return f"{lines[0].device}, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of a page."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
+
+
 def show(title: str, cells: Sequence[list[Line]], logits_bytes: int) -> Table:
     """One shape and type: an op a row, and one more for each further rival."""
     table = _titled(title, cells)

@@ -125,7 +125,7 @@ def _measured() -> list[float]:
     for file in sorted((ROOT / figures.RESULTS).rglob("*.csv")):
         with file.open(newline="") as source:
             for row in csv.reader(source):
-                found += [float(cell) for cell in row if re.fullmatch(r"[\d.]+(e-?\d+)?", cell)]
+                found += [float(cell) for cell in row if re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", cell)]
     return found
 
 
