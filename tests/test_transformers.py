@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 tf = pytest.importorskip("transformers")
 
-from torch_ops.integrations import _linear_logits  # noqa: E402
+from torch_ops.integrations import _recipe  # noqa: E402
 from torch_ops.integrations import transformers as integration  # noqa: E402
+from torch_ops.integrations._head import enter  # noqa: E402
 from torch_ops.integrations.transformers import fuse_loss, restore_loss  # noqa: E402
 
 B, L, V, D = 2, 32, 384, 16
@@ -140,22 +141,37 @@ def test_loss_and_every_gradient_without_the_logits(name: str) -> None:
     assert len(theirs) == 1 or abs(theirs[0][0]["loss"] / theirs[1][0]["loss"] - 1.0) > 0.1
 
 
-BREAKS: dict[str, tuple[str, Any, Any]] = {
-    "cap dropped": ("Gemma2, soft cap", "tanh", lambda self: self),
-    "scale dropped": ("Cohere, logits multiplied", "__mul__", lambda self, by: self),
-    "division dropped": ("Granite, logits divided", "__truediv__", lambda self, by: self),
-    "bias dropped": ("Phi, bias", "_one_layer", lambda terms: (*terms[0][:2], None)),
-    "shift lost": ("Llama", "view", lambda self, *s: self.reshape(*s)._rows(lambda x: x.roll(1, 0), torch.sin, "")),
-    "gradient of the weight lost": ("GPT-2, tied", "_one_layer", lambda t: (t[0][0], t[0][1].detach(), t[0][2])),
+def steps(**wrong: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    """Operations of tensors, noted down wrongly."""
+
+    def put(patch: pytest.MonkeyPatch) -> None:
+        for name, step in wrong.items():
+            patch.setitem(_recipe.STEPS, getattr(Tensor, name), step)
+            if hasattr(torch, name):
+                patch.setitem(_recipe.STEPS, getattr(torch, name), step)
+
+    return put
+
+
+def layer(wrong: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(_recipe, "_one_layer", lambda terms: wrong(terms[0]))
+
+
+BREAKS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
+    "cap dropped": ("Gemma2, soft cap", steps(tanh=lambda recipe, z: recipe)),
+    "scale dropped": ("Cohere, logits multiplied", steps(mul=lambda recipe, z, by: recipe)),
+    "division dropped": ("Granite, logits divided", steps(div=lambda recipe, z, by: recipe)),
+    "bias dropped": ("Phi, bias", layer(lambda t: (*t[:2], None))),
+    "shift lost": ("Llama", steps(view=lambda r, z, *s: r.rows(lambda x: x.roll(1, 1).reshape(-1, D)))),
+    "gradient of the weight lost": ("GPT-2, tied", layer(lambda t: (t[0], t[1].detach(), t[2]))),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", BREAKS)
 def test_the_check_sees_what_it_should(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, what, wrong = BREAKS[fault]
+    name, sabotage = BREAKS[fault]
     theirs = train(copy.deepcopy(make(name)))
-    of = _linear_logits if what == "_one_layer" else _linear_logits.LinearLogits
-    monkeypatch.setattr(of, what, wrong)
+    sabotage(monkeypatch)
     with pytest.raises(AssertionError):
         same(train(fuse_loss(make(name))), theirs)
 
@@ -208,6 +224,7 @@ def test_undo_and_do_twice() -> None:
     restore_loss(model)
     assert type(model) is kind
     assert type(model.lm_head) is nn.Linear
+    assert not model.lm_head._forward_pre_hooks
     assert vars(model).keys() == names
     assert vars(model.lm_head).keys() == vars(plain.lm_head).keys()
     assert model(input_ids=TOKENS, labels=LABELS).logits is not None
@@ -274,9 +291,9 @@ def test_adapters_on_the_head(options: Any) -> None:
         same(ours, theirs)
         assert ours[0].logits is None
         assert ours[2] < B * L * V / 2
-        deferring = [m for m in fused.modules() if isinstance(m, _linear_logits.DeferringLinear)]
-        assert deferring
-        assert all(m.out_features == V for m in deferring)
+        attended = [m for m in fused.modules() if enter in m._forward_pre_hooks.values()]
+        assert attended
+        assert all(m.out_features == V for m in attended)
     restore_loss(fused)
     assert fused(input_ids=TOKENS, labels=LABELS).logits is not None
 
@@ -410,13 +427,18 @@ def test_models_without_a_head_for_labels() -> None:
 
 def test_a_head_that_is_no_linear_layer() -> None:
     class Head(nn.Linear):
-        pass
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2.0
 
     model = make()
     model.lm_head.__class__ = Head
     with pytest.raises(ValueError, match=r"fuse_loss: model must end in a torch.nn.Linear; got Head\."):
         fuse_loss(model)
     assert type(model) is tf.LlamaForCausalLM
+    fused = fuse_loss(make())
+    fused.lm_head.__class__ = Head
+    with pytest.warns(UserWarning, match="not fused, because its head is now a Head with a forward of its own"):
+        same(train(fused), train(model))
 
 
 def test_docstrings() -> None:

@@ -1,19 +1,24 @@
-"""Hugging Face transformers: a causal language model's training loss through `linear_cross_entropy`, in one call."""
+"""Hugging Face transformers: a language model's training loss through `linear_cross_entropy`, in one call."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from softmax_ext import contract
-from torch_ops.integrations._linear_logits import DeferringLinear, LinearLogits, Pass
+from torch_ops.integrations import _head
+from torch_ops.integrations._call import CALL, TRACED, WATCHED, Call, is_watched, surroundings
+from torch_ops.integrations._logits import LinearLogits, Logits, computed
+from torch_ops.integrations._wrappers import leads_to
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -76,14 +81,17 @@ def fuse_loss(
     if return_logits is not None:
         contract.flag("fuse_loss", "return_logits", return_logits)
     inner = _with_head("fuse_loss", model)
-    kind = type(inner)
-    if not issubclass(kind, _Fused):
-        inner.__class__ = _fused(kind)
-    inner._fusion = _Options(memory, chunk_size, return_logits)
-    if not _defer(inner):
-        found = type(inner.get_output_embeddings()).__name__
-        restore_loss(model)
-        contract.fail_value("fuse_loss", "model", "end in a torch.nn.Linear", found)
+    if not _head.layers_of(inner.get_output_embeddings()):
+        contract.fail_value("fuse_loss", "model", "end in a torch.nn.Linear", _kind_of_head(inner))
+    if not issubclass(type(inner), _Fused):
+        inner.__class__ = _fused(type(inner))
+    on_instance = vars(inner).get("forward")
+    known = vars(inner).get("_fusion")
+    own = known.own if known else None
+    if on_instance is not None and not leads_to(on_instance, _forward_of(inner)):
+        own = vars(inner).pop("forward")
+    inner._fusion = _Fusion(memory, chunk_size, return_logits, own)
+    _attended(inner)
     return model
 
 
@@ -114,28 +122,41 @@ def restore_loss(model: _M) -> _M:
         if "_own" not in vars(kind):
             contract.fail_value("restore_loss", "model", "have the class that fuse_loss gave it", kind.__name__)
         inner.__class__ = kind._own
+        own = inner._fusion.own
         del inner._fusion
+        if own is not None:
+            # What was put over ours since still calls ours, which then goes on to this.
+            vars(inner)["_forward_before_fuse_loss" if "forward" in vars(inner) else "forward"] = own
     for module in inner.modules():
-        if type(module) is DeferringLinear:
-            module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
-            vars(module).pop("current", None)
+        _head.leave(module)
     return model
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What fuse_loss was asked for."""
+@dataclass
+class _Fusion:
+    """What fuse_loss was asked for, the forward that stood on the instance then, and the warnings given."""
 
     memory: str
     chunk_size: int | None
     return_logits: bool | None
+    own: Callable[..., Any] | None
+    said: set[str] = field(default_factory=set)
 
 
 class _Fused:
     """Marks the classes that `_fused` makes."""
 
     _own: Any
-    _fusion: _Options
+    _fusion: _Fusion
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "forward" and "_fusion" in vars(self) and not leads_to(value, _forward_of(self)):
+            warnings.warn(
+                "fuse_loss: the loss is not fused from here on, because the model's forward was replaced by one that "
+                "does not call the one it had; call fuse_loss again.",
+                stacklevel=2,
+            )
 
 
 @functools.cache
@@ -146,25 +167,33 @@ def _fused(own: type) -> type:
     """
     place = list(inspect.signature(own.forward).parameters).index("labels") - 1  # self is not among the arguments
 
-    @functools.wraps(own.forward)
-    def forward(self: Any, *args: Any, return_logits: bool | None = None, **kwargs: Any) -> Any:
-        options = self._fusion
-        keep = options.return_logits if return_logits is None else return_logits
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fusion = vars(self).get("_fusion")
+        before = vars(self).get("_forward_before_fuse_loss") if fusion is None else fusion.own
+        run = functools.partial(own.forward, self) if before is None else before
+        if fusion is None:  # restored, under a wrapper that was put on between
+            return run(*args, **kwargs)
+        asked = kwargs.pop("return_logits", None)
+        keep = fusion.return_logits if asked is None else asked
         labels = kwargs.get("labels") if len(args) <= place else args[place]
-        if labels is None or (not self.training if keep is None else keep):
-            return own.forward(self, *args, **kwargs)
-        made_in = Pass(options.memory, options.chunk_size)
-        layers = _deferring(self) if torch.compiler.is_compiling() else _defer(self)
-        if _is_watched(self.get_output_embeddings()):
-            layers, made_in.why_not = [], "its head has hooks, which want a tensor"
-        for layer in layers:
-            layer.current = made_in
+        unfused = labels is None or (not self.training if keep is None else keep)
+        call = None if unfused else Call(self, fusion.memory, fusion.chunk_size, fusion.said, torch.is_grad_enabled())
+        if torch.compiler.is_compiling():
+            return _traced(self, call, run, args, kwargs)
+        if call is not None:
+            call.context = surroundings()
+            call.layers, call.why_not = _attended(self)
+        known = CALL.set(call)
         try:
-            output = own.forward(self, *args, **kwargs)
+            output = run(*args, **kwargs)
         finally:
-            for layer in layers:
-                layer.current = None
-        return _settled(output, made_in)
+            CALL.reset(known)
+        return output if call is None else _settled(output, call)
+
+    # Its signature, and no way round it for what undoes wrappers.
+    functools.update_wrapper(forward, own.forward)
+    del forward.__wrapped__
+    forward.__signature__ = inspect.signature(own.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
     def reduce(self: Any, protocol: Any) -> Any:
         # Found by its name, as pickle looks for it, is the model's own class.
@@ -194,51 +223,64 @@ def _with_head(op: str, model: Any) -> Any:
     contract.fail_value(op, "model", "have an output layer and take labels", type(found[0]).__name__)
 
 
-def _defer(model: Any) -> list[DeferringLinear]:
-    """The head's linear layers over the classes, made to defer: the head itself, or those an adapter is made of."""
+def _attended(model: Any) -> tuple[tuple[nn.Module, ...], str]:
+    """(the layers whose output is to be noted down, why there are none)."""
     head = model.get_output_embeddings()
-    layers = [m for m in head.modules() if isinstance(m, nn.Linear)] if isinstance(head, nn.Module) else []
-    classes = max((m.out_features for m in layers), default=0)
+    layers = _head.layers_of(head)
+    if not layers:
+        return (), f"its head is now a {_kind_of_head(model)} with a forward of its own"
+    if is_watched(*head.modules()):
+        return (), WATCHED
     for layer in layers:
-        # An instance's own forward (a hook of accelerate) would not be ours.
-        if type(layer) is nn.Linear and layer.out_features == classes and "forward" not in vars(layer):
-            layer.__class__ = DeferringLinear
-    return _deferring(model)
+        _head.attend(layer)
+    return tuple(layers), ""
 
 
-def _deferring(model: Any) -> list[DeferringLinear]:
-    head = model.get_output_embeddings()
-    return [m for m in head.modules() if isinstance(m, DeferringLinear)] if isinstance(head, nn.Module) else []
+def _forward_of(model: Any) -> Any:
+    return type(model).forward
 
 
-def _is_watched(head: nn.Module) -> bool:
-    """Whether something takes or changes the head's output or its gradients, as tensor parallelism and ZeRO do."""
-    return any(m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in head.modules())
+def _kind_of_head(model: Any) -> str:
+    return type(model.get_output_embeddings()).__name__
 
 
-def _settled(output: Any, made_in: Pass) -> Any:
+def _traced(model: Any, call: Call | None, run: Any, args: Any, kwargs: Any) -> Any:
+    """The same under torch.compile."""
+    if call is not None and not is_watched(*model.get_output_embeddings().modules()):
+        call.layers = tuple(_head.layers_of(model.get_output_embeddings()))
+    before = TRACED.call
+    TRACED.call = call
+    try:
+        output = run(*args, **kwargs)
+    finally:
+        TRACED.call = before
+    return output if call is None else _settled(output, call)
+
+
+def _settled(output: Any, call: Call) -> Any:
     """The output without the logits that the loss made superfluous, or with them as a tensor."""
-    if not made_in.fused:
-        _warn(made_in)
-    settle = _left_out if made_in.fused else _as_tensor
+    if not call.fused:
+        _warn(call)
+    top = _left_out if call.fused else _plain
     if isinstance(output, dict):
         # A ModelOutput made anew: it cannot forget a key.
-        fields = {name: settle(value) for name, value in output.items()}
+        fields = {name: top(value) for name, value in output.items()}
         return type(output)(**{name: value for name, value in fields.items() if value is not None})
-    return tuple(map(settle, output)) if isinstance(output, tuple) else settle(output)
+    return tuple(map(top, output)) if type(output) is tuple else top(output)
 
 
 def _left_out(value: Any) -> Any:
-    if not isinstance(value, LinearLogits):
-        return value
-    return value.value  # None, unless the model needed them beside the loss
+    if isinstance(value, Logits):  # None, unless the model needed them beside the loss
+        return computed(value) if isinstance(value, LinearLogits) and value.later.is_computed else None
+    return _plain(value)
 
 
-def _as_tensor(value: Any) -> Any:
-    return value.tensor("output") if isinstance(value, LinearLogits) else value
+def _plain(value: Any) -> Any:
+    """With every tensor of logits in it computed."""
+    return tree_map(computed, value)
 
 
-def _warn(made_in: Pass) -> None:
+def _warn(call: Call) -> None:
     if not torch.compiler.is_compiling():
-        why = made_in.why_not or "the model did not use its head"
+        why = call.why_not or "its head was not called by its forward, or in a compiled graph"
         warnings.warn(f"fuse_loss: the loss is not fused, because {why}.", stacklevel=4)

@@ -1,0 +1,300 @@
+"""Logits that exist as what they are made of: a loss takes that whole, anything else has them computed."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from torch_ops.integrations._call import Call
+from torch_ops.integrations._later import Held, Later
+from torch_ops.integrations._operations import FACTS, MEMORY, PLAIN, WATCHES, name_of
+from torch_ops.integrations._recipe import STEPS, Recipe
+
+_ATEN = torch.ops.aten
+_IS_NOTING: contextvars.ContextVar[bool] = contextvars.ContextVar("is_noting", default=False)
+
+
+class Logits(Tensor):
+    """Logits with their recipe: what `STEPS` and `F.cross_entropy` make of both kinds below."""
+
+    call: Call
+    recipe: Recipe | None = None
+    held: tuple[Held, ...] = ()
+
+    def current(self) -> Recipe | None:
+        """The recipe, if that is all there is between this tensor and the head."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _above(func, args, kwargs or {})
+
+
+class TracedLogits(Logits):
+    """The computed logits under torch.compile, which drops what nobody uses."""
+
+    @classmethod
+    def of(cls, z: Tensor, recipe: Recipe, call: Call) -> TracedLogits:
+        """The same values."""
+        traced = z.as_subclass(cls)
+        traced.recipe, traced.call = recipe, call
+        return traced
+
+    def current(self) -> Recipe | None:
+        """The recipe where gradients are on as at the call's begin: a custom Function's forward turns them off."""
+        return self.recipe if torch.is_grad_enabled() == self.call.grad else None
+
+
+class LinearLogits(Logits):
+    """Logits of a linear layer: a Tensor without memory, with the layer's node of autograd's graph behind it.
+
+    Below autograd every operation computes the logits and goes on with them, in place too: values and gradients are
+    those of a plain tensor whatever is done, because autograd notes what was done. Above, the operations of `STEPS`
+    give such a tensor again, with its recipe, as long as nothing but they lies between it and the head; and
+    `F.cross_entropy` of one is `linear_cross_entropy` of the recipe's arrays.
+    """
+
+    later: Later
+    meta: Tensor | None = None
+    node: Any = None
+    tracked: bool = False
+
+    @classmethod
+    def of(cls, later: Later, shape: Any, dtype: torch.dtype, device: torch.device, call: Call) -> LinearLogits:
+        """A layer's output, not computed yet."""
+        place = {"dtype": dtype, "device": device, "storage_size": 0}
+        z = Tensor._make_wrapper_subclass(cls, shape, **place)  # pyright: ignore[reportAttributeAccessIssue]
+        z.later, z.call = later, call
+        return z
+
+    def then(self, later: Later, meta: Tensor) -> LinearLogits:
+        """What an operation made of it, not computed yet; `meta` has its sizes and strides."""
+        place = {"strides": meta.stride(), "storage_offset": meta.storage_offset(), "storage_size": 0}
+        make: Any = Tensor._make_wrapper_subclass  # pyright: ignore[reportAttributeAccessIssue]
+        z = make(LinearLogits, meta.shape, dtype=meta.dtype, device=self.device, **place)
+        z.later, z.call, z.meta = later, self.call, meta
+        return z
+
+    def note(self, recipe: Recipe, held: tuple[Held, ...]) -> LinearLogits:
+        """Said of a tensor that autograd has just put into its graph."""
+        with torch._C.DisableTorchFunctionSubclass():
+            self.node, self.tracked = self.grad_fn, self.requires_grad
+        self.recipe, self.held = recipe, held
+        return self
+
+    def current(self) -> Recipe | None:
+        """The recipe, unless a Function gave this very tensor back, a hook or a flag was set, or it was computed."""
+        is_its = self.grad_fn is self.node and self.requires_grad == self.tracked and not self._backward_hooks
+        is_new = not self.later.is_computed and not self.call.watched
+        return self.recipe if is_its and is_new and all(h.is_same() for h in self.held) else None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _below(func, args, kwargs or {})
+
+
+# Above autograd: the operations as the model wrote them.
+
+
+def _above(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func is F.cross_entropy:
+        return _cross_entropy(*args, **kwargs)
+    step = STEPS.get(func)
+    noted = None if step is None else _noted(step, func, args, kwargs)
+    if noted is not None:
+        return noted
+    calls = [a.call for a in _logits_in((args, kwargs))]
+    if not calls or func in FACTS:
+        return func(*args, **kwargs)
+    name = name_of(func)
+    for call in calls:
+        if func in WATCHES:
+            call.watch(name)
+        else:
+            call.asked_by = name
+    if func in MEMORY:  # what reads memory past autograd wants a tensor that has some
+        args, kwargs = tree_map(computed, (args, kwargs))
+    try:
+        return func(*args, **kwargs)
+    finally:
+        for call in calls:
+            call.asked_by = ""
+
+
+def _noted(step: Callable[..., Recipe | None], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation that a recipe can hold, or None."""
+    at = 0 if isinstance(args[0], Logits) else 1  # bias + z, z + z'
+    if at == len(args) or not isinstance(args[at], Logits) or (at and step.__name__ != "_add"):
+        return None
+    if kwargs and step.__name__ not in ("_to", "_same", "_flatten"):
+        return None
+    z = args[at]
+    recipe, held = z.current(), z.held
+    if recipe is None or torch.is_grad_enabled() != z.call.grad:
+        return None
+    others = []
+    for other in (*args[:at], *args[at + 1 :]):
+        if isinstance(other, Logits):
+            known = other.current() if other.call is z.call else None
+            if known is None:
+                return None
+            others.append(known)
+            held = (*held, *other.held)
+        else:
+            others.append(other)
+            if step.__name__ == "_add" and isinstance(other, Tensor) and isinstance(z, LinearLogits):
+                if type(other) not in PLAIN:
+                    return None
+                held = (*held, Held(other))
+    recipe = step(recipe, z, *others, **kwargs)
+    if recipe is None:
+        return None
+    if isinstance(z, TracedLogits):
+        return TracedLogits.of(func(*args, **kwargs), recipe, z.call)
+    is_noting = _IS_NOTING.set(True)
+    try:
+        out = func(*args, **kwargs)
+    finally:
+        _IS_NOTING.reset(is_noting)
+    return out.note(recipe, held) if isinstance(out, LinearLogits) and not out.later.is_computed else out
+
+
+def _cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """F.cross_entropy: of the recipe where there is one."""
+    options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    old: dict[str, Any] = {"size_average": size_average, "reduce": reduce}
+    calls = [a.call for a in (input, target, weight) if isinstance(a, Logits)]
+    recipe = None
+    if isinstance(input, Logits) and len(calls) == 1 and input.dim() <= 2 and size_average is None is reduce:
+        recipe = input.current() if isinstance(input, TracedLogits) or input.call.has_begun_as_now() else None
+    if recipe is None:
+        for call in calls:
+            call.asked_by = "cross_entropy"
+        return F.cross_entropy(input, target, weight, **options, **old)
+    call = input.call
+    call.fused = True
+    loss = recipe.loss(target, weight, call.memory, call.chunk_size, options)
+    dtype = input.dtype
+    if dtype.itemsize < 4 or torch.is_autocast_enabled(input.device.type):
+        one = torch.zeros((1, 2), dtype=dtype, device=input.device)
+        dtype = F.cross_entropy(one, torch.zeros(1, dtype=torch.int64, device=input.device)).dtype
+    return loss.to(dtype)
+
+
+# Below autograd: the operations as they reach memory.
+
+
+def _below(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    z = _logits_in((args, kwargs))[0]
+    if func is _ATEN.detach.default:  # autograd's own, for what it saves
+        return z.then(Later(lambda held=z.later: held.value().detach(), z.later), _meta(z))
+    writes = func._schema.is_mutable
+    if _IS_NOTING.get():
+        if not writes:
+            noted = _later(func, args, kwargs, z)
+            if noted is not None:
+                return noted
+        elif args[0] is z and z.later.is_alone() and len(_logits_in((args, kwargs))) == 1:
+            return _later_in_place(func, args, kwargs, z)
+    if torch.Tag.inplace_view in func.tags or func.overloadpacket in (_ATEN.set_, _ATEN.resize_):
+        raise NotImplementedError(
+            f"fuse_loss: model must not change the shape of logits in place; got {func}. "
+            "restore_loss gives the model's own loss back."
+        )
+    for one in _logits_in((args, kwargs)):
+        one.call.used(func.overloadpacket.__name__)
+        if writes:
+            one.later.settle()
+    whole = {id(v): one for one in _logits_in((args, kwargs)) if (v := one.later.value()) is not None}
+    args, kwargs = tree_map(_value, (args, kwargs))
+    with torch._C.DisableTorchFunction():
+        out = func(*args, **kwargs)
+    return tree_map(lambda v: whole.get(id(v), v), out) if writes else out
+
+
+def _later(func: Any, args: Any, kwargs: Any, z: LinearLogits) -> LinearLogits | None:
+    """The operation's result, to be computed when asked for from its arguments as they are now."""
+    if func is _ATEN.index.Tensor:  # sizes that depend on a mask
+        args = (args[0], _without_masks(args[1]))
+    parents = [one.later for one in _logits_in((args, kwargs))]
+    kept = tree_map(_keep, (args, kwargs))
+    with torch._C.DisableTorchFunction():
+        meta_args, meta_kwargs = tree_map(_meta, (args, kwargs))
+        meta = func(*meta_args, **{k: v for k, v in meta_kwargs.items() if k != "device"})
+    if not isinstance(meta, Tensor):
+        return None
+
+    def compute() -> Tensor:
+        now_args, now_kwargs = tree_map(_kept, kept)
+        return func(*now_args, **now_kwargs)
+
+    return z.then(Later(compute, *parents), meta)
+
+
+def _later_in_place(func: Any, args: Any, kwargs: Any, z: LinearLogits) -> LinearLogits:
+    """A write into values that nobody else was told of."""
+    before, kept = z.later, tree_map(_keep, (args[1:], kwargs))
+
+    def compute() -> Tensor:
+        now_args, now_kwargs = tree_map(_kept, kept)
+        return func(before.value(), *now_args, **now_kwargs)
+
+    z.later = Later(compute, before)
+    before.leave()
+    return z
+
+
+def _without_masks(index: list[Tensor | None]) -> list[Tensor | None]:
+    masks = (torch.bool, torch.uint8)
+    parts = [[i] if i is None or i.dtype not in masks else i.nonzero(as_tuple=True) for i in index]
+    return [i for part in parts for i in part]
+
+
+def _keep(a: Any) -> Any:
+    return a.later if isinstance(a, LinearLogits) else Held(a) if isinstance(a, Tensor) else a
+
+
+def _kept(a: Any) -> Any:
+    return a.value() if isinstance(a, Later) else a.values() if isinstance(a, Held) else a
+
+
+def _meta(a: Any) -> Any:
+    if not isinstance(a, LinearLogits):
+        return a.to("meta") if isinstance(a, Tensor) else a
+    if a.meta is None:  # here, where no mode that counts arrays sees it
+        a.meta = torch.empty(a.shape, dtype=a.dtype, device="meta")
+    return a.meta
+
+
+def _value(a: Any) -> Any:
+    return a.later.value() if isinstance(a, LinearLogits) else a
+
+
+def _logits_in(tree: Any) -> list[LinearLogits]:
+    found: list[LinearLogits] = []
+    tree_map(lambda a: found.append(a) if isinstance(a, LinearLogits) else None, tree)
+    return found
+
+
+def computed(a: Any) -> Any:
+    """A plain tensor at the same place of autograd's graph."""
+    if not isinstance(a, Logits):
+        return a
+    with torch._C.DisableTorchFunctionSubclass():
+        return _ATEN.alias.default(a) if isinstance(a, LinearLogits) else a.as_subclass(Tensor)
