@@ -22,7 +22,7 @@ LADDERS = {
         ["_parallel"],
         ["_compiler"],
         ["_arguments"],
-        ["softmax", "cross_entropy", "linear_cross_entropy"],
+        ["softmax", "cross_entropy", "linear_at", "linear_cross_entropy"],
         ["nn"],
         ["integrations"],
         ["__init__"],

@@ -2,7 +2,8 @@
 
 from torch_ops import nn
 from torch_ops.cross_entropy import cross_entropy
+from torch_ops.linear_at import linear_at
 from torch_ops.linear_cross_entropy import linear_cross_entropy
 from torch_ops.softmax import log_softmax, softmax
 
-__all__ = ["cross_entropy", "linear_cross_entropy", "log_softmax", "nn", "softmax"]
+__all__ = ["cross_entropy", "linear_at", "linear_cross_entropy", "log_softmax", "nn", "softmax"]

@@ -28,6 +28,18 @@ def describe(x: Any) -> Array:
     return Array(tuple(x.shape), dtype, kind, str(x.device))
 
 
+def parts_of(target: Any) -> tuple[Any, ...]:
+    """The tensors of a target: one, or the two of a sparse pair."""
+    return tuple(target) if isinstance(target, tuple | list) else (target,)
+
+
+def describe_target(target: Any) -> Any:
+    """`describe`, of a pair each."""
+    if isinstance(target, tuple | list):
+        return tuple(None if t is None else describe(t) for t in target)
+    return None if target is None else describe(target)
+
+
 def autocast_dtype(builtin: Callable[..., Tensor], x: Tensor) -> torch.dtype | None:
     """The type the built-in would compute in under the autocast that is on, else None."""
     device = x.device.type

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softmax_ext.contract import LossOptions
-from torch_ops._rows.dispatch import IGNORED, INVALID
+from torch_ops._rows.classes import IGNORED, INVALID, mass_sum, of_rows
 
 
 class Coefficients(NamedTuple):
@@ -32,23 +32,32 @@ def coefficients(
     token_weight: Tensor | None,
     options: LossOptions,
     classes: int,
+    probabilities: Tensor | None = None,
+    dim: int = 1,
 ) -> Coefficients:
     """What each row's numbers are multiplied by; `ones` has the rows' shape and type, targets are canonical or soft.
 
-    Ignored rows have numbers of 0, so a coefficient is one number where no weights are given.
+    Ignored rows have numbers of 0, so a coefficient is one number where no weights are given. With K classes a row,
+    along `dim`, each has its own: its probability, weighted by class.
     """
     s, soft = options.label_smoothing, target.is_floating_point()
-    kept = torch.ones_like(ones, dtype=torch.bool) if soft else target != IGNORED
+    marks = target if soft else of_rows(target, ones.dim() + 1, dim)
+    kept = torch.ones_like(ones, dtype=torch.bool) if soft else marks != IGNORED
     share = kept.to(ones.dtype)
     tokens: Any = 1.0
     nll: Any = 1.0
-    if not soft and weight is not None and classes:
+    if probabilities is not None:
+        # What an ignored slot holds is not read, NaN included.
+        nll = probabilities.to(ones.dtype).masked_fill(target == IGNORED, 0.0)
+        if weight is not None and classes:
+            nll = nll * weight.to(ones.dtype)[target.clamp(0, classes - 1)].masked_fill(target == IGNORED, 0.0)
+    elif not soft and weight is not None and classes:
         # Ignored rows read no weight, not even through 0 * inf; one more dimension spares 0-d indices a look.
         of_row = weight.to(ones.dtype)[target.clamp(0, classes - 1).unsqueeze(0)].squeeze(0)
         nll = share = torch.where(kept, of_row, 0.0)
     if token_weight is not None:
         tokens = torch.where(kept, token_weight.to(ones.dtype), 0.0)
-        nll, share = nll * tokens, share * tokens
+        nll, share = nll * (tokens if probabilities is None else tokens.unsqueeze(dim)), share * tokens
     return Coefficients(
         nll=None if s == 1.0 else nll * (1.0 - s),
         smooth=tokens * (s / max(classes, 1)) if s > 0.0 else None,
@@ -58,16 +67,19 @@ def coefficients(
     )
 
 
-def combine(rows: dict[str, Tensor], target: Tensor, by: Coefficients) -> Tensor:
-    """The rows' losses from their nll, smooth and lse."""
+def combine(rows: dict[str, Tensor], target: Tensor, by: Coefficients, dim: int = 1) -> Tensor:
+    """The rows' losses from their nll, smooth and lse; `dim`: where nll has K a row."""
     terms: list[Tensor] = []
-    if by.nll is not None:
+    if by.nll is not None and rows["nll"].dim() > rows["lse"].dim():
+        terms.append(mass_sum(by.nll, rows["nll"], dim))  # pyright: ignore[reportArgumentType]
+    elif by.nll is not None:
         one = isinstance(by.nll, float) and by.nll == 1.0  # no launch, no node of the graph
         terms.append(rows["nll"] if one else by.nll * rows["nll"])
     if by.smooth is not None:
         terms.append(by.smooth * rows["smooth"])
         if not target.is_floating_point():
-            terms[-1] = terms[-1].masked_fill(target == INVALID, torch.nan)
+            marks = of_rows(target, rows["lse"].dim() + 1, dim)
+            terms[-1] = terms[-1].masked_fill(marks == INVALID, torch.nan)
     if by.square is not None:
         terms.append(by.square * rows["lse"].square())
     loss = terms[0]
@@ -97,7 +109,7 @@ def finish(
     reduced: Callable[..., Tensor] = reduce,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, statistics) from the rows' numbers; `z()` are the logits scaled and capped, where no row says argmax."""
-    loss = combine(rows, target, by)
+    loss = combine(rows, target, by, dim)
     if options.reduction != "none":
         loss = reduced(loss.sum(), by, options)
     return loss, statistics(rows, z, target, options, dim)
@@ -106,10 +118,16 @@ def finish(
 def statistics(
     rows: dict[str, Tensor], z: Callable[[], Tensor], target: Tensor, options: LossOptions, dim: int
 ) -> dict[str, Tensor]:
-    """The statistics asked for, of the target's row shape; ignored rows hold 0 (argmax -1)."""
+    """The statistics asked for, of the target's row shape; ignored rows hold 0 (argmax -1).
+
+    Of K classes a row "logprob" has the shape of their ids.
+    """
     out: dict[str, Tensor] = {}
     for name in options.stats:
-        if name == "logprob":
+        if name == "logprob" and rows["nll"].dim() > rows["lse"].dim():
+            masked = rows["nll"] < 0
+            out[name] = 0.0 - (rows["nll"] + masked) - torch.zeros_like(rows["nll"]).masked_fill(masked, torch.inf)
+        elif name == "logprob":
             out[name] = 0.0 - rows["nll"]
         elif name == "argmax":
             if "argmax" in rows:
@@ -117,9 +135,10 @@ def statistics(
             elif (logits := z()).shape[dim]:
                 out[name] = logits.argmax(dim)
             else:
-                out[name] = torch.full_like(rows["nll"], -1, dtype=torch.int64)
+                out[name] = torch.full_like(rows["lse"], -1, dtype=torch.int64)
             if not target.is_floating_point():
-                out[name] = out[name].masked_fill(target == IGNORED, -1)
+                marks = of_rows(target, rows["lse"].dim() + 1, dim)
+                out[name] = out[name].masked_fill(marks == IGNORED, -1)
         else:
             out[name] = rows[name]
     return out

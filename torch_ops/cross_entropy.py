@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arguments import describe, enter_graph
+from torch_ops._arguments import describe, describe_target, enter_graph, parts_of
 from torch_ops._modes import may_overwrite
 from torch_ops._parallel.mesh import is_on_mesh
 from torch_ops._reduction import coefficients, finish
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @overload
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
     weight: Tensor | None = None,
     *,
     ignore_index: int | None = -100,
@@ -44,7 +44,7 @@ def cross_entropy(
 @overload
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
     weight: Tensor | None = None,
     *,
     ignore_index: int | None = -100,
@@ -61,7 +61,7 @@ def cross_entropy(
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
     weight: Tensor | None = None,
     *,
     ignore_index: int | None = -100,
@@ -84,9 +84,11 @@ def cross_entropy(
     Args:
         input: logits (N, V), (N, V, d1, ...) or (V,); float16, bfloat16, float32 or float64.
         target: class indices, the input's shape without its class dimension, any integer type; or
-            probabilities, the input's shape, any floating type (their sum need not be 1).
+            probabilities, the input's shape, any floating type (their sum need not be 1); or a pair of both with K
+            classes a row, (ids, probabilities), where the input has V: the probabilities that add up at the ids.
         weight: one weight per class (V,), any floating type.
-        ignore_index: class index of rows that reach no result; None means -100.
+        ignore_index: class index of rows that reach no result; None means -100. In a pair, of slots that count
+            nothing; a row of such slots reaches no result.
         reduction: "mean" (weighted by class and token weights), "sum" or "none".
         label_smoothing: s in [0, 1]; targets become (1 - s) * target + s / V.
         logit_scale: finite number > 0 the logits are multiplied by first (1 / temperature).
@@ -103,7 +105,8 @@ def cross_entropy(
 
     Returns:
         The loss, float32 for half-precision logits: a scalar, or row-shaped with reduction "none". With `stats`
-        a pair (loss, {name: tensor}), the statistics of the scaled and capped logits in nats (argmax: int64).
+        a pair (loss, {name: tensor}), the statistics of the scaled and capped logits in nats (argmax: int64;
+        logprob of a pair: at every id).
 
     Raises:
         TypeError: an argument of the wrong type; options are Python values, never tensors.
@@ -112,7 +115,7 @@ def cross_entropy(
             (elsewhere that row's loss and gradient are NaN).
 
     Memory:
-        The backward pass keeps the logits, the targets and two numbers per row.
+        The backward pass keeps the logits, the targets and two numbers per row; of a pair nothing of the logits' size.
 
     Source:
         Kurbiel 2021, "Derivative of the Softmax Function and the Categorical Cross-Entropy Loss".
@@ -133,7 +136,7 @@ def cross_entropy(
         on_all_ignored,
         stats,
     )
-    arrays = (input, target, weight, token_weight)
+    arrays = (input, *parts_of(target), weight, token_weight)
     if has_torch_function(arrays):
         return handle_torch_function(
             cross_entropy,
@@ -156,10 +159,10 @@ def cross_entropy(
     if isinstance(input, Tensor) and isinstance(target, Tensor) and input.dim() == 1 and target.shape == (1,):
         whole = input.shape == (1,) and group is None
         target = target if target.is_floating_point() or whole else target[0]  # as F.cross_entropy
-    facts, target_facts, *weights = [None if a is None else describe(a) for a in (input, target, weight, token_weight)]
+    facts, *weights = [None if a is None else describe(a) for a in (input, weight, token_weight)]
     facts = contract.at_least_1d("cross_entropy", "input", facts)
     dim = 1 if input.dim() > 1 else 0
-    soft = contract.loss("cross_entropy", facts, target_facts, *weights, options=options, axis=dim)
+    soft = contract.loss("cross_entropy", facts, describe_target(target), *weights, options=options, axis=dim)
     contract.flag("cross_entropy", "inplace_backward", inplace_backward)
     if group is not None or is_on_mesh(*arrays):
         from torch_ops._parallel import losses
@@ -169,12 +172,16 @@ def cross_entropy(
 
     kind = torch.promote_types(input.dtype, torch.float32)
     plan, classes = Plan.of(options, kind), input.shape[dim]
-    if not soft:
+    probabilities = None
+    if isinstance(target, tuple | list):
+        ids, probabilities = target
+        target = canonical("cross_entropy", ids, classes, options.ignored, along=dim)
+    elif not soft:
         target = canonical("cross_entropy", target, classes, options.ignored)
     of_class = plan.class_weight(weight, kind, soft=soft)
     values = row(input, target, of_class, dim, *plan[:4], inplace_backward and may_overwrite(input))
     per_row = dict(zip(plan.names, values, strict=False))
-    by = coefficients(per_row["nll"], target, weight, token_weight, options, classes)
+    by = coefficients(per_row["lse"], target, weight, token_weight, options, classes, probabilities, dim)
     z = lambda: capped(input.detach(), plan.scale, plan.softcap)  # noqa: E731
     loss, found = finish(per_row, z, target, by, options, dim)
     return (loss, found) if stats else loss

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arguments import autocast, describe, enter_graph, one_row
+from torch_ops._arguments import autocast, describe, describe_target, enter_graph, one_row, parts_of
 from torch_ops._head.layout import each_row, lay_out, total
 from torch_ops._parallel.mesh import is_on_mesh
 from torch_ops._reduction import coefficients, finish, reduce
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
@@ -48,7 +48,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
@@ -69,7 +69,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
@@ -96,10 +96,11 @@ def linear_cross_entropy(
         input: (..., D), any leading dimensions or none; float16, bfloat16, float32 or float64.
         linear_weight: (V, D), of the input's type; or (V, d1, .., dK, D) with input (N, D).
         target: class indices (...), any integer type, or probabilities (..., V), any floating type;
-            (N, d1, .., dK) or (N, V, d1, .., dK) for the K-dimensional form.
+            (N, d1, .., dK) or (N, V, d1, .., dK) for the K-dimensional form; or a pair of both with K classes a row,
+            (ids, probabilities), where probabilities have V.
         linear_bias: linear_weight's shape without D, of the input's type.
         weight: one weight per class (V,), any floating type.
-        ignore_index: class index of rows that reach no result; None means -100.
+        ignore_index: class index of rows, or of a pair's slots, that reach no result; None means -100.
         reduction: "mean" (weighted by class and token weights), "sum" or "none".
         label_smoothing: share of the target spread over all classes, in [0, 1].
         logit_scale: the logits are multiplied by this first.
@@ -117,7 +118,8 @@ def linear_cross_entropy(
 
     Returns:
         The loss, float32 for half-precision inputs: a scalar, or row-shaped with reduction "none". With `stats`
-        a pair (loss, {name: tensor}), the statistics of the scaled and capped logits in nats (argmax: int64).
+        a pair (loss, {name: tensor}), the statistics of the scaled and capped logits in nats (argmax: int64;
+        logprob of a pair: at every id).
 
     Raises:
         TypeError: an argument of the wrong type; options are Python values, never tensors.
@@ -153,12 +155,14 @@ def linear_cross_entropy(
         on_all_ignored,
         stats,
     )
-    arrays = (input, linear_weight, target, linear_bias, weight, token_weight)
+    arrays = (input, linear_weight, *parts_of(target), linear_bias, weight, token_weight)
     if has_torch_function(arrays):
         return handle_torch_function(
             linear_cross_entropy,
             arrays,
-            *arrays[:3],
+            input,
+            linear_weight,
+            target,
             linear_bias=linear_bias,
             weight=weight,
             token_weight=token_weight,
@@ -171,30 +175,39 @@ def linear_cross_entropy(
     enter_graph()
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     target = one_row(input, linear_weight, target, group)
-    arrays = (input, linear_weight, target, linear_bias, weight, token_weight)
-    facts = [None if a is None else describe(a) for a in arrays]
+    arrays = (input, linear_weight, *parts_of(target), linear_bias, weight, token_weight)
+    x, lw, *more = [
+        None if a is None else describe(a) for a in (input, linear_weight, linear_bias, weight, token_weight)
+    ]
+    facts = (x, lw, describe_target(target), *more)
     static = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
     soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **static)
     if group is not None or is_on_mesh(*arrays):
         from torch_ops._parallel import losses
 
-        named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
+        given = (input, linear_weight, target, linear_bias, weight, token_weight)
+        named: dict[str, Any] = dict(zip(_ARRAYS, given, strict=True))
         return losses.linear_cross_entropy(named, options, group, soft=soft, **static)
 
     classes, kind = linear_weight.shape[0], torch.promote_types(input.dtype, torch.float32)
     plan = Plan.of(options, kind, memory == "lean", chunk_size)
-    if not soft:
+    probabilities, laid = None, {"soft": soft, "shift": int(shift)}
+    if isinstance(target, tuple | list):
+        ids, probabilities = target
+        along = 1 if linear_weight.dim() > 2 else -1
+        target = canonical("linear_cross_entropy", ids, classes, options.ignored, along=along)
+    elif not soft:
         target = canonical("linear_cross_entropy", target, classes, options.ignored)
-    of = lay_out(input, linear_weight, linear_bias, target, token_weight, soft=soft, shift=int(shift))
+    of = lay_out(input, linear_weight, linear_bias, target, token_weight, **laid, probabilities=probabilities)
     w = plan.class_weight(weight, kind, soft=soft)
     ones = torch.ones((), dtype=kind, device=input.device).expand(of.n, math.prod(linear_weight.shape[1:-1]))
-    by = coefficients(ones, of.target, weight, of.token_weight, options, classes)
+    by = coefficients(ones, of.target, weight, of.token_weight, options, classes, of.probabilities)
     if reduction != "none" and not stats and memory == "fast":
         return reduce(total(of, w, by, plan), by, options)
     rows = each_row(of, w, plan)
     loss, found = finish(rows, lambda: rows["argmax"], of.target, by, options, 1)
     loss = loss.reshape(of.shape) if reduction == "none" else loss
-    return (loss, {name: value.reshape(of.shape) for name, value in found.items()}) if stats else loss
+    return (loss, {name: of.as_given(value) for name, value in found.items()}) if stats else loss
 
 
 _ARRAYS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight")

@@ -16,7 +16,7 @@ from torch_ops import _modes as modes
 from torch_ops._head.per_row import per_row
 from torch_ops._head.sum import weighted_sum
 from torch_ops._reduction import Coefficients
-from torch_ops._rows.dispatch import IGNORED, INVALID
+from torch_ops._rows.classes import IGNORED, INVALID, of_rows
 from torch_ops._rules.plan import Plan
 
 
@@ -27,7 +27,8 @@ class Layout(NamedTuple):
     index: Tensor | None  # (n,): the rows judged; None: all
     linear_weight: Tensor
     linear_bias: Tensor | None
-    target: Tensor  # (n, P) class indices, canonical, or (n, V, P) probabilities
+    target: Tensor  # (n, P) class indices, canonical, (n, V, P) probabilities, or (n, K, P) class indices
+    probabilities: Tensor | None  # (n, K, P), of those
     token_weight: Tensor | None  # (n, P)
     shape: tuple[int, ...]  # of the losses
 
@@ -35,6 +36,13 @@ class Layout(NamedTuple):
     def n(self) -> int:
         """How many rows are judged."""
         return self.target.shape[0]
+
+    def as_given(self, value: Tensor) -> Tensor:
+        """(n, P) in the losses' shape; (n, K, P) with K where the target had it."""
+        if value.dim() == 2:
+            return value.reshape(self.shape)
+        lead = len(self.shape) - max(self.linear_weight.dim() - 2, 0)
+        return value.reshape(*self.shape[:lead], value.shape[1], *self.shape[lead:])
 
 
 def lay_out(
@@ -46,13 +54,16 @@ def lay_out(
     *,
     soft: bool,
     shift: int,
+    probabilities: Tensor | None = None,
 ) -> Layout:
-    """The layout of checked arguments with canonical targets."""
+    """The layout of checked arguments with canonical targets; `probabilities`: of K classes a row."""
+    full = soft or probabilities is not None
     *lead, features = x.shape
     inner, index = linear_weight.shape[1:-1], None
     if shift:
         kept = max(lead[-1] - shift, 0)
-        target = target[..., shift:, :] if soft else target[..., shift:]
+        target = target[..., shift:, :] if full else target[..., shift:]
+        probabilities = None if probabilities is None else probabilities[..., shift:, :]
         token_weight = None if token_weight is None else token_weight[..., shift:]
         if math.prod(lead[:-1]) == 1:
             x = x[..., :kept, :]
@@ -61,10 +72,15 @@ def lay_out(
         x, lead = x.reshape(-1, features) if features else x.reshape(math.prod(x.shape[:-1]), 0), [*lead[:-1], kept]
     else:
         x = x.reshape(math.prod(lead), features)
-    n, classes, positions = math.prod(lead), linear_weight.shape[0], math.prod(inner)
-    target = target.reshape(n, classes, positions) if soft else target.reshape(n, positions)
+    n, positions = math.prod(lead), math.prod(inner)
+    if full:  # V or K
+        shape = (n, target.shape[len(lead)], positions)
+        target = target.reshape(shape)
+        probabilities = None if probabilities is None else probabilities.reshape(shape)
+    else:
+        target = target.reshape(n, positions)
     token_weight = None if token_weight is None else token_weight.reshape(n, positions)
-    return Layout(x, index, linear_weight, linear_bias, target, token_weight, (*lead, *inner))
+    return Layout(x, index, linear_weight, linear_bias, target, probabilities, token_weight, (*lead, *inner))
 
 
 def total(
@@ -79,7 +95,8 @@ def total(
     for p, (lw, lb, target) in enumerate(_heads(of)):
         nll, smooth, square = (_column(c, p, by.share) for c in by[:3])
         if smooth is not None and not target.is_floating_point():
-            smooth = smooth.masked_fill(target == INVALID, torch.nan)  # nothing else may tell, as in `combine`
+            invalid = of_rows(target, 2, 1) == INVALID
+            smooth = smooth.masked_fill(invalid, torch.nan)  # nothing else may tell, as in `combine`
         index, of_row = of.index, [nll, smooth, square]
         kept = _kept(target)
         if kept is not None:
@@ -97,7 +114,7 @@ def each_row(
     plan: Plan,
     rows: Callable[..., Sequence[Tensor]] = per_row,
 ) -> dict[str, Tensor]:
-    """The rows' numbers by name, (n, P)."""
+    """The rows' numbers by name, (n, P); nll of K classes a row (n, K, P)."""
     names, columns = plan.names, []
     for lw, lb, target in _heads(of):
         kept = _kept(target)
@@ -107,12 +124,13 @@ def each_row(
         values = rows(x, lw, lb, target, weight, *plan)
         values = [v for i, v in enumerate(values) if i < len(names) or i == len(names) + 2]  # all but m and rest
         if kept is not None:
-            values = [v.new_zeros(of.n).index_copy(0, kept, v) for v in values]
+            values = [v.new_zeros(of.n, *v.shape[1:]).index_copy(0, kept, v) for v in values]
         columns.append(values)
     if not columns:
         empty = _nothing(of, torch.promote_types(of.x.dtype, torch.float32)).expand(of.n, 0)
-        return {**dict.fromkeys(names, empty), "argmax": empty.detach().long()}
-    joined = (v[0].unsqueeze(1) if len(v) == 1 else torch.stack(v, 1) for v in zip(*columns, strict=True))
+        found = {**dict.fromkeys(names, empty), "argmax": empty.detach().long()}
+        return found if of.probabilities is None else {**found, "nll": empty.unsqueeze(1).expand(of.target.shape)}
+    joined = (v[0].unsqueeze(-1) if len(v) == 1 else torch.stack(v, -1) for v in zip(*columns, strict=True))
     return dict(zip([*names, "argmax"], joined, strict=False))
 
 
@@ -133,12 +151,16 @@ def _heads(of: Layout) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
 
 def _column(c: Tensor | float | None, p: int, like: Tensor) -> Tensor | None:
     """One position's coefficients, (n,)."""
-    return c if c is None else c[:, p] if isinstance(c, Tensor) else torch.full_like(like[:, p], c)
+    return c if c is None else c[..., p] if isinstance(c, Tensor) else torch.full_like(like[:, p], c)
 
 
 def _kept(target: Tensor) -> Tensor | None:
     """The rows that are not ignored, where eager CPU code finds any that are: they never reach a matmul."""
-    if target.is_floating_point() or not modes.can_look(target) or not (ignored := target == IGNORED).any():
+    if (
+        target.is_floating_point()
+        or not modes.can_look(target)
+        or not (ignored := of_rows(target, 2, 1) == IGNORED).any()
+    ):
         return None
     return (~ignored).nonzero().squeeze(1)
 

@@ -38,16 +38,19 @@ def fwd(x: Tensor, head: Linear, target: Tensor, weight: Tensor | None, plan: Pl
     """[nll, lse, [smooth], [entropy], m, rest, [argmax]] of each row."""
     soft, kind = target.is_floating_point(), torch.promote_types(x.dtype, torch.float32)
     state = _Merged(x.shape[0], x.new_empty(0, dtype=kind), soft=soft, smooth=plan.smooth, entropy=plan.entropy)
-    at_target = torch.full_like(state.m, math.nan)
+    each = not soft and target.dim() == 2  # K a row
+    at_target = torch.full_like(target, math.nan, dtype=kind) if each else torch.full_like(state.m, math.nan)
     best, where = torch.full_like(state.m, -math.inf), torch.zeros_like(state.m, dtype=torch.int64)
     for i, j, z in Slices(x, head, target, plan.chunk_size):
         inside, local = (None, target[:, i:j]) if soft else _local(target, i, j)
         w = None if weight is None else weight[i:j]
-        values = rows.cross_entropy_fwd(z, local, w, **plan.wanted)
+        some = torch.zeros_like(target[:, :1]).sum(1) if each else local  # nothing of a slice's own nll is used
+        values = rows.cross_entropy_fwd(z, some, w, **plan.wanted)
         dead = _dead(z, values[-2])
         state.add(values, dead, _mass(local, w, kind) if soft else None, _total(w, j - i, state.m))
         if inside is not None and j > i:
-            picked = rows.capped(z.gather(1, local.unsqueeze(1)), plan.scale, plan.softcap).squeeze(1)
+            picked = z.gather(1, local if each else local.unsqueeze(1))
+            picked = rows.capped(picked if each else picked.squeeze(1), plan.scale, plan.softcap)
             at_target = torch.where(inside, picked, at_target)
         if plan.argmax:
             value, position = first_maximum(z, plan.scale, plan.softcap)
@@ -109,7 +112,8 @@ def _own_upstream(upstream: list[Any], target: Tensor, i: int, j: int, elsewhere
     if d_nll is not None and not target.is_floating_point():
         other = (target >= 0) & ~_local(target, i, j)[0]
         own[0] = d_nll.masked_fill(other, 0.0)
-        own[1] = _plus(own[1], torch.where(other, d_nll, 0.0))
+        moved = torch.where(other, d_nll, 0.0)
+        own[1] = _plus(own[1], moved if moved.dim() == 1 else moved.sum(1))
     if d_smooth is not None:
         own[1] = _plus(own[1], d_smooth * elsewhere)
     return own
@@ -174,14 +178,21 @@ class _Merged:
         rest = torch.where(self.m.isfinite(), self.rest, math.nan)
         total = torch.log1p(rest)
         poison = total * 0.0  # NaN in a row without a distribution
-        nll = self.sums["nll"][0] + poison if "nll" in self.sums else total - (at_target - self.m)
+        if "nll" in self.sums:
+            nll = self.sums["nll"][0] + poison
+        elif at_target.dim() == 1:
+            nll = total - (at_target - self.m)
+        else:
+            nll = total.unsqueeze(1) - (at_target - self.m.unsqueeze(1))
+            nll = nll.masked_fill((nll == math.inf), rows.MASKED)
         out = [nll, self.m + total]
         if self.smooth:
             out.append(self.sums["smooth"][0] + poison)
         if self.entropy:
             out.append(self.h + poison)
         if not target.is_floating_point():
-            out = [v.masked_fill(target == rows.IGNORED, 0.0) for v in out]
+            ignored = rows.of_rows(target, 2, 1) == rows.IGNORED
+            out = [v.masked_fill(target == rows.IGNORED if v is nll else ignored, 0.0) for v in out]
         return [*out, self.m, rest]
 
 

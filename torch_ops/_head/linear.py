@@ -193,7 +193,7 @@ def ignored_rows(target: Tensor) -> Tensor | None:
     """A mask of the ignored rows; None where a look that costs nothing finds none."""
     if target.is_floating_point():
         return None
-    mask = target == rows.IGNORED
+    mask = rows.of_rows(target, 2, 1) == rows.IGNORED
     return None if mask.device.type == "cpu" and not mask.any() else mask
 
 

@@ -104,6 +104,12 @@ for _name, _loop in (("head_fwd", _fwd), ("head_bwd", _bwd), ("head_fwd_bwd", _f
     _library.impl(_name, _loop, "CompositeExplicitAutograd")
 
 
+def _own_like(x: Tensor, target: Tensor) -> list[Tensor]:
+    """nll: a number a row, or one for each of its K classes."""
+    shape = target.shape if target.dim() == 2 and not target.is_floating_point() else target.shape[:1]
+    return _row_like(x, shape, 1)
+
+
 def _row_like(x: Tensor, n: Any, count: int) -> list[Tensor]:
     return [x.new_empty(n, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(count)]
 
@@ -116,7 +122,7 @@ def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _(*args: Any) -> list[Tensor]:
     x, plan = args[0], Plan(*args[5:])
     argmax = [x.new_empty(x.shape[0], dtype=torch.int64)] * plan.argmax
-    return _row_like(x, x.shape[0], plan.values + 2) + argmax
+    return _own_like(x, args[3]) + _row_like(x, x.shape[0], plan.values + 1) + argmax
 
 
 @torch.library.register_fake("softmax_ext::head_bwd")
@@ -129,4 +135,4 @@ def _(*args: Any) -> list[Tensor]:
     x, weight, bias, target, s, needs = *args[:4], args[6], args[9]
     types = _types_of_gradients(x, target)
     grads = [_dense_like(v, t) for v, t, need in zip((x, weight, bias), types, needs, strict=True) if need]
-    return _row_like(x, target.shape[0], 2 + (s is not None)) + grads
+    return _own_like(x, target) + _row_like(x, target.shape[0], 1 + (s is not None)) + grads

@@ -37,7 +37,7 @@ def _row_map(plan: Plan) -> RowMap:
 
     def call(x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, w: Tensor | None) -> tuple[Tensor, ...]:
         if not target.is_floating_point():  # an ignored row reaches no result, not even through 0 * NaN
-            x = x.masked_fill((target == rows.IGNORED).unsqueeze(1), 0.0)
+            x = x.masked_fill((rows.of_rows(target, 2, 1) == rows.IGNORED).unsqueeze(1), 0.0)
         z = F.linear(x, lw, lb)
         out = row(z, target, w, 1, scale, softcap, smooth, entropy, False)
         return (*out, rows.capped(z.detach(), scale, softcap).argmax(1)) if argmax else out

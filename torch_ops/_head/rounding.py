@@ -30,7 +30,9 @@ def levelled(
     smooth = 0.0
     if upstream[2] is not None:
         smooth = over(given[0].new_full((), arrays[1].shape[0]) if weight is None else weight.abs().sum())
-    sizes = zip(upstream, (mass, 1.0, smooth, 1.0), strict=True)
+    # of K classes a row, all: they multiply p_j together
+    of_rows = [u if u is None or u.dim() == 1 else u.abs().sum(1) for u in upstream]
+    sizes = zip(of_rows, (mass, 1.0, smooth, 1.0), strict=True)
     top = torch.stack([u.abs().amax() * size for u, size in sizes if u is not None]).amax()
     if x.numel():
         rows = x.detach().abs().amax().float() * (x.shape[0] / 32768.0)

@@ -12,6 +12,7 @@ from torch_ops._head import ops
 from torch_ops._head.per_row import per_row
 from torch_ops._head.rounding import scaled
 from torch_ops._modes import is_transforming, may_write
+from torch_ops._rows.classes import mass_sum
 from torch_ops._rules.function import in_graph
 from torch_ops._rules.plan import Plan
 
@@ -39,7 +40,7 @@ def weighted_sum(
 
 def weighted(values: Any, a: Tensor | None, s: Tensor | None, c: Tensor | None) -> Tensor:
     """The sum of weighted_sum from the values of each row."""
-    terms: list[Any] = [] if a is None else [a * values[0]]
+    terms: list[Any] = [] if a is None else [a * values[0] if a.dim() == 1 else mass_sum(a, values[0], 1)]
     if s is not None:
         terms.append(s * values[2])
     if c is not None:
@@ -84,6 +85,7 @@ class LinearSum(Function):
         d_x, d_w, d_b = (
             d if d is None else scaled(d, g, like.dtype) for d, like in zip((dx, dw, db), (x, lw, lb), strict=True)
         )
+        nll = nll if nll.dim() == 1 else nll + (nll < 0)  # of a masked class 0, as in mass_sum
         d_a, d_s, d_c = (
             g * value if need else None
             for value, need in zip(

@@ -12,9 +12,20 @@ import torch
 from torch import Tensor
 
 from torch_ops._rows import native, plain, triton
-from torch_ops._rows.plain import IGNORED, INVALID, capped, class_row, compute, cross_entropy_mass_bwd, slope
+from torch_ops._rows.classes import IGNORED, INVALID, MASKED, of_rows
+from torch_ops._rows.plain import capped, class_row, compute, cross_entropy_mass_bwd, slope
 
-__all__ = ["IGNORED", "INVALID", "capped", "class_row", "compute", "cross_entropy_mass_bwd", "slope"]
+__all__ = [
+    "IGNORED",
+    "INVALID",
+    "MASKED",
+    "capped",
+    "class_row",
+    "compute",
+    "cross_entropy_mass_bwd",
+    "of_rows",
+    "slope",
+]
 
 
 def softmax_fwd(x: Tensor, *, dim: int) -> Tensor:
@@ -57,7 +68,7 @@ def cross_entropy_fwd(
     entropy: bool,
 ) -> tuple[Tensor, ...]:
     """(nll, lse, [smooth], [entropy], m, rest), row-shaped, in nats."""
-    if (ops := _serving(logits, dim)) is not None:
+    if (ops := _serving(logits, dim, target)) is not None:
         target = _taken(target, logits)
         return tuple(ops.cross_entropy_fwd(logits, target, weight, dim, scale, softcap, smooth, entropy))
     return plain.cross_entropy_fwd(
@@ -85,7 +96,7 @@ def cross_entropy_bwd(
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
     # a lazily negated tensor (the imaginary part of a conjugate) has no memory of its own values to write to
     here = out is None or (out.is_contiguous() and not out.is_neg() and out.data_ptr() == logits.data_ptr())
-    ops = _serving(logits, dim)
+    ops = _serving(logits, dim, target)
     if ops is not None and here:
         args = (_taken(target, logits), weight, m, rest, *upstream, dim, scale, softcap)
         if out is None:
@@ -117,7 +128,7 @@ def cross_entropy_fwd_bwd(
 ) -> tuple[Tensor, ...]:
     """cross_entropy_fwd's values, and cross_entropy_bwd's gradient over the logits, in one visit of each row."""
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
-    ops = _serving(logits, dim)
+    ops = _serving(logits, dim, target)
     if ops is not None and logits.is_contiguous():
         args = (weight, *upstream, dim, scale, softcap, smooth, entropy)
         values = ops.cross_entropy_fwd_bwd_(logits, _taken(target, logits), *args)
@@ -130,11 +141,12 @@ def cross_entropy_fwd_bwd(
     return values
 
 
-def _serving(x: Tensor, dim: int) -> Any:
+def _serving(x: Tensor, dim: int, target: Tensor | None = None) -> Any:
     """The ops whose kernels take x, or None."""
     if native.serves(x, dim):
         return native.ops
-    return triton.ops if triton.serves(x, dim) else None
+    classes = target is not None and target.dim() == x.dim() and not target.is_floating_point()  # K a row
+    return triton.ops if triton.serves(x, dim) and not classes else None
 
 
 def _taken(target: Tensor, logits: Tensor) -> Tensor:

@@ -85,16 +85,26 @@ def rows_like(x: Tensor, dim: int, count: int) -> list[Tensor]:
     return [x.new_empty([*x.shape[:dim], *x.shape[dim + 1 :]], dtype=dtype) for _ in range(count)]
 
 
+def _losses_like(x: Tensor, target: Tensor, dim: int, count: int) -> list[Tensor]:
+    """A row's numbers, the first of them one for each of its K classes, where it has K."""
+    nll, *more = rows_like(x, dim, count)
+    return [nll if target.is_floating_point() or target.dim() < x.dim() else nll.new_empty(target.shape), *more]
+
+
+def _matrix(like: Tensor, rows: Any, columns: Any, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(rows, columns, dtype=dtype)
+
+
 # What each op returns, to whoever traces it; the Triton ops are the same.
 FAKES: dict[str, Callable[..., Any]] = {
     "softmax_fwd": lambda x, dim: dense_like(x),
     "softmax_bwd": lambda dy, y, dim: dense_like(y),
     "log_softmax_fwd": lambda x, dim: (dense_like(x), *rows_like(x, dim, 2)),
     "log_softmax_bwd": lambda dy, x, m, rest, dim: dense_like(x),
-    "cross_entropy_fwd": lambda x, t, w, dim, scale, softcap, smooth, entropy: rows_like(x, dim, 4 + smooth + entropy),
+    "cross_entropy_fwd": lambda x, t, w, dim, scale, softcap, *more: _losses_like(x, t, dim, 4 + sum(more)),
     "cross_entropy_bwd": lambda x, *_: dense_like(x),
     "cross_entropy_bwd_": lambda *_: None,
-    "cross_entropy_fwd_bwd_": lambda x, *args: rows_like(x, args[6], 4 + args[9] + args[10]),
+    "cross_entropy_fwd_bwd_": lambda x, *args: _losses_like(x, args[0], args[6], 4 + args[9] + args[10]),
 }
 
 
@@ -104,6 +114,19 @@ def describe(namespace: str, fakes: dict[str, Callable[..., Any]], library: Any)
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
 
+# The native ops alone.
+CLASSES: dict[str, Callable[..., Any]] = {
+    "points": lambda z, m, rest, excepted, u, *_: (u.new_empty(u.shape, dtype=torch.int32), m.new_empty(m.shape[0], 2)),
+    "picked_fwd": lambda x, w, ids: _matrix(x, *ids.shape, torch.promote_types(x.dtype, torch.float32)),
+    "picked_input_bwd": lambda c, w, ids, by, of_all, wide: _matrix(
+        w, ids.shape[0], w.shape[1], c.dtype if wide else w.dtype
+    ),
+    "picked_weight_bwd": lambda c, x, ids, classes, by, of_all, wide: _matrix(
+        x, classes, x.shape[1], c.dtype if wide else x.dtype
+    ),
+}
+
+
 if _library is not None:
     _described = torch.library.Library("softmax_ext", "FRAGMENT")
-    describe("softmax_ext", FAKES, _described)
+    describe("softmax_ext", {**FAKES, **CLASSES}, _described)

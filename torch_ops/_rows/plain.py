@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -1  # canonical target of a row that reaches no result
-INVALID = -2  # canonical target of a row whose class index names no class
+from torch_ops._rows.classes import IGNORED, INVALID, MASKED, of_rows
 
 # In-place gradients are formed in slices of this many elements: the only workspace they need.
 _SLICE = 1 << 20
@@ -67,7 +66,8 @@ def cross_entropy_fwd(
     """(nll, lse, [smooth], [entropy], m, rest), row-shaped, in nats.
 
     nll = -log p_target for class indices (not weighted), -sum_j w_j y_j log p_j for soft targets y;
-    smooth = -sum_j w_j log p_j; entropy = -sum_j p_j log p_j.
+    smooth = -sum_j w_j log p_j; entropy = -sum_j p_j log p_j. With K class indices a row, along `dim`, nll has their
+    shape: 0 at IGNORED, MASKED where it is infinite.
     """
     d, e, m, rest = _exponentials(capped(logits, scale, softcap), dim)
     log_total = torch.log1p(rest)
@@ -75,6 +75,8 @@ def cross_entropy_fwd(
     if target.is_floating_point():
         mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
         nll = _dot(mass, log_total - d, dim) if d.shape[dim] else rest.squeeze(dim)
+    elif target.dim() == d.dim():
+        nll = _each_nll(d, log_total, target, dim)
     else:
         nll = (log_total - _pick(d, target, dim)).squeeze(dim)
     rows = [nll, (m + log_total).squeeze(dim)]
@@ -83,7 +85,8 @@ def cross_entropy_fwd(
     if entropy:
         rows.append(_entropy(d, e, rest, dim).squeeze(dim))
     if not target.is_floating_point():
-        rows = [row.masked_fill(target == IGNORED, 0.0) for row in rows]
+        nothing = of_rows(target, d.dim(), dim) == IGNORED
+        rows = [row.masked_fill(target == IGNORED if row is nll else nothing, 0.0) for row in rows]
     return (*rows, m.squeeze(dim), rest.squeeze(dim))
 
 
@@ -131,7 +134,13 @@ def cross_entropy_bwd(
     if d_entropy is not None:
         log_p = torch.where(e > 0, d - torch.log1p(rest), 0.0)
         dz = dz - d_entropy.unsqueeze(dim) * p * (log_p + _entropy(d, e, rest, dim))
-    if d_nll is not None:
+    marks = target if soft else of_rows(target, d.dim(), dim)
+    if d_nll is not None and not soft and target.dim() == d.dim():
+        index = target.clamp(min=0)
+        each = d_nll.masked_fill(target < 0, 0.0)
+        mass = torch.zeros_like(p).scatter_add(dim, index, each) if d.shape[dim] else p
+        dz = dz + (mass.sum(dim, keepdim=True) - mass) * p - mass * q
+    elif d_nll is not None:
         c = d_nll.unsqueeze(dim)
         if soft:
             mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
@@ -142,8 +151,8 @@ def cross_entropy_bwd(
             dz = (dz + c * p).scatter(dim, index, at_target)
     dz = dz * slope(logits, scale, softcap)
     if not soft:
-        dz = dz.masked_fill((target <= INVALID).unsqueeze(dim), math.nan)
-        dz = dz.masked_fill((target == IGNORED).unsqueeze(dim), 0.0)
+        dz = dz.masked_fill((marks <= INVALID).unsqueeze(dim), math.nan)
+        dz = dz.masked_fill((marks == IGNORED).unsqueeze(dim), 0.0)
     return dz.to(logits.dtype)
 
 
@@ -173,7 +182,7 @@ def cross_entropy_mass_bwd(
     if weight is not None:
         terms = by * minus_log_p
         if not soft:
-            terms = terms.masked_fill((target == IGNORED).unsqueeze(dim), 0.0)
+            terms = terms.masked_fill((of_rows(target, logits.dim(), dim) == IGNORED).unsqueeze(dim), 0.0)
         others = [i for i in range(terms.dim()) if i != dim]
         d_weight = terms.sum(others) if others else terms
     return d_target, d_weight
@@ -258,6 +267,16 @@ def _pick(d: Tensor, target: Tensor, dim: int) -> Tensor:
     return picked.masked_fill((t < 0) | (t >= d.shape[dim]), math.nan)
 
 
+def _each_nll(d: Tensor, log_total: Tensor, target: Tensor, dim: int) -> Tensor:
+    """-log p at K classes a row."""
+    if d.shape[dim] == 0:
+        return torch.full_like(target, math.nan, dtype=d.dtype)
+    picked = d.gather(dim, target.clamp(0, d.shape[dim] - 1))
+    masked = (picked == -math.inf) & log_total.isfinite()
+    nll = (log_total - picked).masked_fill(masked, MASKED)
+    return nll.masked_fill((target < 0) | (target >= d.shape[dim]), math.nan)
+
+
 def _in_slices(
     out: Tensor,
     logits: Tensor,
@@ -273,14 +292,14 @@ def _in_slices(
         return out.copy_(cross_entropy_bwd(logits, target, weight, *rows, **layout))  # pyright: ignore
     cut = max(others, key=lambda i: logits.shape[i])
     per_step = max(1, _SLICE * logits.shape[cut] // max(1, logits.numel()))
-    soft = target.is_floating_point()
+    full = target.dim() == logits.dim()
     for start in range(0, logits.shape[cut], per_step):
         count = min(per_step, logits.shape[cut] - start)
 
-        def part(x: Tensor, full: bool, start: int = start, count: int = count) -> Tensor:
-            return x.narrow(cut if full or cut < dim else cut - 1, start, count)
+        def part(x: Tensor, whole: bool, start: int = start, count: int = count) -> Tensor:
+            return x.narrow(cut if whole or cut < dim else cut - 1, start, count)
 
-        few = (None if r is None else part(r, False) for r in rows)
-        piece = cross_entropy_bwd(part(logits, True), part(target, soft), weight, *few, **layout)  # pyright: ignore
+        few = (None if r is None else part(r, r.dim() == logits.dim()) for r in rows)
+        piece = cross_entropy_bwd(part(logits, True), part(target, full), weight, *few, **layout)  # pyright: ignore
         part(out, True).copy_(piece)
     return out

@@ -11,9 +11,12 @@ from torch_ops._rows import triton
 from torch_ops._rows.dispatch import IGNORED, INVALID
 
 
-def canonical(op: str, target: Tensor, classes: int, ignored: int) -> Tensor:
+def canonical(
+    op: str, target: Tensor, classes: int, ignored: int, *, along: int | None = None, name: str = "target"
+) -> Tensor:
     """int64 targets in [0, classes), IGNORED or INVALID; IndexError where eager CPU code can afford to look.
 
+    `along`: the dimension that holds K of them a row.
     The comparison with `ignored` is made in a wide signed type: uint8 156 is not -100.
     """
     if isinstance(classes, int) and modes.is_eager(target) and triton.serves_indices(target):  # a group's V is a tensor
@@ -28,9 +31,11 @@ def canonical(op: str, target: Tensor, classes: int, ignored: int) -> Tensor:
         kept = kept | (t < 0)
     valid = (t >= 0) & (t < classes)
     if modes.can_look(target):
-        bad = (kept & ~valid).flatten().nonzero()
-        if bad.numel():
-            row = int(bad[0])
-            value = int(target.flatten()[row].item())  # not int(tensor): that refuses uint64 from 2**63 on
-            raise contract.target_out_of_range(op, classes, ignored, value, row)
+        bad = kept & ~valid
+        if bad.any():
+            by_row = (a.unsqueeze(-1) if along is None else a.movedim(along, -1) for a in (bad, target))
+            bad, given = (a.reshape(-1, a.shape[-1]) for a in by_row)
+            row, k = bad.nonzero()[0].tolist()
+            value = int(given[row, k].item())  # not int(tensor): that refuses uint64 from 2**63 on
+            raise contract.target_out_of_range(op, classes, ignored, value, row, name)
     return t.where(valid, INVALID).where(kept, IGNORED)

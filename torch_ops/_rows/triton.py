@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from torch_ops._modes import is_direct, is_plain
+from torch_ops._rows.classes import IGNORED
 from torch_ops._rows.native import FLOATS
-from torch_ops._rows.plain import IGNORED
 
 # ROCm calls itself "cuda". Everything else (MPS, TPU, private devices) has the plain path.
 DEVICES = ("cuda", "xpu")

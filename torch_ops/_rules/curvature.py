@@ -40,7 +40,8 @@ class Curvature:
         self.dim, self.scale, self.softcap, self.dtype = dim, scale, softcap, logits.dtype
         self.target, self.soft = target, target.is_floating_point()
         if not self.soft:  # an ignored row reaches no result, not even through 0 * NaN
-            logits = logits.masked_fill((target == rows.IGNORED).unsqueeze(dim), 0.0)
+            self.marks = rows.of_rows(target, logits.dim(), dim)
+            logits = logits.masked_fill((self.marks == rows.IGNORED).unsqueeze(dim), 0.0)
         self.z = rows.capped(logits, scale, softcap)
         self.p = softmax(self.z, dim)
         self.w = rows.class_row(weight, self.z, dim)
@@ -48,7 +49,10 @@ class Curvature:
         if softcap is not None:
             tanh = torch.tanh(rows.compute(logits) * (scale / softcap))
             self.bend = -2.0 * tanh * self.slope * (scale / softcap)  # C''
-        if self.soft:
+        self.each = not self.soft and target.dim() == logits.dim()  # K a row
+        if self.each:
+            self.index = target.clamp(min=0)
+        elif self.soft:
             y = target.to(self.z.dtype)
             self.mass = y if self.w is None else y * self.w
         else:
@@ -69,7 +73,7 @@ class Curvature:
         """Directional derivatives of [nll, lse, smooth, entropy] along logits, soft target and weight."""
         u = torch.zeros_like(self.p) if dx is None else self.slope * rows.compute(dx)
         mean = (self.p * u).sum(self.dim, keepdim=True)
-        nll = (self.mass * (mean - u)).sum(self.dim)
+        nll = mean - u.gather(self.dim, self.index) if self.each else (self.mass * (mean - u)).sum(self.dim)
         out = [nll, mean.squeeze(self.dim), None, None]
         if smooth:
             out[2] = self._times_w(mean - u).sum(self.dim)
@@ -77,10 +81,11 @@ class Curvature:
             out[3] = -(self.p * u * self._surprise()).sum(self.dim)
         if dy is not None or dw is not None:
             dmass, dw_row = self._mass_along(dy, dw)
-            out[0] = nll - (dmass * self._log_p()).sum(self.dim)
+            if self.soft:
+                out[0] = nll - (dmass * self._log_p()).sum(self.dim)
             if smooth and dw_row is not None:
                 out[2] = out[2] - (dw_row * self._log_p()).sum(self.dim)
-        return [None if t is None else self._rows(t) for t in out]
+        return [None if t is None else self._rows(t, self.target if i == 0 else None) for i, t in enumerate(out)]
 
     def hessian_vector(self, v: Tensor, upstream: _Up) -> Tensor:
         """d(dL/dlogits) along the logits' direction v, for fixed upstream gradients."""
@@ -112,7 +117,7 @@ class Curvature:
         """d(dL/dlogits) along directions of the soft target and the class weights."""
         dmass, dw_row = self._mass_along(dy, dw)
         a = torch.zeros_like(self.p)
-        if upstream[0] is not None:
+        if upstream[0] is not None and self.soft:
             a = a + upstream[0].unsqueeze(self.dim) * dmass
         if upstream[2] is not None and dw_row is not None:
             a = a + upstream[2].unsqueeze(self.dim) * dw_row
@@ -133,7 +138,7 @@ class Curvature:
                 coefficient = coefficient + d_smooth
             terms = coefficient * factor
             if not self.soft:
-                terms = terms.masked_fill((self.target == rows.IGNORED).unsqueeze(self.dim), 0.0)
+                terms = terms.masked_fill((self.marks == rows.IGNORED).unsqueeze(self.dim), 0.0)
             to_w = terms.movedim(self.dim, -1).reshape(-1, terms.shape[self.dim]).sum(0)
         return to_y, to_w
 
@@ -151,7 +156,9 @@ class Curvature:
         """(A, a)."""
         d_nll, d_lse, d_smooth, _ = (None if c is None else c.unsqueeze(self.dim) for c in upstream)
         a = torch.zeros_like(self.p)
-        if d_nll is not None:
+        if upstream[0] is not None and self.each:
+            a = a.scatter_add(self.dim, self.index, upstream[0].masked_fill(self.target < 0, 0.0))
+        elif d_nll is not None:
             a = a + d_nll * self.mass
         if d_smooth is not None:
             a = a + d_smooth * self._times_w(torch.ones_like(self.p))
@@ -178,11 +185,11 @@ class Curvature:
     def _times_w(self, x: Tensor) -> Tensor:
         return x if self.w is None else x * self.w
 
-    def _rows(self, x: Tensor) -> Tensor:
-        return x if self.soft else _marked(x, self.target)
+    def _rows(self, x: Tensor, marks: Tensor | None) -> Tensor:
+        return x if self.soft else _marked(x, self.marks if marks is None else marks)
 
     def _full(self, x: Tensor) -> Tensor:
-        return (x if self.soft else _marked(x, self.target.unsqueeze(self.dim))).to(self.dtype)
+        return (x if self.soft else _marked(x, self.marks.unsqueeze(self.dim))).to(self.dtype)
 
 
 def _marked(x: Tensor, target: Tensor) -> Tensor:
