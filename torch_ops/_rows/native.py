@@ -117,7 +117,7 @@ def describe(namespace: str, fakes: dict[str, Callable[..., Any]], library: Any)
 # The native ops alone.
 CLASSES: dict[str, Callable[..., Any]] = {
     "points": lambda z, m, rest, excepted, u, *_: (u.new_empty(u.shape, dtype=torch.int32), m.new_empty(m.shape[0], 2)),
-    "picked_fwd": lambda x, w, ids: _matrix(x, *ids.shape, torch.promote_types(x.dtype, torch.float32)),
+    "picked_fwd": lambda x, w, ids: _matrix(x, ids.shape[0], ids.shape[1], torch.promote_types(x.dtype, torch.float32)),
     "picked_input_bwd": lambda c, w, ids, by, of_all, wide: _matrix(
         w, ids.shape[0], w.shape[1], c.dtype if wide else w.dtype
     ),
