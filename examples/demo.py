@@ -1,6 +1,6 @@
 """Trains one language model with the built-in loss and with both of ours, in PyTorch and in JAX.
 
-    python -m examples.demo [--steps 32] [--seed 0] [--out demo.png] [--cache FOLDER]
+    python -m examples.demo [--steps 80] [--seed 0] [--out demo.png] [--cache FOLDER]
 
 Prints one table, writes one picture, and exits with 1 when a training of ours parts from the
 built-in one, in loss or weights, by more than rounding explains (`examples.verdict` says how much
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = train_all(recipe, options.cache, console)
     verdicts = verdicts_of(runs)
     console.print(report.table(runs, verdicts, recipe))
+    console.print(report.sentence(runs, verdicts), highlight=False)
     report.picture(options.out, runs, verdicts)
     console.print(f"{options.out} written; {time.perf_counter() - started:.0f} s in all")
     parted = [run for run, verdict in verdicts.items() if not verdict.ok]

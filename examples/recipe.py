@@ -30,7 +30,7 @@ class Recipe:
     heads: int = 4
     length: int = 128
     batch: int = 8
-    steps: int = 32
+    steps: int = 80
     learning_rate: float = 0.3
     momentum: float = 0.9
     seed: int = 0

@@ -4,20 +4,35 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from examples import palette
 from examples.own_process import Run
 from examples.recipe import CHUNKS, Recipe
 from examples.verdict import FACTOR, Bounded, Verdict
 
 TITLE = {"torch": "PyTorch", "jax": "JAX"}
-COLOUR = {"torch": "tab:orange", "jax": "tab:blue"}
-DASH = {"torch": "--", "jax": ":"}
-SHADE = {"built-in": "tab:gray", "cross_entropy": "black", "linear_cross_entropy": "tab:green"}
+BUILT_IN = {"torch": palette.TORCH, "jax": palette.JAX}
+DASH = {"built-in": "-", "cross_entropy": "--", "linear_cross_entropy": "-"}
+HATCH = {"built-in": "", "cross_entropy": "///", "linear_cross_entropy": ""}
 Key = tuple[str, str]  # framework, loss
 Runs = dict[Key, Run]
+PARTS = dict(
+    zip(
+        range(2, 13),
+        (
+            "half",
+            *(f"a {word}" for word in ("third", "quarter", "fifth", "sixth", "seventh")),
+            "an eighth",
+            "a ninth",
+            "a tenth",
+            "an eleventh",
+            "a twelfth",
+        ),
+        strict=True,
+    )
+)
 CAPTION = f"""curve: largest |ours - built-in| of any step, and its share of the allowed
 weights: that share of the weights after the last step
 step: median time
@@ -81,33 +96,65 @@ def _percent(judged: Bounded) -> str:
     return f"[{style}]{100 * judged.share:.0f} %[/]"
 
 
+def sentence(runs: Runs, verdicts: dict[Key, Verdict]) -> str:
+    """What the table says of the fused head, beside the built-in, in one sentence."""
+    parts = []
+    for framework in dict.fromkeys(framework for framework, _ in verdicts):
+        ours, built_in = runs[framework, "linear_cross_entropy"], runs[framework, "built-in"]
+        same = all(verdict.ok for (where, _), verdict in verdicts.items() if where == framework)
+        time = part_of(ours.seconds_per_step / built_in.seconds_per_step)
+        memory = part_of(ours.loss_mib / built_in.loss_mib)
+        curve = "same curve" if same else "another curve"
+        parts.append(f"{TITLE[framework]}: {curve}, {time} step time, {memory} memory of head and loss")
+    return "; ".join(parts) + "."
+
+
+def part_of(ratio: float) -> str:
+    """A quotient above 0 in words that something follows: "a third of the", "1.2 times the"."""
+    if ratio >= 0.95:
+        return f"{ratio:.1f} times the" if ratio >= 1.05 else "the same"
+    if ratio > 0.55:
+        return f"{ratio:.1f} of the"
+    parts = max(2, round(1 / ratio))
+    return f"{PARTS.get(parts, f'1/{parts}')} of the"
+
+
 def picture(path: Path, runs: Runs, verdicts: dict[Key, Verdict]) -> None:
     """Writes the curves, their differences with the bounds, and the memory of head and loss as one image."""
-    figure = Figure(figsize=(8, 12), dpi=120, layout="constrained")
-    curves, differences, memory = figure.subplots(3, 1, height_ratios=(3, 3, 2))
-    _draw_curves(curves, shown(runs))
-    _draw_differences(differences, verdicts)
-    _draw_memory(memory, shown(runs))
-    for axes in (curves, differences, memory):
-        axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with palette.sizes():
+        figure = palette.canvas(11.5)
+        curves, differences, memory = figure.subplots(3, 1, height_ratios=(3, 3, 2))
+        _draw_curves(curves, shown(runs))
+        _draw_differences(differences, verdicts)
+        _draw_memory(memory, shown(runs))
+        titles = (
+            "six trainings, one curve: the losses lie on one another",
+            "largest difference from the built-in so far: dashed is what rounding allows",
+            "memory of one call of head and loss, MiB: shorter is better",
+        )
+        for axes, title in zip((curves, differences, memory), titles, strict=True):
+            axes.set_title(title, loc="left")
+            palette.plain(axes)
+        palette.save(figure, path)
+
+
+def _colour(framework: str, loss: str) -> str:
+    return BUILT_IN[framework] if loss == "built-in" else palette.of(framework, "ours")
 
 
 def _draw_curves(axes: Axes, runs: Runs) -> None:
     width = 9.0
     for (framework, loss), run in runs.items():
-        built_in = loss == "built-in"
         axes.plot(
             np.arange(len(run.losses)),
             run.losses,
-            color=COLOUR[framework] if built_in else SHADE[loss],
-            linestyle="-" if built_in else DASH[framework],
-            alpha=0.6 if built_in else 1.0,
+            color=_colour(framework, loss),
+            linestyle=DASH[loss],
+            alpha=0.5 if loss == "built-in" else 1.0,
             linewidth=width,
             label=f"{TITLE[framework]}, {loss}",
         )
-        width *= 0.75  # the curves lie on one another: later ones are thinner, so that all can be seen
+        width *= 0.72  # the curves lie on one another: later ones are thinner, so that all can be seen
     axes.set_ylabel("loss (nats)")
     axes.set_xlabel("step")
     axes.legend()
@@ -117,31 +164,35 @@ def _draw_differences(axes: Axes, verdicts: dict[Key, Verdict]) -> None:
     floor = 1e-8  # a log axis has no zero
     seen = set()
     for (framework, loss), verdict in verdicts.items():
-        lines = [(verdict.curve.difference, "-" if loss == "cross_entropy" else "-.", f"|{loss} - built-in|")]
+        lines = [(verdict.curve.difference, "-" if loss == "cross_entropy" else "-.", 1.6, loss)]
         if framework not in seen:  # all losses of a framework share its control
             seen.add(framework)
             lines += [
-                (verdict.curve.control, ":", "|renumbered - built-in|"),
-                (verdict.curve.allowed, "--", f"allowed, {FACTOR:g} x largest so far of that"),
+                (verdict.curve.control, ":", 1.2, "built-in, tokens renumbered"),
+                (verdict.curve.allowed, "--", 1.2, f"allowed, {FACTOR:g} x that"),
             ]
-        for values, style, label in lines:
-            axes.plot(np.maximum(values, floor), style, color=COLOUR[framework], label=f"{TITLE[framework]} {label}")
+        for values, style, width, label in lines:
+            colour = palette.of(framework, "ours")
+            shown = np.maximum.accumulate(np.maximum(values, floor))
+            axes.plot(shown, style, color=colour, linewidth=width, label=f"{TITLE[framework]}: {label}")
     axes.set_yscale("log")
-    axes.set_ylabel(f"difference (nats; zero is drawn at {floor:g})")
+    axes.set_ylabel(f"|difference| (nats; 0 is drawn at {floor:g})")
     axes.set_xlabel("step")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize="small")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def _draw_memory(axes: Axes, runs: Runs) -> None:
     """Three bars a framework."""
     frameworks = list(dict.fromkeys(framework for framework, _ in runs))
     losses = list(dict.fromkeys(loss for _, loss in runs))
-    width = 0.8 / len(losses)
-    for i, loss in enumerate(losses):
-        at = np.arange(len(frameworks)) + (i - (len(losses) - 1) / 2) * width
-        bars = axes.bar(at, [runs[f, loss].loss_mib for f in frameworks], width, color=SHADE[loss], label=loss)
-        axes.bar_label(bars, fmt="%.1f")
-    axes.set_xticks(np.arange(len(frameworks)), [TITLE[f] for f in frameworks])
-    axes.set_ylabel("memory of head and loss (MiB)")
-    axes.margins(y=0.15)
-    axes.legend()
+    for i, (framework, loss) in enumerate((f, loss) for f in frameworks for loss in losses):
+        at = i + frameworks.index(framework) * 0.6
+        size, colour = runs[framework, loss].loss_mib, _colour(framework, loss)
+        bar = axes.barh(at, size, 0.8, color=colour, hatch=HATCH[loss], edgecolor="white")
+        axes.bar_label(bar, fmt="%.1f", padding=3)
+    places = [i + (i // len(losses)) * 0.6 for i in range(len(frameworks) * len(losses))]
+    axes.set_yticks(
+        places, [f"{TITLE[f]} built-in" if loss == "built-in" else loss for f in frameworks for loss in losses]
+    )
+    axes.invert_yaxis()
+    axes.margins(x=0.1)

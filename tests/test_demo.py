@@ -23,11 +23,12 @@ pytest.importorskip("matplotlib")
 
 import jax
 import torch
+from matplotlib.text import Text
 from tokenizers import Tokenizer
 
 import jax_ops
 import torch_ops
-from examples import corpus, demo, own_process, report
+from examples import corpus, demo, own_process, palette, report
 from examples.own_process import Run
 from examples.recipe import CHUNKS, Recipe, Weights
 from examples.torch_memory import Alive, loss_bytes
@@ -341,13 +342,20 @@ def test_command_passes_and_draws(monkeypatch, tmp_path, capsys):
 
 def test_picture_has_three_memory_bars_a_framework(monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(report.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(palette, "save", lambda figure, _: drawn.append(figure))
     _fake_runs(monkeypatch, tmp_path)
+    drawn[0].draw_without_rendering()
     curves, differences, memory = drawn[0].axes
     assert len(curves.lines) == 6
     assert len(differences.lines) == 8
-    heights = sorted(bar.get_height() for bar in memory.patches)
-    assert heights == [5.3, 5.3, 66.2, 66.2, 77.1, 77.1]
+    widths = sorted(bar.get_width() for bar in memory.patches)
+    assert widths == [5.3, 5.3, 66.2, 66.2, 77.1, 77.1]
+    assert [bool(axes.get_title("left")) for axes in drawn[0].axes] == [True] * 3
+    texts = [text for text in drawn[0].findobj(Text) if text.get_text()]
+    assert min(text.get_fontsize() for text in texts) >= palette.SMALLEST
+    box = drawn[0].get_tightbbox()
+    assert box.x0 >= -0.01
+    assert box.x1 <= drawn[0].get_figwidth() + 0.01
 
 
 @pytest.mark.parametrize("how", [{"loss_by": 1e-3}, {"loss_by": math.nan}, {"weight_by": 1e-3}])
