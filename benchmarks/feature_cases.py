@@ -19,6 +19,7 @@ SOFT = rng.dirichlet(np.ones(CLASSES), ROWS)
 WEIGHT = rng.uniform(0.5, 2.0, CLASSES)
 UP = rng.uniform(0.5, 2.0, ROWS)  # upstream gradients, and token weights
 DIRECTION = rng.standard_normal((ROWS, WIDTH))
+IDS, SHARES = rng.integers(0, CLASSES, (ROWS, 3)), rng.dirichlet(np.ones(3), ROWS)  # K classes a row
 # A confident row: its logits are x itself.
 SURE_X, SURE_HEAD, SURE_TARGET = np.array([[60.0, 0.0, 0.0, 0.0, 0.0]]), np.eye(5), np.array([0])
 OPTIONS = {
@@ -48,6 +49,13 @@ def truth(target: np.ndarray = TARGET, **options: Any) -> tuple[np.ndarray, np.n
     rows = np.asarray(reference.linear_cross_entropy(X, HEAD, target, reduction="none", **options))
     gradient = reference.linear_cross_entropy_grad(X, HEAD, target, reduction="sum", token_weight=UP, **options)[0]
     return rows, gradient
+
+
+def dense() -> np.ndarray:
+    """The soft target that IDS and SHARES mean."""
+    target = np.zeros((ROWS, CLASSES))
+    np.add.at(target, (np.arange(ROWS)[:, None], IDS), SHARES)
+    return target
 
 
 def second() -> np.ndarray:

@@ -47,6 +47,15 @@ def _row_losses(peer: Peer, target: Any = cases.TARGET, **options: Any) -> dict[
     return {"loss": (rows.detach(), value), "gradient": (x.grad, gradient)}
 
 
+def _sparse(peer: Peer) -> dict[str, tuple[Any, Any]]:
+    x, head, up, ids, shares = _tensors(cases.X, cases.HEAD, cases.UP, cases.IDS, cases.SHARES)
+    x.requires_grad_()
+    rows = peer.rows(x, head, (ids, shares))
+    (rows * up).sum().backward()
+    value, gradient = cases.truth(cases.dense())
+    return {"loss": (rows.detach(), value), "gradient": (x.grad, gradient)}
+
+
 def _confident(peer: Peer) -> dict[str, tuple[Any, Any]]:
     x, head, target = _tensors(cases.SURE_X, cases.SURE_HEAD, cases.SURE_TARGET)
     x.requires_grad_()
@@ -109,6 +118,7 @@ def _stats(peer: Peer) -> dict[str, tuple[Any, Any]]:
 QUESTIONS = [
     Question("loss and gradient of each row", _row_losses),
     Question("soft targets", lambda peer: _row_losses(peer, cases.SOFT)),
+    Question("K classes a row as target", _sparse),
     Question("class weights", lambda peer: _row_losses(peer, weight=cases.WEIGHT)),
     *(Question(name, lambda peer, o=o: _row_losses(peer, **o)) for name, o in cases.OPTIONS.items()),
     Question("log-probability and entropy", _stats),
@@ -120,7 +130,9 @@ QUESTIONS = [
 ]
 
 
-def _only(known: tuple[str, ...], options: dict[str, Any], target: Tensor) -> None:
+def _only(known: tuple[str, ...], options: dict[str, Any], target: Any) -> None:
+    if isinstance(target, tuple):
+        raise Absent("no sparse targets")
     for name in options:
         if name not in known:
             raise Absent(f"no {name}")
