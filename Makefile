@@ -87,7 +87,7 @@ gpu: gpu-test gpu-bench
 
 gpu-test:
 	$(PYTHON) -m softmax_ext
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 4 tests/test_device.py tests/test_device_head.py
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 4 tests/device/test_device.py tests/device/test_head.py
 
 # Writes benchmarks/results/<device>.csv after every cell, the linear head first. Where a command may not take that long:
 # BENCH="--part heads chunks" (4 minutes), then BENCH="--part rows" (4); lines of other parts stay. --results FOLDER.

@@ -1,7 +1,7 @@
 """`make figures`: the tables and pictures of README and docs, from the CSVs that the other commands keep.
 
 A table stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->` and is written anew; nothing else of a page is
-touched, and nothing is measured. `tests/test_readme.py` fails where a page shows other numbers than the CSVs hold.
+touched, and nothing is measured. `tests/house/test_readme.py` fails where a page shows other numbers than the CSVs.
 
 Pages show every machine that was measured. README and the pictures show one: the last one whose file has all that they
 need, by the time of its commit, or by that of the file if it is not committed as it is. README says which.

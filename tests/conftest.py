@@ -13,7 +13,7 @@ import pytest
 # Before torch starts its threads: those that spin while they wait take the core of the other worker's.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import tests.interpreter  # noqa: F401  # before anything imports Triton
+import tests.rows.gpu.interpreter  # noqa: F401  # before anything imports Triton
 
 DOORS = {"torch": "torch_ops", "jax": "jax_ops"}
 NATIVE = {"torch": "torch_ops._rows.native", "jax": "jax_ops._native"}
@@ -27,7 +27,8 @@ def _needs(path: Path) -> set[str]:
 
 
 # A file that needs an absent framework is not collected; files that take whichever is there skip test by test.
-LEFT_OUT = {path.name: _needs(path) & set(ABSENT) for path in sorted(Path(__file__).parent.glob("test_*.py"))}
+HERE = Path(__file__).parent
+LEFT_OUT = {str(path.relative_to(HERE)): _needs(path) & set(ABSENT) for path in sorted(HERE.rglob("test_*.py"))}
 collect_ignore = [name for name, absent in LEFT_OUT.items() if absent]
 
 
@@ -56,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Those of losses over several devices are the only ones that reach theirs.
     """
     for item in items:
-        if item.get_closest_marker("slow") and item.path.name != "test_parallel.py":
+        if item.get_closest_marker("slow") and item.path.parent.name != "parallel":
             item.add_marker("no_cover")
 
 

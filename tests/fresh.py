@@ -21,7 +21,11 @@ from packaging.requirements import Requirement
 TOOLS = ["numpy", "pytest", "pytest-xdist", "hypothesis", "mpmath", "packaging", "pygments"]
 FRAMEWORKS = {"torch": ["torch"], "jax": ["jax", "jaxlib", "optax"]}
 ROOT = Path(__file__).parents[1]
-OF_THE_CHECKOUT = ["test_house.py", "test_demo.py"]  # what they test is not in a wheel
+OF_THE_CHECKOUT = [
+    "house/test_house.py",
+    "house/test_ladder.py",
+    "demo/test_demo.py",
+]  # what they test is not in a wheel
 
 
 def check(wheel: Path) -> None:
@@ -73,8 +77,9 @@ def main(wheel: Path, frameworks: list[str], whole: bool) -> int:
         # What an environment can change: whether the doors open, and what the ops do where a framework is absent. With
         # both there is nothing new but the two libraries in one process.
         both = len(frameworks) == len(FRAMEWORKS)
-        names = ["native_threads"] if both else [f"native_{frameworks[0]}", "native_threads", "ops", "rows", "facts"]
-        chosen = [] if whole else [f"tests/test_{name}.py" for name in names]
+        of_one = [f"rows/native/test_{frameworks[0]}", "ops/test_ops", "rows/test_rows", "contract/test_facts"]
+        names = ["rows/native/test_threads", *([] if both else of_one)]
+        chosen = [] if whole else [f"tests/{name}.py" for name in names]
         ignored = [f"--ignore=tests/{name}" for name in OF_THE_CHECKOUT]
         tests = [str(python), "-m", "pytest", "-n", "2", "-m", "not slow", f"--doors={','.join(frameworks)}"]
         tests += [*chosen, *ignored]

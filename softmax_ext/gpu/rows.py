@@ -19,7 +19,7 @@ import triton.language as tl
 from softmax_ext.gpu.arithmetic import at_origin, exp, log1p, origin, over, ratio
 
 # The widest row that is held in registers, by the number of arrays that live at a time: what compiles without a spill
-# for sm_80, sm_90 and sm_100 (tests/test_gpu_compiled.py asserts it). Wider rows are read block by block.
+# for sm_80, sm_90 and sm_100 (tests/rows/gpu/test_compiled.py asserts it). Wider rows are read block by block.
 HOLDS_ONE, HOLDS_TWO, HOLDS_FEW, HOLDS_MANY = 32768, 16384, 8192, 4096
 HOLDS_FLOAT64 = 2048
 # Beyond this a row that need be read only once is read by blocks too: smaller programs, so that several share a

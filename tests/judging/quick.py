@@ -1,0 +1,26 @@
+"""XLA told to optimise little: a program compiles in a quarter to a half of the time.
+
+For tests of what is computed, and of temporary memory, which is the same to the byte. Those of roundings and of what
+the compiler may contract leave XLA as users have it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK: dict[str, Any] = {"compiler_options": _OPTIONS}  # of jax.jit
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _OPTIONS.items())  # of a process, in XLA_FLAGS
+
+
+def run(program: str) -> None:
+    """A program in a process of its own: for what hands programs to XLA by itself, and takes no options for them."""
+    env = {**os.environ, "XLA_FLAGS": FLAGS, "JAX_ENABLE_X64": "1"}
+    command, root = [sys.executable, "-c", program], Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert done.stdout.endswith("all checked\n")
