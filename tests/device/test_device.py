@@ -17,6 +17,7 @@ import pytest
 from softmax_ext import reference
 from tests.judging import cases, checks
 from tests.judging.frameworks import HERE
+from tests.ops import arrays as test_ops_arrays
 from tests.ops import test_ops
 from tests.rows.gpu import interpreter
 
@@ -75,14 +76,14 @@ def test_accuracy(cuda: Any, dtype: str, classes: int) -> None:
 
 @on_cuda
 @pytest.mark.parametrize(
-    ("dtype", "kind", "name"), list(product(["float32", "bfloat16"], test_ops.KINDS, cases.OPTIONS))
+    ("dtype", "kind", "name"), list(product(["float32", "bfloat16"], test_ops_arrays.KINDS, cases.OPTIONS))
 )
 def test_accuracy_of_loss_options(cuda: Any, dtype: str, kind: str, name: str) -> None:
     test_ops.test_accuracy_of_loss_options(cuda, dtype, kind, name)
 
 
 @on_cuda
-@pytest.mark.parametrize("kind", test_ops.KINDS)
+@pytest.mark.parametrize("kind", test_ops_arrays.KINDS)
 def test_statistics(cuda: Any, kind: str) -> None:
     for name in ("plain", "all"):
         test_ops.test_accuracy_of_statistics(cuda, kind, name)

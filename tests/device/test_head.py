@@ -18,6 +18,7 @@ import pytest
 
 from softmax_ext import reference
 from tests.device.test_device import FW, Cuda, on_cuda, on_jax_gpu, torch
+from tests.head import test_facts as test_head_facts
 from tests.head import test_head
 from tests.judging import cases
 from tests.judging.frameworks import HERE
@@ -54,13 +55,13 @@ def test_values_and_gradients(device: str, dtype: str, memory: str, soft: int, n
 def test_data_facts(device: str, memory: str) -> None:
     """Ignored, masked, infinite and confident rows, nothing at all, upstream gradients by the row."""
     fw = adapter(device)
-    test_head.test_ignored_rows_reach_nothing(fw, memory, "mean")
-    test_head.test_all_ignored_and_no_rows(fw, memory)
-    test_head.test_mass_on_a_masked_class_is_an_infinite_loss(fw, memory)
-    test_head.test_a_row_without_a_distribution_is_nan_alone(fw, memory, np.inf)
-    test_head.test_05_confident_row_keeps_its_gradient(fw, memory, "bfloat16")
-    test_head.test_08_every_row_has_its_own_upstream_gradient(fw, memory)
-    test_head.test_float16_mean_over_many_rows_keeps_its_gradient(fw, memory)
+    test_head_facts.test_ignored_rows_reach_nothing(fw, memory, "mean")
+    test_head_facts.test_all_ignored_and_no_rows(fw, memory)
+    test_head_facts.test_mass_on_a_masked_class_is_an_infinite_loss(fw, memory)
+    test_head_facts.test_a_row_without_a_distribution_is_nan_alone(fw, memory, np.inf)
+    test_head_facts.test_05_confident_row_keeps_its_gradient(fw, memory, "bfloat16")
+    test_head_facts.test_08_every_row_has_its_own_upstream_gradient(fw, memory)
+    test_head_facts.test_float16_mean_over_many_rows_keeps_its_gradient(fw, memory)
     for name in ("leading", "K-d", "1-d", "shift 1", "shift 2, one sequence"):
         test_head.test_shapes(fw, name, memory, False, "sum")
 

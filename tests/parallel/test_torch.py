@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 import torch_ops
 from tests.judging import cases, checks
-from tests.parallel import torch_ranks as parallel_worker
+from tests.parallel import groups
+from tests.parallel.torch_ranks import CHECKS
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 300.0  # seconds: ranks that wait for each other in vain are ended
@@ -66,7 +67,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", parallel_worker.CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 def test_a_group_of_one(check: Any, alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["", "0", "1", str(tmp_path / "rows")])
     check()
@@ -95,8 +96,8 @@ def test_ranks_agree_with_one_device(world: int, tmp_path: Path) -> None:
     store = tmp_path / "store"
     _ranks(world, store)
     parts = [np.load(f"{store}.{rank}.npz") for rank in range(world)]
-    for dtype, name, soft in parallel_worker.LOUD:
-        given, ups = parallel_worker.loud(dtype, soft)
+    for dtype, name, soft in groups.LOUD:
+        given, ups = groups.loud(dtype, soft)
         options = {**cases.OPTIONS[name], "reduction": "none", "stats": ("lse", "entropy", "argmax")}
         truth = checks.oracle("cross_entropy", given, ups, **options)
         scale = checks.scales("cross_entropy", given, ups, dtype=dtype, **options)

@@ -23,6 +23,7 @@ from softmax_ext import reference
 from tests.contract import test_facts
 from tests.judging import cases
 from tests.judging.frameworks import HERE
+from tests.ops import arrays as test_ops_arrays
 from tests.ops import test_ops
 from tests.rows import test_rows
 from tests.rows.gpu import interpreter
@@ -103,7 +104,7 @@ def test_loss_options_block_by_block(kind: str, name: str) -> None:
 
 
 def _loss(kind: str, classes: int, name: str) -> None:
-    arrays, r = test_ops.loss_arrays(kind, classes, "float32")
+    arrays, r = test_ops_arrays.loss_arrays(kind, classes, "float32")
     ups = {"value": r.dloss, "lse": r.dloss[::-1].copy(), "entropy": 0.5 * r.dloss}
     options = {"reduction": "none", "stats": ("lse", "entropy"), **cases.OPTIONS[name]}
     test_ops.check(FW, "cross_entropy", "float32", arrays, ups, **options)
@@ -125,7 +126,7 @@ def test_any_axis(axis: int) -> None:
 def test_any_axis_block_by_block() -> None:
     r = cases.rows(70, "bfloat16")
     x, dy = (np.moveaxis(a[:6].reshape(2, 3, 70), -1, 1) for a in (r.x, r.dy))
-    for op in test_ops.SOFTMAXES:
+    for op in test_ops_arrays.SOFTMAXES:
         test_ops.check(FW, op, "bfloat16", {"input": x}, {"value": dy}, axis=1)
     arrays, up = {"input": x, "target": np.abs(r.target[:6].reshape(2, 3))}, {"value": r.dloss[:6].reshape(2, 3)}
     test_ops.check(FW, "cross_entropy", "bfloat16", arrays, up, reduction="none", stats=("lse", "entropy"))

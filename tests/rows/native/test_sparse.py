@@ -6,7 +6,8 @@ import torch
 
 from softmax_ext import reference
 from tests.judging import checks
-from tests.rows.native.test_rows import LEVELS, native
+from tests.rows.native.formulas import LEVELS
+from torch_ops._rows import native
 
 ops = native.ops
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ import torch
 
 import torch_ops
 from softmax_ext import reference
-from tests import checks
-from tests.test_linear_at_torch import Largest
+from tests.judging import checks
+from tests.ops.test_linear_at_torch import Largest
 from torch_ops._rows import native
 
 OPTIONS: list[dict[str, Any]] = [

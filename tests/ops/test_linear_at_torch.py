@@ -10,7 +10,7 @@ import torch
 
 import torch_ops
 from softmax_ext import reference
-from tests import checks
+from tests.judging import checks
 from torch_ops._rows import native
 from torch_ops._rows import picked as rows
 
