@@ -132,3 +132,51 @@ def test_a_file_without_a_floor_is_caught() -> None:
     assert _broken("torch_ops", {**_sources("torch_ops"), "torch_ops.helpers": ""}) == [
         "helpers stands on no floor of LADDERS"
     ]
+
+
+def _lengths(path: Path, text: str) -> dict[str, int]:
+    """The lines of a file and of each function in it, signatures and docstrings apart."""
+    found = {"the file": len(text.splitlines())}
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                found[node.name] = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+    else:  # a function of C++ stands at the margin, and so does its last brace
+        begin, name = 0, ""
+        for at, line in enumerate(text.splitlines()):
+            if line[:1].isalpha() and "(" in line:
+                begin, name = at, line.split("(")[0].split()[-1]
+            elif line.startswith("}") and name:
+                found[name], name = at - begin, ""
+    return found
+
+
+def _too_long(path: Path, text: str) -> list[str]:
+    of = _lengths(path, text)
+    return [f"{name}: {n} lines" for name, n in of.items() if n > (300 if name == "the file" else 60)]
+
+
+CODE = sorted(p for package in LADDERS for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".h", ".cpp"))
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    assert _too_long(path, path.read_text()) == []
+
+
+def test_long_ones_are_caught() -> None:
+    python = "def f(x):\n    '''A docstring.'''\n" + "    x += 1\n" * 61
+    cpp = "void f(int x) {\n" + "  ++x;\n" * 61 + "}\n"
+    assert _too_long(Path("a.py"), python) == ["f: 61 lines"]
+    assert _too_long(Path("a.cpp"), cpp) == ["f: 62 lines"]
+    assert _too_long(Path("a.py"), "x = 1\n" * 301) == ["the file: 301 lines"]
+
+
+def test_test_files_are_short() -> None:
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in (ROOT / "tests").rglob("*.py")
+        if (n := len(p.read_text().splitlines())) > 400
+    }
+    assert not long
