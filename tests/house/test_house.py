@@ -79,7 +79,11 @@ def _python(code: str) -> str:
     [
         ("softmax_ext.contract", ("torch", "jax", "numpy"), ("torch", "jax")),
         # The compiler costs more to import than torch itself: eager users do not pay for it.
-        ("torch_ops", ("jax", "jax_ops"), ("jax", "torch._dynamo", "transformers", "torch_ops.integrations")),
+        (
+            "torch_ops",
+            ("jax", "jax_ops"),
+            ("jax", "torch._dynamo", "triton", "torch.distributed.tensor", "transformers", "torch_ops.integrations"),
+        ),
         ("jax_ops", ("torch", "torch_ops"), ("torch",)),
     ],
 )
