@@ -46,7 +46,7 @@ def test_notebook(framework: str) -> None:
 
 def test_every_example_is_run_and_shown() -> None:
     shown = (ROOT / "docs" / "examples.md").read_text()
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for name in [*(str(example.values[0]) for example in EXAMPLES), "notebook_torch", "notebook_jax"]:
         assert f'"examples/{name}.py"' in shown
     for path in (ROOT / "examples").glob("*.py"):

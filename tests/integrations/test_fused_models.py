@@ -10,7 +10,8 @@ import torch
 
 tf = pytest.importorskip("transformers")
 
-from tests.integrations.test_transformers import LLAMA, D, L, Largest, V, same, steps  # noqa: E402
+from tests.integrations.models import LLAMA, D, L, Largest, V, same  # noqa: E402
+from tests.integrations.test_transformers import steps  # noqa: E402
 from torch_ops.integrations.transformers import fuse_loss  # noqa: E402
 
 B = 2
