@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softmax_ext import contract
 from softmax_ext.contract import Array
 from torch_ops._modes import has_autocast
 
@@ -38,6 +39,13 @@ def describe_target(target: Any) -> Any:
     if isinstance(target, tuple | list):
         return tuple(None if t is None else describe(t) for t in target)
     return None if target is None else describe(target)
+
+
+def no_pair(op: str, target: Any) -> None:
+    """Raise for a sparse target where classes or rows lie on more than one device."""
+    if isinstance(target, tuple | list):
+        rule = "be class indices or probabilities with group or DTensor arguments"
+        contract.fail_type(op, "target", rule, "a pair (ids, probabilities)")
 
 
 def autocast_dtype(builtin: Callable[..., Tensor], x: Tensor) -> torch.dtype | None:

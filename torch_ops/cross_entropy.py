@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arguments import describe, describe_target, enter_graph, parts_of
+from torch_ops._arguments import describe, describe_target, enter_graph, no_pair, parts_of
 from torch_ops._modes import may_overwrite
 from torch_ops._parallel.mesh import is_on_mesh
 from torch_ops._reduction import coefficients, finish
@@ -166,6 +166,8 @@ def cross_entropy(
     contract.flag("cross_entropy", "inplace_backward", inplace_backward)
     if group is not None or is_on_mesh(*arrays):
         from torch_ops._parallel import losses
+
+        no_pair("cross_entropy", target)
 
         named = {"input": input, "target": target, "weight": weight, "token_weight": token_weight}
         return losses.cross_entropy(named, options, group, axis=dim, soft=soft, inplace=inplace_backward)

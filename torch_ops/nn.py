@@ -153,7 +153,7 @@ class LinearCrossEntropyLoss(_Loss):
         )
     """
 
-    _more: ClassVar = {"shift": 0, "memory": "fast", "chunk_size": None}
+    _more: ClassVar = {"shift": 0, "memory": "fast", "chunk_size": None, "grad_samples": None}
 
     def __init__(
         self,
@@ -176,6 +176,7 @@ class LinearCrossEntropyLoss(_Loss):
         shift: int = 0,
         memory: str = "fast",
         chunk_size: int | None = None,
+        grad_samples: int | None = None,
     ) -> None:
         super().__init__()
         options = contract.LossOptions(
@@ -190,6 +191,7 @@ class LinearCrossEntropyLoss(_Loss):
         )
         options.check("LinearCrossEntropyLoss")
         contract.head_options("LinearCrossEntropyLoss", shift, memory, chunk_size)
+        contract.sampling("LinearCrossEntropyLoss", grad_samples, memory)
         if weight is not None and weight.shape != (num_classes,):
             contract.fail_value(
                 "LinearCrossEntropyLoss", "weight", f"have shape ({num_classes},)", str(tuple(weight.shape))
@@ -197,7 +199,7 @@ class LinearCrossEntropyLoss(_Loss):
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         outputs = math.prod(self.out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
-        self._keep(options, weight, shift=shift, memory=memory, chunk_size=chunk_size)
+        self._keep(options, weight, shift=shift, memory=memory, chunk_size=chunk_size, grad_samples=grad_samples)
 
     def extra_repr(self) -> str:
         """The sizes, and the options that differ from their defaults."""

@@ -25,7 +25,7 @@ from torch_ops._rules.plan import Plan
 
 def fwd(x: Tensor, head: Linear, target: Tensor, weight: Tensor | None, plan: Plan) -> list[Tensor]:
     """[nll, lse, [smooth], [entropy], m, rest, [argmax]] of each row."""
-    buffer = _Buffer(x, head, target, plan.chunk_size)
+    buffer = Buffer(x, head, target, plan.chunk_size)
     parts = []
     for i, j in buffer.spans:
         z = head.logits(x[i:j], buffer.rows(j - i))
@@ -49,7 +49,7 @@ def bwd(
     plan: Plan,
 ) -> list[Tensor | None]:
     """[dX, dW, db, d_target, d_weight], those needed, from the rows' upstream gradients."""
-    buffer = _Buffer(x, head, target, plan.chunk_size)
+    buffer = Buffer(x, head, target, plan.chunk_size)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     ignored = ignored_rows(target)
     grads = Gradients(head, dx, head.gradient(*needs[1:3], summed=len(buffer.spans) > 1), ignored)
@@ -83,7 +83,7 @@ def fwd_bwd(
     `index` names the rows of x that are judged; each chunk gathers its own. `visit` is that of a chunk's rows.
     """
     n = x.shape[0] if index is None else index.shape[0]
-    buffer = _Buffer(x, head, target, plan.chunk_size, n)
+    buffer = Buffer(x, head, target, plan.chunk_size, n)
     make = torch.empty_like if index is None else torch.zeros_like
     dx = make(x, dtype=buffer.data.dtype, memory_format=torch.contiguous_format) if needs[0] else None
     summed = len(buffer.spans) > 1 or buffer.data.dtype != x.dtype
@@ -119,7 +119,7 @@ def rows_that_fit(x: Tensor, classes: int, kind: torch.dtype, chunk_size: int | 
     return that_fit(chunk_size, classes + features, kind.itemsize, beside, x.device)
 
 
-class _Buffer:
+class Buffer:
     """The chunk's logits, in memory that every chunk writes over."""
 
     def __init__(self, x: Tensor, head: Linear, target: Tensor, chunk_size: int | None, n: int | None = None) -> None:

@@ -23,7 +23,7 @@ from torch_ops._rules.function import forward_rule, in_graph
 from torch_ops._rules.plan import Plan
 
 
-def _derived_size(plan: Plan, x: Tensor, linear_weight: Tensor) -> int:
+def derived_size(plan: Plan, x: Tensor, linear_weight: Tensor) -> int:
     """Rows in a chunk where a derivative is derived in plain ops."""
     n, v = x.shape[0], linear_weight.shape[0]
     if plan.chunk_size is None:
@@ -31,7 +31,7 @@ def _derived_size(plan: Plan, x: Tensor, linear_weight: Tensor) -> int:
     return max(1, n * plan.chunk_size // max(1, v)) if plan.lean else plan.chunk_size
 
 
-def _row_map(plan: Plan) -> RowMap:
+def as_row_map(plan: Plan) -> RowMap:
     """(x, linear_weight, linear_bias, target, weight) -> (nll, lse, [smooth], [entropy], m, rest, [argmax])."""
     scale, softcap, smooth, entropy, argmax, *_ = plan
 
@@ -93,8 +93,8 @@ class LinearRows(Function):
     @forward_rule
     def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
         plan, along = ctx.plan, range(ctx.plan.values)
-        size = _derived_size(plan, *saved[:2])
-        out = pushed_forward(_row_map(plan), size, saved, tangents[:5], along)
+        size = derived_size(plan, *saved[:2])
+        out = pushed_forward(as_row_map(plan), size, saved, tangents[:5], along)
         return *out, None, None, *[None] * plan.argmax
 
     @staticmethod
@@ -108,7 +108,7 @@ class LinearRows(Function):
             out = tuple(v.unflatten(0, x.shape[:2]) for v in out)  # pyright: ignore[reportGeneralTypeIssues]
             return out, (0,) * len(out)
         args = (x, lw, lb, target, w)
-        return batched(info, in_dims[:5], _row_map(plan), _size_of_one(plan, args, in_dims), args)
+        return batched(info, in_dims[:5], as_row_map(plan), _size_of_one(plan, args, in_dims), args)
 
 
 class LinearBwd(Function):
@@ -154,22 +154,22 @@ def _as_map(arrays: Any, plan: Plan, needs: tuple[bool, ...]) -> tuple[RowMap, i
     # Results exist without gaps: smooth and entropy stand where the plan has them.
     names = [0, 1, *[2] * plan.smooth, *[3] * plan.entropy]
     wrt = [i for i, need in enumerate(needs) if need]
-    fn = _row_map(plan).pullback(wrt, [names.index(i) for i in ups])
+    fn = as_row_map(plan).pullback(wrt, [names.index(i) for i in ups])
     places = [*range(5), *(8 + i for i in ups)]
-    return fn, _derived_size(plan, *arrays[:2]), [arrays[i] for i in places], places
+    return fn, derived_size(plan, *arrays[:2]), [arrays[i] for i in places], places
 
 
 def _size_of_one(plan: Plan, arrays: Any, in_dims: Any) -> int:
     """The chunk of one example."""
     x, lw = (a if at is None else a.select(at, 0) for a, at in zip(arrays[:2], in_dims[:2], strict=True))
-    return _derived_size(plan, x, lw)
+    return derived_size(plan, x, lw)
 
 
 def _rows_fwd(*args: Any) -> Any:
     *arrays, plan = args
     if may_write(*arrays):
         return tuple(ops.fwd(arrays, plan))
-    return run(_row_map(plan), that_fit(None, arrays[1].shape[0], arrays[0].itemsize), *arrays)
+    return run(as_row_map(plan), that_fit(None, arrays[1].shape[0], arrays[0].itemsize), *arrays)
 
 
 def _rows_bwd(*args: Any) -> Any:

@@ -1,0 +1,255 @@
+"""The head's exact rows with a sampled gradient: one matmul, then K classes a row.
+
+legend:  S a row's targets, q its mass off S, r_j = p_j / q there (sums to 1), A all that multiplies p_j,
+         a_j the upstream mass at class j, K points j_k stratified on the cumulative sum of r
+formula: dz_j = A p_j - a_j; on S exact, as (A - a_j) p_j - a_j q_j: nothing cancels; off S  A q r^_j  with
+         r^ = 1/K sum_k e_(j_k), so E[r^] = r and its sum is 1: a row's sum is that of the exact gradient
+         -d_entropy p_j (log p_j + H) is taken on S and at the same points; -d_smooth w_j is an outer product
+source:  Bengio and Senecal 2003; stratified points: Gerber, Chopin and Whiteley 2019
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from softmax_ext import contract
+from torch_ops import _modes as modes
+from torch_ops._head.chunks import join
+from torch_ops._head.fast import Buffer
+from torch_ops._head.linear import Linear, first_maximum
+from torch_ops._head.per_row import as_row_map, derived_size
+from torch_ops._head.row_map import pushed_forward
+from torch_ops._rows import dispatch as rows
+from torch_ops._rows.picked import picked_fwd, picked_input_bwd, picked_weight_bwd
+from torch_ops._rows.points import points
+from torch_ops._rules.function import forward_rule, in_graph
+from torch_ops._rules.plan import Plan
+
+
+def sampled_rows(samples: int, generator: torch.Generator | None, x: Tensor, *args: Any) -> Any:
+    """per_row's results, their gradient sampled at K points a row, which are drawn here."""
+    # All at once and not by the chunk: on some devices the numbers of two draws are not those of one.
+    u = torch.rand(x.shape[0], samples, device=x.device, dtype=torch.float32, generator=generator)
+    lw, lb, target, weight, *plan = args
+    return _sampled(x, lw, lb, target, weight, u, *plan)[:-2]
+
+
+@in_graph
+def _sampled(
+    x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, weight: Tensor | None, u: Tensor, *plan: Any
+) -> tuple[Tensor, ...]:
+    return Sampled.apply(x, lw, lb, target, weight, u, Plan(*plan))  # pyright: ignore[reportReturnType]
+
+
+class Sampled(Function):
+    """(nll, lse, [smooth], [entropy], m, rest, [argmax], ids, q) of each row. Saves its inputs and row numbers."""
+
+    @staticmethod
+    def forward(x: Any, lw: Any, lb: Any, target: Any, weight: Any, u: Any, plan: Plan) -> tuple[Tensor, ...]:
+        return _forward(x, Linear(lw, lb), target, weight, u, plan)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, lw, lb, target, weight, _, ctx.plan = inputs
+        values, (ids, q) = output[: ctx.plan.values], output[-2:]
+        h = values[-1].detach() if ctx.plan.entropy else None
+        ctx.mark_non_differentiable(*output[ctx.plan.values :])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, lw, lb, target, weight, values[0].detach(), values[1].detach(), h, ids, q)
+        ctx.save_for_forward(x, lw, lb, target, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        ups, needs = ctx.plan.upstream(grads[: ctx.plan.values]), tuple(ctx.needs_input_grad[:3])
+        out: list[Any] = [None] * 7
+        if any(u is not None for u in ups) and any(needs):
+            found: Any = SampledBwd.apply(*ctx.saved_tensors, *ups, ctx.plan, needs)
+            for i, g in zip((i for i in range(3) if needs[i]), found, strict=True):
+                out[i] = g
+        return tuple(out)
+
+    @staticmethod
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, dx: Any, dw: Any, db: Any, *_: Any) -> Any:
+        plan = ctx.plan
+        size = derived_size(plan, *saved[:2])
+        out = pushed_forward(as_row_map(plan), size, saved, (dx, dw, db, None, None), range(plan.values))
+        return *out, None, None, *[None] * plan.argmax, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        *arrays, plan = args
+        if all(in_dims[i] is None for i in (1, 2, 4)):  # one head: examples are rows
+            x, target, u = (
+                a.expand(info.batch_size, *a.shape) if at is None else a.movedim(at, 0)
+                for a, at in ((arrays[i], in_dims[i]) for i in (0, 3, 5))
+            )
+            flat = (x.flatten(0, 1), *arrays[1:3], target.flatten(0, 1), arrays[4], u.flatten(0, 1))
+            out: Any = Sampled.apply(*flat, plan)
+            return tuple(v.unflatten(0, x.shape[:2]) for v in out), (0,) * len(out)
+        each: list[Any] = [
+            Sampled.apply(*(a if at is None else a.select(at, i) for a, at in zip(arrays, in_dims, strict=False)), plan)
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(v) for v in zip(*each, strict=True)), (0,) * len(each[0])
+
+
+class SampledBwd(Function):
+    """Those needed of (dX, dW, db): linear in the upstreams, and of no derivative beyond."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise contract.second_derivative_of_samples("linear_cross_entropy")
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise contract.second_derivative_of_samples("linear_cross_entropy")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        *arrays, plan, needs = args
+        each: list[Any] = [
+            SampledBwd.apply(
+                *(a if at is None else a.select(at, i) for a, at in zip(arrays, in_dims, strict=False)), plan, needs
+            )
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(v) for v in zip(*each, strict=True)), (0,) * len(each[0])
+
+
+def _forward(
+    x: Tensor, head: Linear, target: Tensor, weight: Tensor | None, u: Tensor, plan: Plan
+) -> tuple[Tensor, ...]:
+    buffer = Buffer(x, head, target, plan.chunk_size)
+    parts = []
+    for i, j in buffer.spans:
+        z = head.logits(x[i:j], buffer.rows(j - i))
+        t = target[i:j]
+        values = [*rows.cross_entropy_fwd(z, t, weight, **plan.wanted)]
+        m, rest = values[-2:]
+        found = points(z, m, rest, t.reshape(j - i, -1), u[i:j], scale=plan.scale, softcap=plan.softcap)
+        if plan.argmax:
+            values.append(first_maximum(z, plan.scale, plan.softcap)[1])
+        parts.append([*values, *found])
+    return tuple(join(parts))
+
+
+def _backward(
+    x: Tensor,
+    lw: Tensor,
+    lb: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    nll: Tensor,
+    lse: Tensor,
+    h: Tensor | None,
+    ids: Tensor,
+    q: Tensor,
+    *more: Any,
+) -> tuple[Tensor, ...]:
+    d_nll, d_lse, d_smooth, d_entropy, plan, needs = more
+    n, samples = ids.shape
+    targets, nll = target.reshape(n, -1), nll.reshape(n, -1)
+    kept = rows.of_rows(targets, 2, 1) != rows.IGNORED
+    d_nll = torch.zeros_like(nll) if d_nll is None else d_nll.reshape(n, -1).masked_fill(targets < 0, 0.0)
+    a = torch.zeros_like(q) if d_lse is None else d_lse
+    w = None
+    if d_smooth is not None:
+        w = lse.new_ones(lw.shape[0]) if weight is None else weight
+        a = a + d_smooth * w.sum()
+        d_smooth = (d_smooth * plan.scale).masked_fill(~kept, 0.0)
+    invalid = rows.of_rows(targets, 2, 1) == rows.INVALID
+    at, on, surprise = _on_targets(targets, nll, d_nll, a, q)
+    off = ((d_nll.sum(1) + a) * (q / samples)).unsqueeze(1)
+    ids = torch.cat([ids, at.to(torch.int32)], 1)
+    if d_entropy is not None or plan.softcap is not None:
+        raw = _logits_at(x, lw, lb, ids)
+        if d_entropy is not None and h is not None:
+            log_p = rows.capped(raw[:, :samples], plan.scale, plan.softcap) - lse.unsqueeze(1)
+            c = -d_entropy.unsqueeze(1)
+            off = off + c * (q / samples).unsqueeze(1) * (log_p + h.unsqueeze(1))
+            on = on + c * surprise * (h.unsqueeze(1) - _shown(nll, targets, at)) if targets.shape[1] else on
+        slope = rows.slope(raw, plan.scale, plan.softcap)
+        c = torch.cat([off.expand(n, samples), on], 1) * slope
+    else:
+        c = torch.cat([off, on], 1) * plan.scale
+    c = c.masked_fill(invalid.unsqueeze(1), torch.nan).masked_fill(~kept.unsqueeze(1), 0.0)
+    return _products(x, lw, lb, ids, c, w, d_smooth, kept, needs)
+
+
+def _on_targets(targets: Tensor, nll: Tensor, d_nll: Tensor, a: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(each class of S once, its exact dz without entropy's part, its p), (n, E); elsewhere IGNORED, 0, 0."""
+    at, order = targets.sort(1)
+    first = torch.ones_like(at, dtype=torch.bool)
+    first[:, 1:] = at[:, 1:] != at[:, :-1]
+    place = first.cumsum(1) - 1
+    own = torch.zeros_like(d_nll).scatter_add(1, place, d_nll.gather(1, order)).gather(1, place)
+    some = nll.gather(1, order)
+    first = first & (at >= 0)
+    p = torch.exp(-some).masked_fill((some < 0) | ~first, 0.0)
+    zero = torch.zeros_like(p[:, :1])
+    before = torch.cat([zero, p.cumsum(1)[:, :-1]], 1)
+    after = torch.cat([p.flip(1).cumsum(1).flip(1)[:, 1:], zero], 1)
+    rest = q.unsqueeze(1) + before + after
+    mass = own.masked_fill(~first, 0.0)
+    others = torch.cat([zero, mass.cumsum(1)[:, :-1]], 1) + torch.cat([mass.flip(1).cumsum(1).flip(1)[:, 1:], zero], 1)
+    dz = (others + a.unsqueeze(1)) * p - own * rest
+    return at.masked_fill(~first, rows.IGNORED), dz.masked_fill(~first, 0.0), p
+
+
+def _shown(nll: Tensor, targets: Tensor, at: Tensor) -> Tensor:
+    """nll in the order of _on_targets, 0 where there is no class or no mass."""
+    return nll.gather(1, targets.sort(1)[1]).masked_fill(at < 0, 0.0).clamp(min=0.0)
+
+
+def _logits_at(x: Tensor, lw: Tensor, lb: Tensor | None, ids: Tensor) -> Tensor:
+    z = picked_fwd(x, lw, ids)
+    return z if lb is None else z + picked_fwd(x.new_ones(x.shape[0], 1), lb.unsqueeze(1), ids)
+
+
+def _products(
+    x: Tensor,
+    lw: Tensor,
+    lb: Tensor | None,
+    ids: Tensor,
+    c: Tensor,
+    w: Tensor | None,
+    d_smooth: Tensor | None,
+    kept: Tensor,
+    needs: Any,
+) -> tuple[Tensor, ...]:
+    """dX, dW and db, those needed, of dz_i = sum_k c_ik e_(id_ik) - d_smooth_i w."""
+    out, classes = [], lw.shape[0]
+    by_row = by_class = to_x = to_w = to_b = None
+    # A row that is NaN makes a NaN of every class.
+    poison = torch.where(c.isnan().any(), torch.nan, 0.0).to(c.dtype)
+    if w is not None and d_smooth is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        by_row, to_x = -d_smooth, torch.mv(lw.t().to(wide), w)
+        by_class = w
+        to_w = -torch.mv(x.masked_fill(~kept.unsqueeze(1), 0.0).t().to(wide), d_smooth) + poison
+        to_b = (-d_smooth.sum() + poison).reshape(1)
+    elif not modes.can_look(c) or poison.isnan():
+        by_class = c.new_ones(classes)
+        to_w, to_b = poison.expand(x.shape[1]).contiguous(), poison.reshape(1)
+    if needs[0]:
+        out.append(picked_input_bwd(c, lw, ids, by=by_row, of_all=to_x))
+    x = x.masked_fill(~kept.unsqueeze(1), 0.0) if not modes.can_look(kept) or not kept.all() else x
+    if needs[1]:
+        out.append(picked_weight_bwd(c, x, ids, classes, by=by_class, of_all=to_w))
+    if needs[2] and lb is not None:
+        ones = x.new_ones(x.shape[0], 1)
+        out.append(picked_weight_bwd(c, ones, ids, classes, by=by_class, of_all=to_b).squeeze(1))
+    return tuple(out)

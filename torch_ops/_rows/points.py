@@ -1,0 +1,40 @@
+"""K stratified points of each row's distribution without its targets: native kernels or plain PyTorch ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_ops._modes import is_plain
+from torch_ops._rows import native
+from torch_ops._rows.classes import IGNORED
+from torch_ops._rows.plain import capped
+
+
+def points(
+    logits: Tensor, m: Tensor, rest: Tensor, excepted: Tensor, u: Tensor, *, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """(ids (N, K) int32, q (N,)) of logits (N, V): q is the mass off the `excepted` (N, E) classes, IGNORED is none.
+
+    Point k is the first class where the off-target sum passes (k + u_k) / K of its whole. Where q is 0, and in a row
+    whose targets are all ignored, the ids are IGNORED; in a row without a distribution they are 0 and q is NaN.
+    """
+    if native.serves(logits, 1) and all(map(is_plain, (m, rest, excepted, u))):
+        ids, mass = native.ops.points(logits, m, rest, excepted, u, None, scale, softcap)
+        return ids, mass.sum(1) / (1.0 + rest)
+    e = torch.exp((capped(logits, scale, softcap) - m.unsqueeze(1)).double())
+    classes = logits.shape[1]
+    inside = (excepted >= 0) & (excepted < classes)
+    # what is out of range is scattered onto one class more, and cut off
+    e = torch.cat([e, e[:, :1] * 0.0], 1).scatter(1, torch.where(inside, excepted, classes).to(torch.int64), 0.0)
+    sums = e[:, :classes].cumsum(1)
+    k = u.shape[1]
+    at = (torch.arange(k, device=u.device) + u.double()) / k * sums[:, -1:]
+    ids = torch.searchsorted(sums, at, right=True)
+    last = (sums < sums[:, -1:]).sum(1, keepdim=True)  # rounding may bring the last threshold to the whole
+    whole = sums[:, -1]
+    ids = torch.where((whole > 0).unsqueeze(1), torch.minimum(ids, last), IGNORED)
+    ignored = (excepted == IGNORED).all(1) if excepted.shape[1] else torch.zeros_like(whole, dtype=torch.bool)
+    q = (whole.to(m.dtype) / (1.0 + rest)).masked_fill(ignored, 0.0)
+    ids = ids.masked_fill(q.isnan().unsqueeze(1), 0).masked_fill(ignored.unsqueeze(1), IGNORED)
+    return ids.to(torch.int32), q
