@@ -214,65 +214,6 @@ std::vector<Tensor> cross_entropy_fwd_bwd_(const Tensor& logits, const Tensor& t
   return out;
 }
 
-// What no derivative needs, in one call: for a small array the calls cost more than the rows.
-
-Tensor log_softmax_alone(const Tensor& x0, int64_t dim) {
-  const char* op = "log_softmax_alone";
-  Layout l = layout_of(x0, dim, op);
-  Type type = type_of(x0, op, "x");
-  Tensor x = dense(x0), out = new_like(x);
-  std::vector<double> statistics(2 * l.rows());
-  run_all(Fn::log_softmax_fwd, LogSoftmaxFwd{l, type, x.data_ptr(), out.data_ptr(), statistics.data(),
-                                             statistics.data() + l.rows()});
-  return out;
-}
-
-bool is_dense_cpu(const Tensor& x) {
-  return x.is_cpu() && x.layout() == torch::headeronly::Layout::Strided;
-}
-
-// The mean over rows that all name a class: (loss), and with `keep` (loss, m, rest). Nothing where the call is any
-// other: the caller then goes the ordinary way, which knows the rules and their sentences. Takes any two tensors.
-std::vector<Tensor> cross_entropy_mean(const Tensor& logits0, const Tensor& target0, bool keep) {
-  ScalarType given = logits0.scalar_type();
-  bool floating = given == ScalarType::Float || given == ScalarType::Double || given == ScalarType::BFloat16 ||
-                  given == ScalarType::Half;
-  if (!floating || !is_dense_cpu(logits0) || !is_dense_cpu(target0) || logits0.dim() != 2 || target0.dim() != 1 ||
-      target0.scalar_type() != ScalarType::Long)
-    return {};
-  int64_t N = logits0.size(0), V = logits0.size(1);
-  if (N == 0 || N >= 1 << 24 || target0.size(0) != N) return {};  // from 2^24 on a float32 count is rounded
-  Tensor logits = dense(logits0), target = dense(target0);
-  const int64_t* t = static_cast<const int64_t*>(target.data_ptr());
-  for (int64_t i = 0; i < N; ++i)
-    if (t[i] < 0 || t[i] >= V) return {};
-
-  Type type = type_of(logits, "cross_entropy_mean", "logits");
-  auto new_row = [&] { return new_rows(logits, 1, compute_type(type)); };
-  Tensor nll = new_row();
-  std::vector<Tensor> out;
-  CrossEntropy a{};
-  a.layout = {N, V, 1};
-  a.type = type;
-  a.logits = logits.data_ptr();
-  a.target = t;
-  a.target_kind = Target::i64;
-  a.scale = 1;
-  a.nll = nll.data_ptr();
-  if (keep) {
-    out = {new_row(), new_row()};
-    a.m = out[0].data_ptr();
-    a.rest = out[1].data_ptr();
-  }
-  prepare(a);
-  run_all(Fn::cross_entropy_fwd, a);
-  Tensor loss = torch::stable::sum(nll);  // the framework's own: its order of additions is the ordinary way's
-  if (type == Type::f64) *static_cast<double*>(loss.data_ptr()) /= double(N);
-  else *static_cast<float*>(loss.data_ptr()) /= float(N);
-  out.insert(out.begin(), loss);
-  return out;
-}
-
 }  // namespace
 
 #define SX_ROW_OPTIONS "int dim, float scale, float? softcap"
@@ -291,8 +232,6 @@ STABLE_TORCH_LIBRARY(softmax_ext, lib) {
           ", " SX_ROW_OPTIONS ") -> ()");
   lib.def("cross_entropy_fwd_bwd_(Tensor(a!) logits, Tensor target, Tensor? weight, " SX_UPSTREAM ", " SX_ROW_OPTIONS
           ", bool smooth, bool entropy) -> Tensor[]");
-  lib.def("log_softmax_alone(Tensor x, int dim) -> Tensor");
-  lib.def("cross_entropy_mean(Tensor logits, Tensor target, bool keep) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(softmax_ext, CPU, lib) {
@@ -304,11 +243,6 @@ STABLE_TORCH_LIBRARY_IMPL(softmax_ext, CPU, lib) {
   lib.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));
   lib.impl("cross_entropy_bwd_", TORCH_BOX(&cross_entropy_bwd_));
   lib.impl("cross_entropy_fwd_bwd_", TORCH_BOX(&cross_entropy_fwd_bwd_));
-  lib.impl("log_softmax_alone", TORCH_BOX(&log_softmax_alone));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(softmax_ext, CompositeExplicitAutograd, lib) {
-  lib.impl("cross_entropy_mean", TORCH_BOX(&cross_entropy_mean));
 }
 
 // Read by Python through ctypes: which kernels ran, and the tests' way to lower them.
