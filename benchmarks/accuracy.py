@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -32,6 +31,7 @@ import torch_ops
 from benchmarks import records, weight_error
 from benchmarks.accuracy_plot import draw
 from benchmarks.cases import rounded
+from benchmarks.errors import Error
 from softmax_ext import reference
 
 ROWS = 16
@@ -48,18 +48,6 @@ ALL = "all"
 RESULTS = Path("benchmarks", "results")
 PICTURE = Path("docs", "accuracy.png")
 Values = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Error:
-    """One call's errors on one case, or on all of them."""
-
-    quantity: str
-    dtype: str
-    call: str
-    case: str
-    worst_ulp: float
-    mean_ulp: float
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from matplotlib.ticker import StrMethodFormatter
 from examples import palette
 
 if TYPE_CHECKING:
-    from benchmarks.accuracy import Error
+    from benchmarks.errors import Error
     from benchmarks.weight_error import WeightError
 
 STYLE = {  # colour, marker, place within the line of a quantity

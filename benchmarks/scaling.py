@@ -21,32 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import scaling_plot, table
+from benchmarks.sweeps import Sweep
 from benchmarks.table import LIMITS, OURS, Line
 
 RESULTS = Path("benchmarks", "results", "scaling")
 PICTURE = Path("docs", "scaling.png")
 ROW_OPS = ("softmax", "cross_entropy_grad", "cross_entropy_value_and_grad")
 HEAD_OP = "linear_cross_entropy"
-DECADES = 2
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One size grows from `start` over two decades, the others stay."""
-
-    name: str  # N, V or D
-    start: int
-    shape: str  # of format: rows x classes, or rows x features @ classes
-    points: int = 5
-
-    def shapes(self, start: int | None = None) -> list[str]:
-        """The shapes as `make bench` writes them."""
-        return [self.shape.format(size) for size in self.sizes(start)]
-
-    def sizes(self, start: int | None = None) -> list[int]:
-        """The values of the size that grows."""
-        first = start or self.start
-        return [round(first * 10 ** (DECADES * i / (self.points - 1))) for i in range(self.points)]
 
 
 # Largest logits 32 MB (rows), so that a copy goes to memory; the head's largest case takes about a second.

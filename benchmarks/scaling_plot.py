@@ -15,7 +15,7 @@ from benchmarks.table import LIMITS, OURS, Line
 from examples import palette
 
 if TYPE_CHECKING:
-    from benchmarks.scaling import Sweep
+    from benchmarks.sweeps import Sweep
 
 COLUMNS = ("N", "V", "D")
 TITLE = {"torch": "PyTorch", "jax": "JAX"}

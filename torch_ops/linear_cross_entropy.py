@@ -160,14 +160,7 @@ def linear_cross_entropy(
         0.4076
     """
     options = contract.LossOptions(
-        ignore_index,
-        reduction,
-        label_smoothing,
-        logit_scale,
-        softcap,
-        z_loss,
-        on_all_ignored,
-        stats,
+        ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss, on_all_ignored, stats
     )
     arrays = (input, linear_weight, *parts_of(target), linear_bias, weight, token_weight)
     if has_torch_function(arrays):
