@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # GitHub and the documentation show a picture about 830 pixels wide, which are 8.6 inches of CSS: a point is one there.
 WIDTH = 8.6
@@ -83,8 +83,10 @@ def logarithmic(axis: XAxis | YAxis, low: float, high: float) -> None:
     else:
         axis.axes.set(yscale="log", ylim=(low, high))
     few = high / low < 50
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6 if few else 5))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6 if few else 4))
+    axis.set_major_formatter(
+        lambda x, _: f"{x:g}" if 1e-3 <= x < 1e5 else f"{x:.0e}".replace("e+0", "e").replace("e-0", "e-")
+    )
     axis.set_minor_formatter(NullFormatter())
 
 
