@@ -4,6 +4,13 @@ Knows shapes and type names only, never arrays, so both frameworks share every r
 """
 
 from softmax_ext.contract.arrays import FLOATS, Array, at_least_1d, dimension, floating
+from softmax_ext.contract.divergences import (
+    KINDS,
+    DivergenceOptions,
+    divergence,
+    linear_divergence,
+    teacher_has_no_gradient,
+)
 from softmax_ext.contract.losses import linear_at, linear_loss, loss
 from softmax_ext.contract.options import (
     MEMORY,
@@ -35,6 +42,7 @@ from softmax_ext.contract.sentences import (
 
 __all__ = [
     "FLOATS",
+    "KINDS",
     "MEMORY",
     "ON_ALL_IGNORED",
     "REDUCTIONS",
@@ -44,12 +52,14 @@ __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
     "Array",
+    "DivergenceOptions",
     "LossOptions",
     "ReductionTypeError",
     "at_least_1d",
     "axis_names",
     "axis_unbound",
     "dimension",
+    "divergence",
     "fail_type",
     "fail_value",
     "flag",
@@ -58,6 +68,7 @@ __all__ = [
     "is_integer",
     "key_of_samples",
     "linear_at",
+    "linear_divergence",
     "linear_loss",
     "loss",
     "rows_differ_elsewhere",
@@ -65,4 +76,5 @@ __all__ = [
     "second_derivative_of_samples",
     "target_out_of_range",
     "target_out_of_range_elsewhere",
+    "teacher_has_no_gradient",
 ]

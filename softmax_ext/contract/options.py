@@ -43,13 +43,8 @@ class LossOptions:
         return -100 if self.ignore_index is None else int(self.ignore_index)
 
     def fitted(self, tiny: float, largest: float) -> tuple[float, float | None]:
-        """(logit_scale, softcap) as a type with this range holds them: not 0, not infinite.
-
-        A cap near or beyond the range is none: z / cap would be subnormal, and flushed to 0.
-        """
-        scale = min(max(float(self.logit_scale), tiny), largest)
-        far = self.softcap is None or self.softcap > largest * 2.0**-24
-        return scale, None if far else max(float(self.softcap or 0.0), tiny)
+        """(logit_scale, softcap) as a type with this range holds them."""
+        return fitted(self.logit_scale, self.softcap, tiny, largest)
 
     def check(self, op: str) -> None:
         """Raise for the first option outside its rule."""
@@ -57,17 +52,17 @@ class LossOptions:
             wrong_type(op, "ignore_index", "be a Python integer of 64 bits or None", self.ignore_index)
         if not -(2**63) <= self.ignored < 2**63:
             wrong_value(op, "ignore_index", "be a Python integer of 64 bits or None", self.ignore_index)
-        _one_of(op, "reduction", self.reduction, REDUCTIONS, ReductionTypeError)
-        s = _number(op, "label_smoothing", self.label_smoothing, "in [0, 1]")
+        one_of(op, "reduction", self.reduction, REDUCTIONS, ReductionTypeError)
+        s = number(op, "label_smoothing", self.label_smoothing, "in [0, 1]")
         if not 0.0 <= s <= 1.0:
             wrong_value(op, "label_smoothing", "be a Python number in [0, 1]", self.label_smoothing)
-        _positive(op, "logit_scale", self.logit_scale)
+        positive(op, "logit_scale", self.logit_scale)
         if self.softcap is not None:
-            _positive(op, "softcap", self.softcap)
-        z = _number(op, "z_loss", self.z_loss, ">= 0, finite")
+            positive(op, "softcap", self.softcap)
+        z = number(op, "z_loss", self.z_loss, ">= 0, finite")
         if not 0.0 <= z < math.inf:
             wrong_value(op, "z_loss", "be a Python number >= 0, finite", self.z_loss)
-        _one_of(op, "on_all_ignored", self.on_all_ignored, ON_ALL_IGNORED, ArgumentTypeError)
+        one_of(op, "on_all_ignored", self.on_all_ignored, ON_ALL_IGNORED, ArgumentTypeError)
         rule = f"be a tuple of names from {', '.join(map(repr, STATS))}"
         if not isinstance(self.stats, tuple | list):
             wrong_type(op, "stats", rule, self.stats)
@@ -81,13 +76,23 @@ class LossOptions:
         object.__setattr__(self, "z_loss", z)
 
 
+def fitted(logit_scale: float, softcap: float | None, tiny: float, largest: float) -> tuple[float, float | None]:
+    """A scale and a cap as a type with this range holds them: not 0, not infinite.
+
+    A cap near or beyond the range is none: z / cap would be subnormal, and flushed to 0.
+    """
+    scale = min(max(float(logit_scale), tiny), largest)
+    far = softcap is None or softcap > largest * 2.0**-24
+    return scale, None if far else max(float(softcap or 0.0), tiny)
+
+
 def head_options(op: str, shift: Any, memory: Any, chunk_size: Any) -> None:
     """Raise for the first option of a linear loss outside its rule."""
     if not is_integer(shift):
         wrong_type(op, "shift", "be a Python integer >= 0", shift)
     if shift < 0:
         wrong_value(op, "shift", "be a Python integer >= 0", shift)
-    _one_of(op, "memory", memory, MEMORY, ArgumentTypeError)
+    one_of(op, "memory", memory, MEMORY, ArgumentTypeError)
     if chunk_size is not None and not is_integer(chunk_size):
         wrong_type(op, "chunk_size", "be a Python integer >= 1 or None", chunk_size)
     if chunk_size is not None and chunk_size < 1:
@@ -135,7 +140,8 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _number(op: str, name: str, value: Any, rule: str) -> float:
+def number(op: str, name: str, value: Any, rule: str) -> float:
+    """The value as a float; raises unless it is a Python number, of which `rule` says more."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         wrong_type(op, name, f"be a Python number {rule}", value)
     try:
@@ -144,12 +150,14 @@ def _number(op: str, name: str, value: Any, rule: str) -> float:
         return math.inf if value >= 1 else -math.inf  # pyright: ignore[reportOperatorIssue]
 
 
-def _positive(op: str, name: str, value: Any) -> None:
-    if not 0.0 < _number(op, name, value, "> 0, finite") < math.inf:
+def positive(op: str, name: str, value: Any) -> None:
+    """Raise unless the value is a finite Python number above 0."""
+    if not 0.0 < number(op, name, value, "> 0, finite") < math.inf:
         wrong_value(op, name, "be a Python number > 0, finite", value)
 
 
-def _one_of(op: str, name: str, value: Any, names: tuple[str, ...], error: type[TypeError]) -> None:
+def one_of(op: str, name: str, value: Any, names: tuple[str, ...], error: type[TypeError]) -> None:
+    """Raise unless the value is one of the names; `error` where it is no string."""
     rule = f"be one of {', '.join(map(repr, names))}"
     if not isinstance(value, str):
         raise error(sentence(op, name, rule, words(value)))

@@ -69,6 +69,8 @@ Plan plan(const Picked& a) {
   return by_rows(a.layout.outer, a.K * a.layout.V);
 }
 
+Plan plan(const Divergence& a) { return by_rows(a.layout.rows(), 4 * a.layout.V); }
+
 void prepare(CrossEntropy& a) {
   if (!a.weight) {
     a.weight_sum = (double)a.layout.V;

@@ -3,6 +3,7 @@
 #include "cross_entropy_lanes.h"
 #include "cross_entropy_wide.h"
 #include "dispatch.h"
+#include "divergence.h"
 #include "picked.h"
 #include "planes.h"
 #include "points.h"
@@ -231,6 +232,9 @@ template <class T> bool run_as(Fn fn, const void* p, int64_t b, int64_t e) {
     case Fn::cross_entropy_fwd: return run_loss<T, Do::fwd>(fn, p, b, e);
     case Fn::cross_entropy_bwd: return run_loss<T, Do::bwd>(fn, p, b, e);
     case Fn::cross_entropy_fwd_bwd: return run_loss<T, Do::both>(fn, p, b, e);
+    case Fn::divergence_fwd: return divergence<T, Do::fwd>(*(const Divergence*)p, b, e);
+    case Fn::divergence_bwd: return divergence<T, Do::bwd>(*(const Divergence*)p, b, e);
+    case Fn::divergence_fwd_bwd: return divergence<T, Do::both>(*(const Divergence*)p, b, e);
     case Fn::points: return points<T>(*(const Points*)p, b, e);
     case Fn::picked_fwd: return picked_fwd<T>(*(const Picked*)p, b, e);
     case Fn::picked_input_bwd: return picked_input_bwd<T>(*(const Picked*)p, b, e);

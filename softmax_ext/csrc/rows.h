@@ -121,6 +121,25 @@ struct Pairs {
   int64_t unit[units + 1];  // where each unit's classes begin
 };
 
+enum class Kind : int32_t { forward_kl, reverse_kl, jsd, tv };
+
+constexpr int64_t row_state = 7;  // numbers that a divergence's forward leaves for the backward
+
+// Two rows of logits of one layout and type. The teacher is a constant.
+struct Divergence {
+  Layout layout;
+  Type type;
+  const void *student, *teacher;
+  Kind kind;
+  double beta;                                      // of jsd, in (0, 1)
+  double scale, softcap, teacher_scale, teacher_softcap;  // as in CrossEntropy
+  const uint8_t* keep;                              // one a row, or null: 0 is a row with value and gradient 0
+  void* value;                                      // F per row
+  void* state;                                      // F (rows, row_state): written by the forward, read by the backward
+  const void* d_value;                              // F per row
+  void* dstudent;                                   // may be the student's logits
+};
+
 enum class Fn : int32_t {
   softmax_fwd,
   softmax_bwd,
@@ -132,6 +151,9 @@ enum class Fn : int32_t {
   points,
   picked_fwd,         // z
   picked_input_bwd,   // dx
+  divergence_fwd,
+  divergence_bwd,
+  divergence_fwd_bwd,  // state may be null
   picked_weight_bwd,  // dw, of the classes that `sorted` has in order
 };
 
@@ -145,6 +167,7 @@ struct Plan {
 Plan plan(const Layout& layout);
 Plan plan(const Points& args);
 Plan plan(const Picked& args);
+Plan plan(const Divergence& args);
 template <class Args> Plan plan(const Args& args) { return plan(args.layout); }
 void prepare(CrossEntropy& args);
 

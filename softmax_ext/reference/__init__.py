@@ -11,6 +11,13 @@ digits. Losses are in nats. Nothing here checks its arguments: the contract does
 """
 
 from softmax_ext.reference.classes import linear_at, linear_at_grad, points
+from softmax_ext.reference.divergence import (
+    divergence,
+    divergence_grad,
+    divergence_parts,
+    linear_divergence,
+    linear_divergence_grad,
+)
 from softmax_ext.reference.head import linear_cross_entropy, linear_cross_entropy_grad
 from softmax_ext.reference.probabilities import (
     log_softmax,
@@ -25,10 +32,15 @@ from softmax_ext.reference.rows import cross_entropy, cross_entropy_grad
 __all__ = [
     "cross_entropy",
     "cross_entropy_grad",
+    "divergence",
+    "divergence_grad",
+    "divergence_parts",
     "linear_at",
     "linear_at_grad",
     "linear_cross_entropy",
     "linear_cross_entropy_grad",
+    "linear_divergence",
+    "linear_divergence_grad",
     "log_softmax",
     "log_softmax_vjp",
     "points",

@@ -1,0 +1,243 @@
+"""Divergences of a student from a teacher for PyTorch: between two arrays of logits, or the logits of two heads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+
+from softmax_ext import contract
+from torch_ops._arguments import autocast, describe, enter_graph
+from torch_ops._head.divergence import divergence_rows, divergence_sum
+from torch_ops._modes import can_look
+from torch_ops._rules.divergence import divergence_row
+
+
+def divergence(
+    input: Tensor,
+    teacher: Tensor,
+    *,
+    kind: Literal["forward_kl", "reverse_kl", "jsd", "tv"] = "forward_kl",
+    beta: float = 0.5,
+    logit_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    keep: Tensor | None = None,
+    reduction: str = "mean",
+    dim: int = -1,
+) -> Tensor:
+    """Divergence of the student's softmax p from the teacher's softmax q along one dimension, in nats.
+
+    Formula: `sum(q * (log(q) - log(p)))` for kind "forward_kl"; "reverse_kl" exchanges p and q, "jsd" is
+    beta KL(q, m) + (1 - beta) KL(p, m) with m = beta q + (1 - beta) p, "tv" is sum |p - q| / 2.
+    Gradient: `p - q` for "forward_kl", at the student's logits; the teacher is a constant.
+    A student equal to its teacher has 0 and a gradient of 0; one next to it loses no digits. Nothing is multiplied by a
+    temperature squared.
+
+    Args:
+        input: the student's logits, of any shape; float16, bfloat16, float32 or float64.
+        teacher: logits of the input's shape, any floating type, without a gradient.
+        kind: "forward_kl", "reverse_kl", "jsd" or "tv".
+        beta: number in (0, 1), the teacher's share of the mixture of "jsd".
+        logit_scale: finite number > 0 the student's logits are multiplied by first (1 / temperature).
+        teacher_scale: the same for the teacher's logits.
+        softcap: finite number > 0 or None; then the student's logits become softcap * tanh(logits / softcap).
+        teacher_softcap: the same for the teacher's logits.
+        token_weight: one weight per row, any floating type.
+        keep: booleans, one per row: other rows reach no result, even when they are NaN.
+        reduction: "mean" (over the kept rows, weighted by token_weight), "sum" or "none".
+        dim: the classes' dimension.
+
+    Returns:
+        The divergence, float32 for half-precision logits: a scalar, or row-shaped with reduction "none". The mean of
+        no kept row is NaN.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a teacher that has a gradient.
+        ValueError: a shape or value outside its rule.
+
+    Memory:
+        The backward pass keeps both arrays of logits and seven numbers per row.
+
+    Source:
+        Csiszar 1963 for the divergences; Agarwal et al. 2024, "On-Policy Distillation of Language Models", for "jsd".
+
+    Example:
+        >>> import torch, torch_ops
+        >>> student, teacher = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+        >>> round(torch_ops.divergence(student, teacher).item(), 4)
+        0.2662
+    """
+    options = contract.DivergenceOptions(kind, beta, logit_scale, teacher_scale, softcap, teacher_softcap, reduction)
+    arrays = (input, teacher, token_weight, keep)
+    if has_torch_function(arrays):
+        named = {"token_weight": token_weight, "keep": keep, "dim": dim}
+        return handle_torch_function(divergence, arrays, input, teacher, **named, **vars(options))
+    enter_graph()
+    facts, *more = [None if a is None else describe(a) for a in arrays]
+    facts = contract.at_least_1d("divergence", "input", facts)
+    at = contract.dimension("divergence", "dim", dim, len(facts.shape))
+    contract.divergence("divergence", facts, *more, options=options, axis=at)
+    _constant("divergence", teacher=teacher)
+    dtype = torch.promote_types(input.dtype, teacher.dtype)
+    pair = _pair(options, at, dtype)
+    values = divergence_row(input.to(dtype), teacher.to(dtype), keep, *pair)
+    weight = _weight(values, token_weight, keep)
+    losses = values if token_weight is None else weight * values
+    return losses if reduction == "none" else _reduced(losses.sum(), weight, keep, reduction)
+
+
+def linear_divergence(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    kind: Literal["forward_kl", "reverse_kl", "jsd", "tv"] = "forward_kl",
+    beta: float = 0.5,
+    logit_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    keep: Tensor | None = None,
+    reduction: str = "mean",
+    shift: int = 0,
+    memory: Literal["fast", "lean"] = "fast",
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Divergence of softmax(input @ linear_weight.T) from the teacher head's softmax, in nats.
+
+    Formula: `sum(q * (log(q) - log(p)))` for kind "forward_kl", with p = softmax(input @ linear_weight.T + linear_bias)
+    and q = softmax(teacher_input @ teacher_weight.T + teacher_bias); the other kinds as in `divergence`.
+    Gradient: `(p - q) @ w` for "forward_kl", at the input; the teacher's four are constants.
+
+    Args:
+        input: the student's (..., D), any leading dimensions or none; float16, bfloat16, float32 or float64.
+        linear_weight: (V, D), of the input's type.
+        teacher_input: (..., E), with the input's leading dimensions; any floating type, without a gradient.
+        teacher_weight: (V, E), of teacher_input's type, without a gradient.
+        linear_bias: (V,), of the input's type.
+        teacher_bias: (V,), of teacher_input's type, without a gradient.
+        kind: "forward_kl", "reverse_kl", "jsd" or "tv".
+        beta: number in (0, 1), the teacher's share of the mixture of "jsd".
+        logit_scale: the student's logits are multiplied by this first.
+        teacher_scale: the teacher's logits are multiplied by this first.
+        softcap: then the student's are bounded to softcap * tanh(logits / softcap).
+        teacher_softcap: the same for the teacher's logits.
+        token_weight: one weight per row (...).
+        keep: booleans (...): other rows reach no result, even when they are NaN.
+        reduction: "mean" (over the kept rows, weighted by token_weight), "sum" or "none".
+        shift: k compares positions [..., :-k, :], by token_weight and keep of [..., k:].
+        memory: "fast" or "lean"; see Memory.
+        chunk_size: rows at a time; None takes the most whose logits, of both heads, fit the workspace.
+
+    Returns:
+        The divergence, float32 for half-precision inputs: a scalar, or row-shaped with reduction "none". The mean of
+        no kept row is NaN.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a teacher's that has a gradient.
+        ValueError: a shape or value outside its rule.
+
+    Memory:
+        At most 256 MiB of logits, of both heads together, exist at a time. fast with "mean" or "sum" forms the
+        gradients in the forward pass (four matmuls) and keeps them, the weight's in float32. With reduction "none",
+        where memory is "lean", under torch.func and while compiled only the arguments are kept, and the backward pass
+        recomputes both heads' logits (six matmuls).
+
+    Source:
+        Csiszar 1963 for the divergences; Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models".
+
+    Example:
+        >>> import torch, torch_ops
+        >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> round(torch_ops.linear_divergence(x, weight, 2.0 * x, weight).item(), 4)
+        0.1156
+    """
+    options = contract.DivergenceOptions(kind, beta, logit_scale, teacher_scale, softcap, teacher_softcap, reduction)
+    heads: Any = {"linear_bias": linear_bias, "teacher_bias": teacher_bias}
+    of_rows: Any = {"token_weight": token_weight, "keep": keep}
+    static: Any = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
+    arrays: Any = (input, linear_weight, teacher_input, teacher_weight, *heads.values(), *of_rows.values())
+    if has_torch_function(arrays):
+        named = {**heads, **of_rows, **static, **vars(options)}
+        return handle_torch_function(linear_divergence, arrays, *arrays[:4], **named)
+    enter_graph()
+    x, lw, lb = autocast(input, linear_weight, linear_bias)
+    tx, tw, tb = autocast(teacher_input, teacher_weight, teacher_bias)
+    facts = [None if a is None else describe(a) for a in (x, lw, tx, tw, lb, tb, token_weight, keep)]
+    contract.linear_divergence("linear_divergence", *facts, options=options, **static)
+    _constant("linear_divergence", teacher_input=tx, teacher_weight=tw, teacher_bias=tb)
+    pair = _pair(options, 1, torch.promote_types(x.dtype, tx.dtype))
+    x, tx, token_weight, keep, shape = _laid_out(x, tx, token_weight, keep, int(shift))
+    some, index = keep, None
+    if keep is not None and can_look(keep) and not keep.all():  # rows that do not count never reach a matmul
+        index, some = keep.nonzero().squeeze(1), None
+        x, tx = x.index_select(0, index), tx.index_select(0, index)
+    ones = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).expand(math.prod(shape))
+    weight = _weight(ones, token_weight, keep)
+    given = (x, lw, lb, tx, tw, tb, some)
+    if reduction != "none" and memory == "fast":
+        a = weight if index is None else weight.index_select(0, index)
+        return _reduced(divergence_sum(*given, a, chunk_size, *pair), weight, keep, reduction)
+    values = divergence_rows(*given, chunk_size, *pair)
+    if index is not None:
+        values = values.new_zeros(math.prod(shape)).index_copy(0, index, values)
+    losses = values if token_weight is None else weight * values
+    return losses.reshape(shape) if reduction == "none" else _reduced(losses.sum(), weight, keep, reduction)
+
+
+def _pair(options: contract.DivergenceOptions, dim: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The static part of the rows, of logits of a type."""
+    kind = torch.finfo(torch.promote_types(dtype, torch.float32))
+    return dim, options.kind, options.beta, *options.fitted(kind.tiny, kind.max)
+
+
+def _constant(op: str, **teacher: Tensor | None) -> None:
+    """Raise where a derivative by the teacher is asked for."""
+    for name, x in teacher.items():
+        if x is None:
+            continue
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        if not wanted and not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            wanted = forward_ad.unpack_dual(x).tangent is not None
+        if wanted:
+            raise contract.teacher_has_no_gradient(op, name)
+
+
+def _weight(like: Tensor, token_weight: Tensor | None, keep: Tensor | None) -> Tensor:
+    """What each row's divergence is multiplied by: 0 where it is not kept."""
+    weight = torch.ones_like(like) if token_weight is None else token_weight.to(like.dtype)
+    return weight if keep is None else torch.where(keep, weight, 0.0)
+
+
+def _reduced(total: Tensor, weight: Tensor, keep: Tensor | None, reduction: str) -> Tensor:
+    """The sum or mean from the summed divergence."""
+    if reduction == "sum":
+        return total
+    if keep is None:
+        return total / weight.sum()
+    some = keep.any()  # exchanged before dividing: a gradient through an unused 0 / 0 would be NaN
+    return torch.where(some, total / torch.where(some, weight.sum(), 1.0), torch.nan)
+
+
+def _laid_out(
+    x: Tensor, tx: Tensor, token_weight: Tensor | None, keep: Tensor | None, shift: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
+    """(both heads' rows (N, D) and (N, E), token_weight and keep (N,), the rows' shape)."""
+    if shift:
+        count = max(x.shape[-2] - shift, 0)
+        x, tx = x[..., :count, :], tx[..., :count, :]
+        token_weight, keep = (v if v is None else v[..., shift:] for v in (token_weight, keep))
+    shape, n = tuple(x.shape[:-1]), math.prod(x.shape[:-1])
+    token_weight, keep = (v if v is None else v.reshape(n) for v in (token_weight, keep))
+    return x.reshape(n, x.shape[-1]), tx.reshape(n, tx.shape[-1]), token_weight, keep, shape
