@@ -4,14 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test check inner sanitize wheel wheel-test docs accuracy bench bench-head scaling figures gpu gpu-test \
+.PHONY: demo test check inner sanitize compilers matrix wheel wheel-test docs accuracy bench bench-head scaling figures gpu gpu-test \
   gpu-bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m softmax_ext
 	$(BIN)/python -m examples.demo
 
-test: $(STAMP) check sanitize
+test: $(STAMP) check sanitize compilers
 	$(BIN)/python -m softmax_ext
 	$(BIN)/python -m pytest -n 2 --dist worksteal --doors torch,jax --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 	$(MAKE) --no-print-directory wheel-test
@@ -43,6 +43,16 @@ wheel-test: wheel
 	$(BIN)/python -m tests.fresh dist/*.whl torch $(WHOLE)
 	$(BIN)/python -m tests.fresh dist/*.whl jax $(WHOLE)
 	$(BIN)/python -m tests.fresh dist/*.whl torch jax $(WHOLE)
+
+# The wheel beside the oldest and newest frameworks and Tritons, the rows by Clang and on an emulated NEON; gigabytes are
+# downloaded, an hour or so. MATRIX="--home FOLDER" keeps the environments, MATRIX="--debian trixie" adds its Python.
+matrix: wheel
+	$(BIN)/python -m tests.matrix dist/*.whl --page docs/machines.md $(MATRIX)
+
+# The cheap half, of every `make test`: the rows by Clang, run, and for NEON, built; a line with the reason where the
+# compilers are not installed.
+compilers: $(STAMP)
+	$(BIN)/python -m tests.matrix --only Clang NEON --no-emulator --home build/compilers
 
 # The quick loop while editing: everything but the tests marked slow or long.
 inner: $(STAMP)

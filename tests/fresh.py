@@ -14,6 +14,7 @@ import sys
 import tempfile
 import venv
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -59,6 +60,35 @@ def link(name: str, site: Path) -> None:
             (site / top).symlink_to(target)
 
 
+def install(wheel: Path, python: Path, frameworks: Sequence[str] = ()) -> None:
+    """The wheel in another interpreter's environment, and what the named frameworks and the tests need, linked."""
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
+    for name in sorted(needed(TOOLS + [p for f in frameworks for p in FRAMEWORKS[f]])) if frameworks else []:
+        link(name, site)
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+    subprocess.run([*command, "--force-reinstall", str(wheel)], check=True)
+
+
+def copy_tests(home: Path) -> None:
+    """What the tests need of the checkout, where no softmax_ext of the checkout is in reach."""
+    for name in ("tests", "examples", "benchmarks"):
+        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    shutil.copy(ROOT / "pyproject.toml", home)
+
+
+def tests_of(python: Path, frameworks: Sequence[str], *, whole: bool) -> list[str]:
+    """The command that tests an environment."""
+    # What an environment can change: whether the doors open, and what the ops do where a framework is absent. With
+    # both there is nothing new but the two libraries in one process.
+    both = len(frameworks) == len(FRAMEWORKS)
+    of_one = [f"rows/native/test_{frameworks[0]}", "ops/test_ops", "rows/test_rows", "contract/test_facts"]
+    names = ["rows/native/test_threads", *([] if both else of_one)]
+    chosen = [] if whole else [f"tests/{name}.py" for name in names]
+    ignored = [f"--ignore=tests/{name}" for name in OF_THE_CHECKOUT]
+    tests = [str(python), "-m", "pytest", "-n", "2", "-m", "not slow", f"--doors={','.join(frameworks)}"]
+    return [*tests, *chosen, *ignored]
+
+
 def main(wheel: Path, frameworks: list[str], whole: bool) -> int:
     """The exit code of the tests."""
     check(wheel)
@@ -66,24 +96,9 @@ def main(wheel: Path, frameworks: list[str], whole: bool) -> int:
         home = Path(folder)
         venv.create(home / "env", symlinks=True)
         python = home / "env" / "bin" / "python"
-        (site,) = (home / "env").glob("lib/python*/site-packages")
-        for name in needed(TOOLS + [p for f in frameworks for p in FRAMEWORKS[f]]):
-            link(name, site)
-        install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
-        subprocess.run(install, check=True)
-        for name in ("tests", "examples", "benchmarks"):
-            shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", home)
-        # What an environment can change: whether the doors open, and what the ops do where a framework is absent. With
-        # both there is nothing new but the two libraries in one process.
-        both = len(frameworks) == len(FRAMEWORKS)
-        of_one = [f"rows/native/test_{frameworks[0]}", "ops/test_ops", "rows/test_rows", "contract/test_facts"]
-        names = ["rows/native/test_threads", *([] if both else of_one)]
-        chosen = [] if whole else [f"tests/{name}.py" for name in names]
-        ignored = [f"--ignore=tests/{name}" for name in OF_THE_CHECKOUT]
-        tests = [str(python), "-m", "pytest", "-n", "2", "-m", "not slow", f"--doors={','.join(frameworks)}"]
-        tests += [*chosen, *ignored]
-        return subprocess.run(tests, cwd=home, check=False).returncode
+        install(wheel, python, frameworks)
+        copy_tests(home)
+        return subprocess.run(tests_of(python, frameworks, whole=whole), cwd=home, check=False).returncode
 
 
 if __name__ == "__main__":

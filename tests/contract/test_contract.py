@@ -17,39 +17,11 @@ import torch.nn.functional as F
 import jax_ops
 import torch_ops
 from softmax_ext import contract
-
-SENTENCE = re.compile(r"^(?P<op>\w+): (?P<argument>\w+) must (?P<rule>.+); got (?P<value>.+)\.$", re.DOTALL)
+from tests.judging.doors import SENTENCE, Jax, Torch, call
 
 X = np.linspace(-2.0, 2.0, 12, dtype=np.float32).reshape(3, 4)
 T = np.array([0, 3, 1])
 Y = np.full((3, 4), 0.25, np.float32)
-
-
-class Torch:
-    """The PyTorch door, fed NumPy."""
-
-    ops = torch_ops
-    axis = "dim"
-
-    @staticmethod
-    def array(x: Any) -> Any:
-        return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
-
-
-class Jax:
-    """The JAX door, fed NumPy; its class axis is the last, so inputs here are 2-d."""
-
-    ops = jax_ops
-    axis = "axis"
-
-    @staticmethod
-    def array(x: Any) -> Any:
-        return jnp.asarray(x) if isinstance(x, np.ndarray) else x
-
-
-def call(door: Any, op: str, *args: Any, **options: Any) -> Any:
-    options = {door.axis if k == "axis" else k: door.array(v) for k, v in options.items()}
-    return getattr(door.ops, op)(*map(door.array, args), **options)
 
 
 def loss(*args: Any, **options: Any) -> Callable[[Any], Any]:

@@ -6,13 +6,35 @@ the compiler may contract leave XLA as users have it.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+def _known(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Those options that this XLA has: 0.12 has dropped one, and an unknown one ends a process."""
+    if find_spec("jax") is None:
+        return {}
+    jax = importlib.import_module("jax")
+    program = jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), "float32"))
+
+    def has(name: str, value: Any) -> bool:
+        try:
+            program.compile(compiler_options={name: value})
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            return False
+        return True
+
+    return {name: value for name, value in wanted.items() if has(name, value)}
+
+
+_OPTIONS = _known({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
 QUICK: dict[str, Any] = {"compiler_options": _OPTIONS}  # of jax.jit
 FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _OPTIONS.items())  # of a process, in XLA_FLAGS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import jax_ops  # noqa: E402
+from tests.judging.quick import FLAGS  # noqa: E402
 
 X = np.linspace(-2.0, 2.0, 12, dtype=np.float32).reshape(3, 4) ** 3
 W = np.linspace(1.0, -1.0, 20, dtype=np.float32).reshape(5, 4)
@@ -30,7 +32,8 @@ OPS: dict[str, Callable[..., Any]] = {
 @pytest.mark.slow
 def test_sharded_classes_on_eight_devices() -> None:
     command, root = [sys.executable, "-m", "tests.parallel.jax_devices"], Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    env = {**os.environ, "XLA_FLAGS": FLAGS}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().endswith("all sharded checks ran")
 
