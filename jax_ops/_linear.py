@@ -87,12 +87,13 @@ def _slow_halves(dtype: Any) -> bool:
 
     It is over bfloat16 on a Xeon without a dot product for it (1024 rows, V=49152, D=576: 600 ms of processor time
     against 825), and over float16 everywhere measured. On an EPYC with avx512_bf16 bfloat16 logits take 0.6 of the time
-    of float32 ones, dX 0.3 to 0.7; dW there takes as long in either type, and is formed in float32.
+    of float32 ones, and lose nothing: products of such operands are exact. dW takes as long in either type; dX would
+    take 0.3 to 0.7, of dlogits rounded to bfloat16. Both are formed in float32.
     """
     return dtype != jnp.bfloat16 or not machine.instruction_sets() & {"avx512_bf16", "amx_bf16"}
 
 
-# Half-precision operands on a CPU that is slow over them: in float32, piece by piece of the classes.
+# Half-precision operands on the CPU: in float32, piece by piece of the classes, but for logits where it is fast.
 def _half_logits_pieces(x: Array, w: Array) -> Array:
     if not _slow_halves(x.dtype):
         return _half_logits_whole(x, w)
@@ -124,13 +125,11 @@ def _half_logits_bwd(saved: tuple[Array, Array], ct: Array) -> tuple[Array, Arra
 
 
 def _half_input_bwd_pieces(dz: Array, w: Array) -> Array:
-    kind = dz.dtype if _slow_halves(w.dtype) else w.dtype
-
     def pieces(dz: Array, w: Array) -> Array:
         classes = _pieces(w, dz)
 
         def step(dx: Array, part: Part) -> Array:
-            return dx + _dot(classes.take(dz, part, 1).astype(kind), classes.take_fresh(w, part).astype(kind), 1, 0)
+            return dx + _dot(classes.take(dz, part, 1), classes.take_fresh(w, part).astype(dz.dtype), 1, 0)
 
         return classes.loop(step, jnp.zeros_like(dz, shape=(dz.shape[0], w.shape[1])))
 

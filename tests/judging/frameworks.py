@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from tests.judging.quick import QUICK
+from tests.judging import quick
 
 Named = dict[str, Any]
 Answer = tuple[Named, Named]
@@ -145,7 +145,7 @@ class Jax:
             }
             return values, pull(full)[0]
 
-        return self.jax.jit(answer, **QUICK if wide else {})  # formulas in float64, roundings in what is used
+        return self.jax.jit(answer, **quick.QUICK if wide else {})  # formulas in float64, roundings in what is used
 
 
 def _load(kind: Any) -> tuple[Any, str]:

@@ -10,6 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,27 @@ def _known(wanted: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if has(name, value)}
 
 
-_OPTIONS = _known({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
-QUICK: dict[str, Any] = {"compiler_options": _OPTIONS}  # of jax.jit
-FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _OPTIONS.items())  # of a process, in XLA_FLAGS
+@cache
+def _options() -> dict[str, Any]:
+    return _known({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
+
+
+QUICK: dict[str, Any]  # of jax.jit
+FLAGS: str  # of a process, in XLA_FLAGS
+
+
+def __getattr__(name: str) -> Any:
+    """QUICK and FLAGS, asked for when they are used: to ask XLA is to start it, after which no process may fork."""
+    if name == "QUICK":
+        return {"compiler_options": _options()}
+    if name == "FLAGS":
+        return " ".join(f"--{option}={str(value).lower()}" for option, value in _options().items())
+    raise AttributeError(name)
 
 
 def run(program: str) -> None:
     """A program in a process of its own: for what hands programs to XLA by itself, and takes no options for them."""
-    env = {**os.environ, "XLA_FLAGS": FLAGS, "JAX_ENABLE_X64": "1"}
+    env = {**os.environ, "XLA_FLAGS": __getattr__("FLAGS"), "JAX_ENABLE_X64": "1"}
     command, root = [sys.executable, "-c", program], Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]

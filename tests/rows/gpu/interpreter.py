@@ -40,6 +40,7 @@ def interpreted() -> Iterator[list[str]]:
     ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
     builder: Any = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
     launch, cast, serves, cpu = ops._launch, builder.cast_impl, triton.serves, native.serves
+    fma = builder.create_fma
     directly = native.serves_directly
     ran: list[str] = []
 
@@ -50,6 +51,8 @@ def interpreted() -> Iterator[list[str]]:
 
     ops._launch = counted
     builder.cast_impl = _rounded(cast)
+    if not _rounds_once(fma):
+        builder.create_fma = _fused
     triton.serves = lambda x, dim: cpu(x, dim)
     native.serves = native.serves_directly = lambda *_: False
     checks.FAST_HALVES = checks.FAST
@@ -57,7 +60,7 @@ def interpreted() -> Iterator[list[str]]:
         yield ran
     finally:
         ops._launch, builder.cast_impl, triton.serves, native.serves = launch, cast, serves, cpu
-        native.serves_directly = directly
+        native.serves_directly, builder.create_fma = directly, fma
         checks.FAST_HALVES = 0.0
 
 
@@ -73,3 +76,36 @@ def _rounded(cast: Any) -> Any:
         return cast(self, src, to)
 
     return cast_impl
+
+
+_SPLIT = 2.0**27 + 1
+
+
+def _rounds_once(fma: Any) -> bool:
+    """Whether a version's fma is one, as every device's is: before Triton 3.9 a product, rounded, and a sum."""
+    handle: Any = importlib.import_module("triton.runtime.interpreter").TensorHandle
+    tl: Any = importlib.import_module("triton.language")
+    x, z = np.array([1 + 2.0**-12], np.float32), np.array([-1 - 2.0**-11], np.float32)
+    found = fma(None, *(handle(a, tl.float32) for a in (x, x, z)))
+    return float(found.data[0]) == 2.0**-24
+
+
+def _fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """x y + z, rounded once."""
+    dtype = z.data.dtype
+    a, b, c = (v.data.astype(np.float64) for v in (x, y, z))
+    with np.errstate(all="ignore"):
+        product = a * b
+        total = product + c
+        back = total - product
+        lost = (product - (total - back)) + (c - back)
+        if dtype == np.float64:  # what the product lost, by halves of the operands
+            a1, b1 = (v * _SPLIT - (v * _SPLIT - v) for v in (a, b))
+            a2, b2 = a - a1, b - b1
+            more = ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+            total = np.where(np.isfinite(total + more), total + (lost + more), total)
+        else:  # a float32 product is exact; the sum is rounded to odd, so that the type's own rounding is the only one
+            even = (total.view(np.int64) & 1) == 0
+            odd = np.nextafter(total, np.where(lost > 0, np.inf, -np.inf))
+            total = np.where(np.isfinite(lost) & (lost != 0) & even, odd, total)
+        return type(z)(total.astype(dtype), z.dtype.scalar)
