@@ -41,6 +41,24 @@ def test_the_forge_runs_make_test_and_keeps_pages_and_wheel() -> None:
     assert PROJECT["project"]["requires-python"] == f">={python}"
 
 
+def test_wheels_are_built_for_three_platforms_and_tested_as_here() -> None:
+    """What cannot be run here: the file is whole, its versions are those of `make test`, its paths exist."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    steps = _steps(workflow)
+    assert all(re.search(r"@[0-9a-f]{40}$", step["uses"]) for step in steps if "uses" in step)
+    assert any(re.fullmatch(r"python -m pip install cibuildwheel==[\d.]+", step.get("run", "")) for step in steps)
+    wheels = PROJECT["tool"]["cibuildwheel"]
+    assert len(wheels["build"].split()) == len(workflow["jobs"]["build"]["strategy"]["matrix"]["runner"]) == 3
+    pins = set(PROJECT["dependency-groups"]["test"])
+    assert {pin for pin in wheels["test-requires"] if "==" in pin} <= pins
+    assert set(wheels["test-groups"]) <= set(PROJECT["dependency-groups"])
+    named = [word for word in wheels["test-command"].split() if word.startswith("tests/")]
+    assert named
+    for path in [*named, *wheels["test-sources"]]:
+        assert (ROOT / path).exists(), path
+
+
 def _steps(workflow: dict[str, Any]) -> list[dict[str, Any]]:
     return [step for job in workflow["jobs"].values() for step in job["steps"]]
 
