@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torch_ops
 from softmax_ext import reference
@@ -14,6 +16,8 @@ from tests.judging import checks
 from torch_ops._rows import native
 from torch_ops._rows import picked as rows
 
+OPS: Any = torch_ops
+REFERENCE: Any = reference
 TYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -45,9 +49,9 @@ def problem(dtype: str, lead: tuple[int, ...] = (2, 5), D: int = 7, V: int = 11,
 def test_values_and_gradients(served, dtype, lead, K):
     x, w, b, ids = problem(dtype, lead, K=K)
     leaves = [a.requires_grad_() for a in (x, w, b)]
-    z = torch_ops.linear_at(x, w, ids, linear_bias=b)
+    z = OPS.linear_at(x, w, ids, linear_bias=b)
     numbers = [a.detach().double().numpy() for a in (x, w, b)]
-    truth = reference.linear_at(*numbers[:2], ids.numpy(), linear_bias=numbers[2])
+    truth = REFERENCE.linear_at(*numbers[:2], ids.numpy(), linear_bias=numbers[2])
     kind = "float64" if dtype == "float64" else "float32"
     assert str(z.dtype) == f"torch.{kind}"
     size = np.where(np.isfinite(truth), np.abs(truth), 0) + 7 * 9
@@ -56,14 +60,14 @@ def test_values_and_gradients(served, dtype, lead, K):
     up[z == -torch.inf] = torch.nan  # no gradient passes a slot without a class, whatever comes back to it
     found = torch.autograd.grad(z, leaves, up)
     for g, t, leaf in zip(
-        found, reference.linear_at_grad(*numbers[:2], ids.numpy(), up.double().numpy()), leaves, strict=True
+        found, REFERENCE.linear_at_grad(*numbers[:2], ids.numpy(), up.double().numpy()), leaves, strict=True
     ):
         assert g.dtype == leaf.dtype
         checks.close(g.double().numpy(), t, np.abs(t) + 40, dtype=dtype, c=4)
 
 
 def fn(x: Any, w: Any, b: Any, ids: Any) -> Any:
-    return torch_ops.linear_at(x, w, ids, linear_bias=b).masked_fill(ids == -100, 0.0)
+    return OPS.linear_at(x, w, ids, linear_bias=b).masked_fill(ids == -100, 0.0)
 
 
 def test_derivatives_of_every_order(served):
@@ -83,9 +87,7 @@ def test_transforms(served):
     tangents = tuple(torch.randn_like(a) for a in (x, w, b))
 
     def same(make: Any) -> None:
-        for a, b_ in zip(
-            torch.utils._pytree.tree_leaves(make(ours)), torch.utils._pytree.tree_leaves(make(dense)), strict=True
-        ):
+        for a, b_ in zip(tree_leaves(make(ours)), tree_leaves(make(dense)), strict=True):
             torch.testing.assert_close(a, b_)
 
     same(lambda g: f.jvp(g, (x, w, b), tangents))
@@ -146,10 +148,10 @@ def test_ids_of_no_class(served):
     with pytest.raises(
         IndexError, match=r"^linear_at: ids must be in \[0, 11\) or ignore_index \(-100\); got 11 at row 7\.$"
     ):
-        torch_ops.linear_at(x, w, ids)
-    z = torch.func.vmap(lambda i: torch_ops.linear_at(x[0], w, i))(ids)  # where nobody can look
+        OPS.linear_at(x, w, ids)
+    z = torch.func.vmap(lambda i: OPS.linear_at(x[0], w, i))(ids)  # where nobody can look
     assert z.isnan().nonzero().tolist() == [[1, 2, 1]]
-    loss = lambda x, w, i: torch_ops.linear_at(x, w, i).masked_fill(i == -100, 0.0).sum()  # noqa: E731
+    loss = lambda x, w, i: OPS.linear_at(x, w, i).masked_fill(i == -100, 0.0).sum()  # noqa: E731
     dx, dw = torch.func.vmap(torch.func.grad(loss, (0, 1)), (0, None, 0))(x, w, ids)
     assert dx.isnan().any(-1).nonzero().tolist() == [[1, 2]]
     assert dw.isfinite().all()
@@ -157,13 +159,13 @@ def test_ids_of_no_class(served):
 
 def test_ids_of_every_integer_type():
     x, w, _, ids = problem("float32", (5,))
-    truth = torch_ops.linear_at(x, w, ids)
+    truth = OPS.linear_at(x, w, ids)
     for kind in (torch.int8, torch.int16, torch.int32):
-        assert torch.equal(torch_ops.linear_at(x, w, ids.to(kind)), truth)
+        assert torch.equal(OPS.linear_at(x, w, ids.to(kind)), truth)
     small = torch.tensor([[156, 3]] * 5, dtype=torch.uint8)
     with pytest.raises(IndexError):
-        torch_ops.linear_at(x, w, small)  # 156 is not -100
-    assert torch.equal(torch_ops.linear_at(x, w, small, ignore_index=156)[:, 0], torch.full((5,), -torch.inf))
+        OPS.linear_at(x, w, small)  # 156 is not -100
+    assert torch.equal(OPS.linear_at(x, w, small, ignore_index=156)[:, 0], torch.full((5,), -torch.inf))
 
 
 def test_a_slot_without_a_class_reads_nothing(served):
@@ -171,8 +173,9 @@ def test_a_slot_without_a_class_reads_nothing(served):
     x[2], ids[2] = torch.nan, -100
     w[4] = torch.nan
     ids[ids == 4] = 5
-    x.requires_grad_(), w.requires_grad_()
-    z = torch_ops.linear_at(x, w, ids)
+    x.requires_grad_()
+    w.requires_grad_()
+    z = OPS.linear_at(x, w, ids)
     z.masked_fill(ids == -100, 0.0).sum().backward()
     assert (z[2] == -torch.inf).all()
     assert (x.grad[2] == 0).all()
@@ -183,10 +186,10 @@ def test_a_slot_without_a_class_reads_nothing(served):
 def test_what_it_is_for():
     x, w, _, ids = problem("float64", (5,))
     whole = torch.log_softmax(x @ w.T, -1).gather(1, ids.clamp(min=0)).masked_fill(ids == -100, -torch.inf)
-    torch.testing.assert_close(torch_ops.log_softmax(torch_ops.linear_at(x, w, ids)), torch.log_softmax(whole, -1))
+    torch.testing.assert_close(OPS.log_softmax(OPS.linear_at(x, w, ids)), torch.log_softmax(whole, -1))
     place = torch.tensor([0, 1, 2, 1, 0])
     torch.testing.assert_close(
-        torch_ops.cross_entropy(torch_ops.linear_at(x, w, ids), place),
+        OPS.cross_entropy(OPS.linear_at(x, w, ids), place),
         torch.nn.functional.cross_entropy(
             (x @ w.T).gather(1, ids.clamp(min=0)).masked_fill(ids == -100, -torch.inf), place
         ),
@@ -196,12 +199,12 @@ def test_what_it_is_for():
 def test_autocast():
     x, w, b, ids = problem("float32")
     with torch.autocast("cpu", torch.bfloat16):
-        got = torch_ops.linear_at(x, w, ids, linear_bias=b)
+        got = OPS.linear_at(x, w, ids, linear_bias=b)
     half = [a.bfloat16() for a in (x, w, b)]
-    assert torch.equal(got, torch_ops.linear_at(half[0], half[1], ids, linear_bias=half[2]))
+    assert torch.equal(got, OPS.linear_at(half[0], half[1], ids, linear_bias=half[2]))
 
 
-class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+class Largest(TorchDispatchMode):
     """The most bytes any one result takes."""
 
     def __init__(self) -> None:
@@ -210,7 +213,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
+        for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 self.bytes = max(self.bytes, t.untyped_storage().nbytes())
         return out
@@ -223,9 +226,10 @@ def test_no_array_of_rows_times_classes_times_features(native_too, monkeypatch):
         monkeypatch.setattr(rows, "_WORKSPACE", 1 << 16)
     N, K, D, V = 64, 32, 96, 50  # all rows at all classes: 768 KiB
     x, w, _, ids = problem("float32", (N,), D, V, K)
-    x.requires_grad_(), w.requires_grad_()
+    x.requires_grad_()
+    w.requires_grad_()
     with Largest() as seen:
-        torch_ops.linear_at(x, w, ids).masked_fill(ids == -100, 0.0).sum().backward()
+        OPS.linear_at(x, w, ids).masked_fill(ids == -100, 0.0).sum().backward()
     assert 0 < seen.bytes <= 1 << 16
 
 
@@ -242,9 +246,9 @@ MISTAKES = {
 @pytest.mark.parametrize("sentence", MISTAKES)
 def test_mistakes(sentence):
     with pytest.raises((TypeError, ValueError)) as error:
-        torch_ops.linear_at(*MISTAKES[sentence](*problem("float32")))
+        OPS.linear_at(*MISTAKES[sentence](*problem("float32")))
     assert str(error.value) == sentence
     with pytest.raises(ValueError, match="linear_bias must have shape"):
-        torch_ops.linear_at(*problem("float32")[:2], problem("float32")[3], linear_bias=torch.zeros(3))
+        OPS.linear_at(*problem("float32")[:2], problem("float32")[3], linear_bias=torch.zeros(3))
     with pytest.raises(TypeError, match="ignore_index must be a Python integer"):
-        torch_ops.linear_at(*problem("float32")[:2], problem("float32")[3], ignore_index=1.5)  # pyright: ignore
+        OPS.linear_at(*problem("float32")[:2], problem("float32")[3], ignore_index=1.5)  # pyright: ignore

@@ -19,6 +19,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 5.0, "logit_scale": 0.7},
     {"label_smoothing": 1.0},
 ]
+OPS: Any = torch_ops
 F64 = torch.float64
 
 
@@ -79,7 +80,7 @@ def test_logits(options, weights, form):
     w = torch.rand(V, dtype=F64, requires_grad=True) if weights else None
     t = torch.rand(rows, dtype=F64, requires_grad=True) if weights else None
     for reduction in ("none", "sum", "mean"):
-        call = lambda target, r=reduction: torch_ops.cross_entropy(x, target, w, token_weight=t, reduction=r, **options)  # noqa: E731
+        call = lambda target, r=reduction: OPS.cross_entropy(x, target, w, token_weight=t, reduction=r, **options)  # noqa: E731
         both(call, ids, v, [x, w, t], V, dim)
 
 
@@ -99,16 +100,16 @@ def test_heads(options, form, memory, chunk):
     for reduction, weights in (("none", True), ("sum", False), ("mean", True)):
         kw = {"weight": w, "token_weight": t} if weights else {}
         kw |= {"reduction": reduction, "memory": memory, "chunk_size": chunk, "shift": int(form == "shift"), **options}
-        call = lambda target, kw=kw: torch_ops.linear_cross_entropy(x, W, target, linear_bias=b, **kw)  # noqa: E731
+        call = lambda target, kw=kw: OPS.linear_cross_entropy(x, W, target, linear_bias=b, **kw)  # noqa: E731
         both(call, ids, v, [x, W, b, *([w, t] if weights else [])], V, dim)
 
 
 def head_or_logits(x: Any, target: Any, **options: Any) -> Any:
     """The loss of logits x, and the same through a head that is the identity, fast and lean."""
-    yield torch_ops.cross_entropy(x, target, **options)
+    yield OPS.cross_entropy(x, target, **options)
     eye = torch.eye(x.shape[1], dtype=x.dtype)
     for memory in ("fast", "lean"):
-        yield torch_ops.linear_cross_entropy(x, eye, target, memory=memory, chunk_size=3, **options)
+        yield OPS.linear_cross_entropy(x, eye, target, memory=memory, chunk_size=3, **options)
 
 
 def test_statistics_at_every_id():
@@ -124,7 +125,7 @@ def test_statistics_at_every_id():
     grad = reference.cross_entropy_grad(*given, dloss=0.0, dstats={"logprob": up.numpy()}, **options)
     _, stats = reference.cross_entropy(*given, **options)
     x.requires_grad_()
-    _, found = torch_ops.cross_entropy(x, (ids, torch.zeros(4, 3)), reduction="sum", stats=names)
+    _, found = OPS.cross_entropy(x, (ids, torch.zeros(4, 3)), reduction="sum", stats=names)
     for name in names:
         np.testing.assert_allclose(found[name].detach(), stats[name], rtol=1e-12, atol=1e-12)
     assert torch.equal(found["logprob"].isneginf(), truth.isneginf())
@@ -133,16 +134,16 @@ def test_statistics_at_every_id():
     eye = torch.eye(6, dtype=F64)
     finite = x.detach().masked_fill(x.isneginf(), -50.0)
     for memory in ("fast", "lean"):
-        _, head = torch_ops.linear_cross_entropy(finite, eye, (ids, up), stats=names, memory=memory, chunk_size=2)
-        _, rows = torch_ops.cross_entropy(finite, (ids, up), stats=names)
+        _, head = OPS.linear_cross_entropy(finite, eye, (ids, up), stats=names, memory=memory, chunk_size=2)
+        _, rows = OPS.cross_entropy(finite, (ids, up), stats=names)
         for name in names:
             torch.testing.assert_close(head[name], rows[name])
-    kd = torch_ops.linear_cross_entropy(
+    kd = OPS.linear_cross_entropy(
         finite, eye.unsqueeze(1).expand(6, 2, 6).contiguous(), (ids.unsqueeze(-1).expand(4, 3, 2), torch.ones(4, 3, 2)),
         stats=("logprob",))[1]  # fmt: skip
     assert kd["logprob"].shape == (4, 3, 2)
     torch.testing.assert_close(
-        kd["logprob"][..., 1], torch_ops.cross_entropy(finite, (ids, up), stats=("logprob",))[1]["logprob"]
+        kd["logprob"][..., 1], OPS.cross_entropy(finite, (ids, up), stats=("logprob",))[1]["logprob"]
     )
 
 
@@ -156,7 +157,7 @@ def test_ignored_slots_and_rows():
     t = torch.tensor([1.0, 2.0, torch.nan, 0.5], dtype=F64)
     y = dense(ids[kept], v[kept], 6, 1)
     for tw in (None, t):
-        truth = torch_ops.cross_entropy(x[kept], y, token_weight=None if tw is None else tw[kept])
+        truth = OPS.cross_entropy(x[kept], y, token_weight=None if tw is None else tw[kept])
         leaf = x.clone().requires_grad_()
         for loss in head_or_logits(leaf, (ids, v), token_weight=tw):
             torch.testing.assert_close(loss, truth)
@@ -167,11 +168,11 @@ def test_ignored_slots_and_rows():
     ids5 = torch.where(ids == -100, 5, torch.where(ids == 5, 4, ids))
     y = dense(ids5[kept], v[kept], 6, 1, ignored=5)
     for loss in head_or_logits(x, (ids5, v), ignore_index=5):
-        torch.testing.assert_close(loss, torch_ops.cross_entropy(x[kept], y))
+        torch.testing.assert_close(loss, OPS.cross_entropy(x[kept], y))
     for none in (ids[:, :0], torch.full_like(ids, -100)):
         leaf = x[kept].clone().requires_grad_()
         for zero in head_or_logits(leaf, (none[:3], v[:3, : none.shape[1]]), on_all_ignored="zero"):
-            assert zero == 0
+            assert zero.item() == 0
             assert (torch.autograd.grad(zero, leaf)[0] == 0).all()
         assert all(loss.isnan() for loss in head_or_logits(leaf, (none[:3], v[:3, : none.shape[1]])))
 
@@ -187,7 +188,7 @@ def test_mass_on_a_masked_class():
             for sparse in (True, False):
                 leaf, probabilities = x.clone().requires_grad_(), v.clone().requires_grad_()
                 target = (ids, probabilities) if sparse else dense(ids, probabilities, 6, 1)
-                loss = torch_ops.cross_entropy(leaf, target, w, reduction=reduction)
+                loss = OPS.cross_entropy(leaf, target, w, reduction=reduction)
                 results.append([loss, *torch.autograd.grad(loss.sum(), [leaf, probabilities])])
             for a, b in zip(*results, strict=True):
                 torch.testing.assert_close(a, b)
@@ -199,7 +200,7 @@ def test_confident_rows_keep_their_digits():
     with torch.no_grad():
         x[:, 7] = 60.0
     ids, v = torch.tensor([[7, -100, 7], [7, 3, -100]]), torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.5, 0.0]])
-    loss = torch_ops.cross_entropy(x, (ids, v), reduction="sum")
+    loss = OPS.cross_entropy(x, (ids, v), reduction="sum")
     (g,) = torch.autograd.grad(loss, x)
     truth = reference.cross_entropy_grad(x.detach().double().numpy(), (ids.numpy(), v.double().numpy()), axis=1,
                                          reduction="sum")  # fmt: skip
@@ -212,14 +213,14 @@ def test_ids_of_no_class():
     ids = torch.tensor([[0, 1], [2, 6], [3, -1]])
     said = r"target must be in \[0, 6\) or ignore_index \(-100\); got 6 at row 1\."
     with pytest.raises(IndexError, match="^cross_entropy: " + said):
-        torch_ops.cross_entropy(x, (ids, v))
+        OPS.cross_entropy(x, (ids, v))
     with pytest.raises(IndexError, match="^linear_cross_entropy: " + said):
-        torch_ops.linear_cross_entropy(x, torch.eye(6), (ids, v))
+        OPS.linear_cross_entropy(x, torch.eye(6), (ids, v))
     middle = torch.randint(6, (2, 2, 3))
     middle[1, 1, 2] = 9
     with pytest.raises(IndexError, match="got 9 at row 5"):
-        torch_ops.cross_entropy(torch.randn(2, 6, 3), (middle, torch.ones(2, 2, 3)))
-    one = lambda x, i, v: torch_ops.cross_entropy(x, (i, v))  # noqa: E731
+        OPS.cross_entropy(torch.randn(2, 6, 3), (middle, torch.ones(2, 2, 3)))
+    one = lambda x, i, v: OPS.cross_entropy(x, (i, v))  # noqa: E731
     loss = torch.func.vmap(one)(x.unsqueeze(1), ids.unsqueeze(1), v.unsqueeze(1))
     g = torch.func.vmap(torch.func.grad(one))(x.unsqueeze(1), ids.unsqueeze(1), v.unsqueeze(1))
     assert loss.isnan().tolist() == [False, True, True]
@@ -229,18 +230,18 @@ def test_ids_of_no_class():
 def test_types_of_ids_and_probabilities():
     x = torch.randn(4, 6)
     ids, v = torch.tensor([[0, 5]] * 4), torch.rand(4, 2)
-    truth = torch_ops.cross_entropy(x, (ids, v))
+    truth = OPS.cross_entropy(x, (ids, v))
     for kind in (torch.int32, torch.int8, torch.uint8):
-        assert torch.equal(torch_ops.cross_entropy(x, [ids.to(kind), v]), truth)
+        assert torch.equal(OPS.cross_entropy(x, [ids.to(kind), v]), truth)
     half = v.bfloat16()
-    assert torch.equal(torch_ops.cross_entropy(x, (ids, half)), torch_ops.cross_entropy(x, (ids, half.float())))
+    assert torch.equal(OPS.cross_entropy(x, (ids, half)), OPS.cross_entropy(x, (ids, half.float())))
     for kind in (torch.bfloat16, torch.float16):
         low, weight = x.to(kind), torch.randn(6, 6).to(kind)
-        assert torch_ops.cross_entropy(low, (ids, v)).dtype == torch.float32
+        assert OPS.cross_entropy(low, (ids, v)).dtype == torch.float32
         leaves = [low.requires_grad_(), weight.requires_grad_()]
-        loss = torch_ops.linear_cross_entropy(low, weight, (ids, v), reduction="sum")
+        loss = OPS.linear_cross_entropy(low, weight, (ids, v), reduction="sum")
         wide = [a.detach().double().requires_grad_() for a in leaves]
-        truth64 = torch_ops.linear_cross_entropy(*wide, (ids, v.double()), reduction="sum")
+        truth64 = OPS.linear_cross_entropy(*wide, (ids, v.double()), reduction="sum")
         for a, b in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth64, wide), strict=True):
             assert a.dtype == kind
             torch.testing.assert_close(a.double(), b, rtol=0.03, atol=0.03)
@@ -253,11 +254,11 @@ def test_derivatives_of_every_order():
     options = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 4.0, "stats": ("logprob", "entropy")}
 
     def logits(x: Any, v: Any, w: Any) -> Any:
-        loss, stats = torch_ops.cross_entropy(x, (ids, v), w, **options)
+        loss, stats = OPS.cross_entropy(x, (ids, v), w, **options)
         return loss, stats["logprob"], stats["entropy"]
 
     def head(x: Any, w: Any, v: Any) -> Any:
-        return torch_ops.linear_cross_entropy(x, w, (ids, v), reduction="none")
+        return OPS.linear_cross_entropy(x, w, (ids, v), reduction="none")
 
     forward = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
     assert torch.autograd.gradcheck(logits, (x, v, w), **forward)
@@ -271,8 +272,8 @@ def test_transforms_and_compile():
     x, ids, v = torch.randn(3, 5, 6, dtype=F64), torch.randint(6, (3, 5, 2)), torch.rand(3, 5, 2, dtype=F64)
     W = torch.randn(6, 6, dtype=F64)
     for one in (
-        lambda x, i, v: torch_ops.cross_entropy(x, (i, v), label_smoothing=0.1),
-        lambda x, i, v: torch_ops.linear_cross_entropy(x, W, (i, v)),
+        lambda x, i, v: OPS.cross_entropy(x, (i, v), label_smoothing=0.1),
+        lambda x, i, v: OPS.linear_cross_entropy(x, W, (i, v)),
     ):
         many = torch.func.vmap(torch.func.grad(one, (0, 2)))(x, ids, v)
         for j in range(3):
@@ -289,15 +290,15 @@ def test_nothing_of_the_logits_size_beside_them():
     N, V, K = 8, 5000, 4
     x, ids, v = torch.randn(N, V), torch.randint(V, (N, K)), torch.rand(N, K, requires_grad=True)
     with Largest() as seen:
-        loss = torch_ops.cross_entropy(x, (ids, v))
+        loss = OPS.cross_entropy(x, (ids, v))
         loss.backward()
     if native.serves(x, 1):
         assert seen.bytes <= 8 * N * K
     leaf = x.clone().requires_grad_()
-    loss = torch_ops.cross_entropy(leaf, (ids, v))
+    loss = OPS.cross_entropy(leaf, (ids, v))
     saved: list[Any] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        torch_ops.cross_entropy(leaf, (ids, v))
+        OPS.cross_entropy(leaf, (ids, v))
     assert sum(t.numel() for t in saved if t.data_ptr() != leaf.data_ptr()) < N * V // 10
 
 
@@ -305,8 +306,8 @@ def test_three_matmuls():
     x, W = torch.randn(64, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     ids, v = torch.randint(50, (64, 4)), torch.rand(64, 4, requires_grad=True)
     with torch.profiler.profile() as seen:
-        torch_ops.linear_cross_entropy(x, W, (ids, v)).backward()
-    names = [e.name for e in seen.events()]
+        OPS.linear_cross_entropy(x, W, (ids, v)).backward()
+    names = [e.name for e in seen.events() or []]
     assert sum(name in ("aten::mm", "aten::addmm") for name in names) == 3
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import torch_ops
 from torch_ops._head import sampled
@@ -202,11 +203,11 @@ def test_checkpoint_replays_the_points():
     for use_reentrant in (False, True):
         torch.manual_seed(2)
         call = lambda x, w: OPS.linear_cross_entropy(x, w, t, grad_samples=3)  # noqa: E731
-        loss = torch.utils.checkpoint.checkpoint(call, x, w, use_reentrant=use_reentrant)
+        loss = checkpoint(call, x, w, use_reentrant=use_reentrant)
         x.grad = w.grad = None
         loss.backward()
         torch.rand(3)
-        seen.append(w.grad.clone())
+        seen.append(w.grad.clone())  # pyright: ignore
     torch.manual_seed(2)
     seen.append(torch.autograd.grad(OPS.linear_cross_entropy(x, w, t, grad_samples=3), w)[0])
     assert torch.equal(seen[0], seen[2])
