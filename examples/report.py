@@ -9,13 +9,14 @@ from rich.table import Table
 
 from examples import palette
 from examples.own_process import Run
-from examples.recipe import CHUNKS, Recipe
+from examples.recipe import CHUNKS, SAMPLES, Recipe
 from examples.verdict import FACTOR, Bounded, Verdict
 
 TITLE = {"torch": "PyTorch", "jax": "JAX"}
 BUILT_IN = {"torch": palette.TORCH, "jax": palette.JAX}
-DASH = {"built-in": "-", "cross_entropy": "--", "linear_cross_entropy": "-"}
-HATCH = {"built-in": "", "cross_entropy": "///", "linear_cross_entropy": ""}
+SAMPLED = f"grad_samples={SAMPLES}"
+DASH = {SAMPLED: ":", "built-in": "-", "cross_entropy": "--", "linear_cross_entropy": "-"}
+HATCH = {SAMPLED: "...", "built-in": "", "cross_entropy": "///", "linear_cross_entropy": ""}
 Key = tuple[str, str]  # framework, loss
 Runs = dict[Key, Run]
 PARTS = dict(
@@ -39,6 +40,7 @@ step: median time
 head: most bytes alive in one call of head and loss, forward and backward,
   beyond hidden states, weight and targets; the gradients count;
   linear_cross_entropy works by {CHUNKS} chunks of the rows
+{SAMPLED}: other, unbiased gradients, so its curve is not compared
 process: growth of resident memory since the framework was loaded"""
 
 
@@ -105,7 +107,11 @@ def sentence(runs: Runs, verdicts: dict[Key, Verdict]) -> str:
         time = part_of(ours.seconds_per_step / built_in.seconds_per_step)
         memory = part_of(ours.loss_mib / built_in.loss_mib)
         curve = "same curve" if same else "another curve"
-        parts.append(f"{TITLE[framework]}: {curve}, {time} step time, {memory} memory of head and loss")
+        part = f"{TITLE[framework]}: {curve}, {time} step time, {memory} memory of head and loss"
+        if (framework, SAMPLED) in runs:
+            sampled = part_of(runs[framework, SAMPLED].seconds_per_step / built_in.seconds_per_step)
+            part += f", {sampled} step time by {SAMPLED}"
+        parts.append(part)
     return "; ".join(parts) + "."
 
 
@@ -128,7 +134,7 @@ def picture(path: Path, runs: Runs, verdicts: dict[Key, Verdict]) -> None:
         _draw_differences(differences, verdicts)
         _draw_memory(memory, shown(runs))
         titles = (
-            "six trainings, one curve: the losses lie on one another",
+            "one curve: the losses lie on one another, a sampled gradient beside them",
             "largest difference from the built-in so far: dashed is what rounding allows",
             "memory of one call of head and loss, MiB: shorter is better",
         )
@@ -182,17 +188,14 @@ def _draw_differences(axes: Axes, verdicts: dict[Key, Verdict]) -> None:
 
 
 def _draw_memory(axes: Axes, runs: Runs) -> None:
-    """Three bars a framework."""
+    """A bar a run."""
     frameworks = list(dict.fromkeys(framework for framework, _ in runs))
-    losses = list(dict.fromkeys(loss for _, loss in runs))
-    for i, (framework, loss) in enumerate((f, loss) for f in frameworks for loss in losses):
+    for i, (framework, loss) in enumerate(runs):
         at = i + frameworks.index(framework) * 0.6
         size, colour = runs[framework, loss].loss_mib, _colour(framework, loss)
         bar = axes.barh(at, size, 0.8, color=colour, hatch=HATCH[loss], edgecolor="white")
         axes.bar_label(bar, fmt="%.1f", padding=3)
-    places = [i + (i // len(losses)) * 0.6 for i in range(len(frameworks) * len(losses))]
-    axes.set_yticks(
-        places, [f"{TITLE[f]} built-in" if loss == "built-in" else loss for f in frameworks for loss in losses]
-    )
+    places = [i + frameworks.index(framework) * 0.6 for i, (framework, _) in enumerate(runs)]
+    axes.set_yticks(places, [f"{TITLE[f]} built-in" if loss == "built-in" else loss for f, loss in runs])
     axes.invert_yaxis()
     axes.margins(x=0.1)

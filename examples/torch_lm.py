@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_ops
-from examples.recipe import CHUNKS, Recipe, Weights
+from examples.recipe import CHUNKS, SAMPLES, Recipe, Weights
 
 
 def _built_in(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -23,12 +23,18 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Ten
     return torch_ops.linear_cross_entropy(hidden, weight, target, chunk_size=-(-len(target) // CHUNKS))
 
 
+def _sampled(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    rows = -(-len(target) // CHUNKS)
+    return torch_ops.linear_cross_entropy(hidden, weight, target, chunk_size=rows, grad_samples=SAMPLES)
+
+
 # Head and loss: the last hidden states (N, D), the head's weight (V, D) and the targets (N,) to nats.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 LOSSES: dict[str, Loss] = {
     "built-in": _built_in,
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
+    f"grad_samples={SAMPLES}": _sampled,
 }
 
 
@@ -61,6 +67,7 @@ class Training:
     """A model, its optimizer and its loss."""
 
     def __init__(self, recipe: Recipe, loss: str):
+        torch.manual_seed(recipe.seed)  # of the sampled gradient's points
         self.loss = LOSSES[loss]
         self.model = LM(recipe.initial_weights(), recipe.heads)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum)

@@ -113,7 +113,8 @@ def test_third_line_is_the_fused_head_by_chunks(framework, monkeypatch):
     hidden, weight = (array(np.ones((n, 2), np.float32)) for n in (64, 5))
     for loss in lm.LOSSES.values():
         assert float(loss(hidden, weight, array(np.zeros(64, np.int64)))) == pytest.approx(math.log(5))
-    assert asked == [{"chunk_size": 8}]
+    fused = [{"chunk_size": 8}]
+    assert asked == (fused if framework == "jax" else [*fused, {"chunk_size": 8, "grad_samples": 64}])
 
 
 HEAD = Recipe(vocab=4096, width=8, length=16, batch=4)
@@ -129,6 +130,8 @@ def test_memory_is_that_of_the_logits_but_for_the_fused_head(framework):
     assert LOGITS <= counted["cross_entropy"] <= counted["built-in"]
     # More would be no fused head; less would be a count that does not see inside it.
     assert LOGITS / CHUNKS + GRADIENTS <= counted["linear_cross_entropy"] < LOGITS
+    if framework == "torch":
+        assert LOGITS / CHUNKS <= counted[report.SAMPLED] < LOGITS
 
 
 def test_alive_counts_what_is_held():
@@ -146,7 +149,7 @@ def test_alive_counts_what_is_held():
 
 def _fake_runs(monkeypatch, tmp_path, where=("jax", "linear_cross_entropy"), loss_by=0.0, weight_by=0.0) -> int:
     """Runs the command with training replaced; one run's loss curve and weights are moved."""
-    memory = {"built-in": 77.1, "cross_entropy": 66.2, "linear_cross_entropy": 5.3}
+    memory = {"built-in": 77.1, "cross_entropy": 66.2, "linear_cross_entropy": 5.3, report.SAMPLED: 4.2}
 
     def run(framework, loss, recipe, _tokens_path, on_step):
         losses, weights = list(CURVE), WEIGHTS
@@ -178,18 +181,19 @@ def test_command_passes_and_draws(monkeypatch, tmp_path, capsys):
             ("cross_entropy", "66.2"),
             ("linear_cross_entropy", "5.3"),
         ]
+    assert next(line for line in lines if line[0] == "grad_samples=64")[-2] == "4.2"
 
 
-def test_picture_has_three_memory_bars_a_framework(monkeypatch, tmp_path):
+def test_picture_has_a_memory_bar_a_run(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(palette, "save", lambda figure, _: drawn.append(figure))
     _fake_runs(monkeypatch, tmp_path)
     drawn[0].draw_without_rendering()
     curves, differences, memory = drawn[0].axes
-    assert len(curves.lines) == 6
+    assert len(curves.lines) == 7
     assert len(differences.lines) == 8
     widths = sorted(bar.get_width() for bar in memory.patches)
-    assert widths == [5.3, 5.3, 66.2, 66.2, 77.1, 77.1]
+    assert widths == [4.2, 5.3, 5.3, 66.2, 66.2, 77.1, 77.1]
     assert [bool(axes.get_title("left")) for axes in drawn[0].axes] == [True] * 3
     texts = [text for text in drawn[0].findobj(Text) if text.get_text()]
     assert min(text.get_fontsize() for text in texts) >= palette.SMALLEST
