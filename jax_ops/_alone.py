@@ -1,16 +1,52 @@
-"""Two ways to compute one thing: for a device that holds all of the arrays, and for arrays XLA spreads over several."""
+"""How a rule is traced, mapped and lowered: under its own settings, over one more axis, for one device or several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-Function = Callable[..., jax.Array]
+Function = Callable[..., Any]
+
+
+def as_typed(fn: Function) -> Function:
+    """fn, traced as the types of its arrays ask for, under whatever settings of JAX it is called.
+
+    A rule may run long after the call it belongs to: x64 that was on for a part of a program is off again when its
+    pullback is formed or lowered. And how strictly JAX promotes what a user's own program mixes is no matter of ours.
+    """
+
+    @wraps(fn)
+    def call(*args: Any, **how: Any) -> Any:
+        wide = any(getattr(getattr(a, "dtype", None), "itemsize", 0) == 8 for a in jax.tree.leaves(args))
+        with jax.enable_x64(wide), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return fn(*args, **how)
+
+    return call
+
+
+def mapped(fn: Function, axis: Any, dims: Sequence[int | None], out: Any = 0) -> Function:
+    """fn over one more dimension, as a batching rule is told of it: its size and the mesh axis it lies on."""
+    return jax.vmap(fn, in_axes=tuple(dims), out_axes=out, axis_size=axis.size, spmd_axis_name=axis.spmd_name)
+
+
+def outputs_mapped(fn: Function, axis: Any, dims: Sequence[int | None], args: Sequence[Any]) -> list[int | None]:
+    """For each of fn's results 0, or None where it is the same for all examples."""
+    out: list[int | None] = []
+
+    def each(*args: Any) -> Any:
+        kind = type(next(a for a, d in zip(args, dims, strict=True) if d is not None))
+        results = fn(*args)
+        out.extend(0 if type(a) is kind else None for a in results)
+        return results
+
+    jax.make_jaxpr(mapped(each, axis, dims))(*args)
+    return out
 
 
 def when_alone(pieces: Function, whole: Function, *arrays: jax.Array) -> jax.Array:
@@ -36,14 +72,15 @@ class _Mapped:
     """fn over one more dimension; equal ones are the same function to a cache."""
 
     fn: Function
+    mapping: Any
     dims: tuple[int | None, ...]
 
     def __call__(self, *arrays: Any) -> Any:
-        return jax.vmap(self.fn, in_axes=self.dims)(*arrays)
+        return mapped(self.fn, self.mapping, self.dims)(*arrays)
 
 
 def _types(*avals: Any, pieces: Function, whole: Function) -> Any:
-    (out,) = jax.make_jaxpr(whole)(*avals).out_avals
+    (out,) = jax.make_jaxpr(as_typed(whole))(*avals).out_avals
     return out
 
 
@@ -69,13 +106,15 @@ def _transpose(ct: Any, *args: Any, pieces: Function, whole: Function) -> list[A
     return [dict(zip(asked, found, strict=True)).get(i) for i in range(len(args))]
 
 
-def _batch(args: Any, dims: Any, *, pieces: Function, whole: Function) -> Any:
-    dims = tuple(dims)
-    return _either.bind(*args, pieces=_Mapped(pieces, dims), whole=_Mapped(whole, dims)), 0
+def _batch(mapping: Any, args: Any, dims: Any, *, pieces: Function, whole: Function) -> Any:
+    if all(d is None for d in dims):
+        return _either.bind(*args, pieces=pieces, whole=whole), None
+    pieces, whole = (_Mapped(fn, mapping, tuple(dims)) for fn in (pieces, whole))
+    return _either.bind(*args, pieces=pieces, whole=whole), 0
 
 
 def _lower(ctx: Any, *values: Any, pieces: Function, whole: Function) -> Any:
-    return mlir.lower_fun(pieces if alone(ctx) else whole, multiple_results=False)(ctx, *values)
+    return mlir.lower_fun(as_typed(pieces if alone(ctx) else whole), multiple_results=False)(ctx, *values)
 
 
 def compiled(primitive: Primitive, *names: str) -> Function:
@@ -94,8 +133,8 @@ def compiled(primitive: Primitive, *names: str) -> Function:
 _either = Primitive("softmax_ext_either")
 _either.def_impl(compiled(_either, "pieces", "whole"))
 _either.def_abstract_eval(_types)
-ad.primitive_jvps[_either] = _jvp
-ad.primitive_transposes[_either] = _transpose
-batching.primitive_batchers[_either] = _batch
+ad.primitive_jvps[_either] = as_typed(_jvp)
+ad.primitive_transposes[_either] = as_typed(_transpose)
+batching.fancy_primitive_batchers[_either] = as_typed(_batch)
 # Not cached by types alone: inside a shard_map and outside it the same types may have other lowerings.
 mlir.register_lowering(_either, _lower, cacheable=False)

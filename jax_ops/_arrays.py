@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 
 from softmax_ext.contract import Array
 
@@ -28,6 +29,8 @@ def unwrap_all(arrays: tuple[Any, ...]) -> list[Any]:
 
 def describe(x: Any) -> Array:
     """The facts of an array that the contract's rules ask for."""
+    if isinstance(x, np.ma.MaskedArray):  # taken for its data, it would lose its mask without a word
+        return Array((), "a NumPy masked array", "masked")
     if not isinstance(x, jax.Array | np.ndarray):
         return Array((), f"{type(x).__name__} object", "other")
     dtype = x.dtype
@@ -52,7 +55,13 @@ def same_axes(*arrays: Any, but: tuple[str, ...] = ()) -> tuple[Any, ...]:
     )
 
 
-def varying(x: jax.Array) -> frozenset[Any]:
-    """The mesh axes x varies over, as far as a shard_map checks it."""
-    kind: Any = jax.typeof(x)
+def varying(x: Any) -> frozenset[Any]:
+    """The mesh axes x, or a type, varies over, as far as a shard_map checks it."""
+    kind: Any = x if isinstance(x, ShapedArray) else jax.typeof(x)
     return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # renamed between releases
+
+
+def varying_as(x: jax.Array, kind: Any) -> jax.Array:
+    """x, varying over more mesh axes, or over those of a type: examples of a batch may share what others do not."""
+    missing = tuple((kind if isinstance(kind, frozenset) else varying(kind)) - varying(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -69,7 +69,7 @@ class Cut:
         Checkpointed: differentiated, a step is run again, else the loop would keep every chunk's logits.
         """
         if self.count == 1:
-            return jax.checkpoint(lambda c: step(c, 0), prevent_cse=False)(carry)
+            return step(carry, 0)
         again = jax.checkpoint(step, prevent_cse=False)
         return lax.scan(lambda c, i: (again(c, i), None), carry, jnp.arange(self.count))[0]
 

@@ -34,14 +34,28 @@ class Spread:
         return math.prod(self.mesh.shape[name] for name in axes)
 
 
-def spread_of(rows: int, *arrays: jax.Array | None) -> Spread | None:
-    """How the arrays lie on Explicit axes, the first by its leading `rows` dimensions; None where none is cut."""
+def spread_of(rows: Sequence[int], *arrays: jax.Array | None) -> Spread | None:
+    """How the arrays lie on Explicit axes, the first by its dimensions `rows`; None where none is cut."""
     shardings: list[Any] = [jax.typeof(a).sharding for a in arrays if a is not None]
     mesh = next((s.mesh for s in shardings if any(s.spec)), None)
     if mesh is None:
         return None
-    spec = (*shardings[0].spec, *[None] * rows)[:rows]
+    whole = (*shardings[0].spec, *[None] * (max(rows, default=0) + 1))
+    spec = [whole[i] for i in rows]
     return Spread(mesh, tuple(() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in spec))
+
+
+def lies_otherwise(axis: int, logits: jax.Array, *others: jax.Array | None) -> bool:
+    """Whether Explicit mesh axes cut the logits along `axis`, or another array not as the logits or their rows."""
+
+    def spec(a: jax.Array) -> tuple[Any, ...]:
+        return (*jax.typeof(a).sharding.spec, *[None] * a.ndim)[: a.ndim]
+
+    whole = spec(logits)
+    rows = tuple(s for i, s in enumerate(whole) if i != axis)
+    known = {logits.ndim: whole, logits.ndim - 1: rows}
+    given = [a for a in others if a is not None]
+    return whole[axis] is not None or any(spec(a) != known.get(a.ndim, (None,) * a.ndim) for a in given)
 
 
 def under_auto_axes(fn: Callable[..., Any], *arrays: jax.Array | None, spread: Spread, out: Any, **how: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +52,14 @@ def instruction_set() -> str:
     return _library.softmax_ext_instruction_set().decode()
 
 
-@cache
-def register() -> None:
-    """Make the kernels known to XLA: once, when the first program that calls them is lowered."""
-    for row in _ROWS:
-        name = target(row)
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(_library, name)), platform="cpu")
-
-
 def target(row: str) -> str:
     """The name compiled programs call a row function by; serialized programs hold it, so it never changes."""
     return f"softmax_ext_{row}"
+
+
+# At import, which starts no backend: an executable that another process compiled and saved looks for them when it is
+# loaded, before any program is lowered here.
+if _library is not None:
+    for _row in _ROWS:
+        _name = target(_row)
+        jax.ffi.register_ffi_target(_name, jax.ffi.pycapsule(getattr(_library, _name)), platform="cpu")

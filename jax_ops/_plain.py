@@ -13,9 +13,11 @@ is known to be 1 still names e, so that its derivative is there.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 IGNORED = -1  # canonical target of a row that reaches no result
@@ -29,26 +31,29 @@ _LAYOUT = ("axis", "scale", "softcap")
 @partial(jax.jit, static_argnames="axis")
 def softmax_fwd(x: Array, *, axis: int) -> Array:
     """y_i = exp(x_i) / sum_j exp(x_j), in the type of x."""
-    _, e, _, rest = _exponentials(compute(x), axis)
-    return (e / (1.0 + rest)).astype(x.dtype)
+    return _softmax(axis, compute(x)).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnames="axis")
 def softmax_bwd(dy: Array, y: Array, *, axis: int) -> Array:
     """dx = J dy for J = diag(y) - y yT, from the output alone."""
-    # legend:  y softmax output, dy = dL/dy, dx = dL/dx
-    # formula: dx_i = sum_j dy_j y_j (delta_ij - y_i) = y_i (dy_i - sum_j y_j dy_j)
+    # legend:  y softmax output, dy = dL/dy, dx = dL/dx, c any number, g = dy - c, S = sum_j y_j, 1 but for rounding
+    # formula: dx_i = sum_j dy_j y_j (delta_ij - y_i) = y_i (dy_i - sum_j y_j dy_j) = y_i (g_i - sum_j y_j g_j / S)
     # source:  Kronecker form of Purcell 2021, eq. (5), contracted with dy; docs/derivation.md
+    # c chooses what is rounded (`_pivot`). Where one class holds more than half it is that class's dy_m: its own term
+    # of the sum is 0, and dx_m = -y_m sum_j y_j g_j is one over the others, where dy_m - sum_j y_j dy_j would leave 0.
     a, g = compute(y), compute(dy)
-    return (a * (g - (a * g).sum(axis, keepdims=True))).astype(y.dtype)
+    total = a.sum(axis, keepdims=True)
+    total = jnp.where(total == 0, 1.0, total)  # a row of zeros has no distribution and no gradient
+    g = g - _pivot(g, a / total, a > 0.5, axis)
+    return (a * (g - (a * g).sum(axis, keepdims=True) / total)).astype(y.dtype)
 
 
 @partial(jax.jit, static_argnames="axis")
 def log_softmax_fwd(x: Array, *, axis: int) -> tuple[Array, Array, Array]:
     """(log p, m, rest), log p in the type of x."""
-    d, _, m, rest = _exponentials(compute(x), axis)
-    y = d - jnp.log1p(rest)
-    return y.astype(x.dtype), m.squeeze(axis), rest.squeeze(axis)
+    y, m, rest = _log_softmax(axis, compute(x))
+    return y.astype(x.dtype), m, rest
 
 
 @partial(jax.jit, static_argnames="axis")
@@ -56,10 +61,18 @@ def log_softmax_bwd(dy: Array, x: Array, m: Array, rest: Array, *, axis: int) ->
     """dx = dy - p sum(dy)."""
     # formula: d log p_i / dx_j = delta_ij - p_j (Kurbiel's logarithmic derivative), contracted with dy
     # p comes from the input: from a half-precision log p it would be off by |log p| units of roundoff.
-    _, e = _shifted(compute(x), jnp.expand_dims(m, axis))
-    g = compute(dy)
-    p = e / (1.0 + jnp.expand_dims(rest, axis))
-    return (g - p * g.sum(axis, keepdims=True)).astype(x.dtype)
+    p, q, confident = _distribution(axis, compute(x), m, rest)
+    return -_centred(compute(dy), p, q, confident, axis).astype(x.dtype)
+
+
+@partial(jax.jit, static_argnames="axis")
+def log_softmax_bwd_transpose(dx: Array, x: Array, m: Array, rest: Array, *, axis: int) -> Array:
+    """dy = dx - sum(p dx): what a tangent of x makes of log p."""
+    # Each is a difference to the mean: of g = dx - c for any c (`_pivot`) it is the same.
+    p, _, confident = _distribution(axis, compute(x), m, rest)
+    g = compute(dx)
+    g = g - _pivot(g, p, confident, axis)
+    return (g - (p * g).sum(axis, keepdims=True)).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnames=(*_LAYOUT, "smooth", "entropy"))
@@ -79,7 +92,8 @@ def cross_entropy_fwd(
     nll = -log p_target for class indices (not weighted), -sum_j w_j y_j log p_j for soft targets y;
     smooth = -sum_j w_j log p_j; entropy = -sum_j p_j log p_j.
     """
-    logits = _kept(logits, target, axis)
+    if not is_soft(target):
+        logits = alive(axis, logits, target == IGNORED, weight)
     d, e, m, rest = _exponentials(capped(logits, scale, softcap), axis)
     log_total = jnp.log1p(rest)
     w = class_row(weight, d, axis)
@@ -122,7 +136,74 @@ def cross_entropy_bwd(
     # formula: dL/dz_j = d_nll (S p_j - Y_j) + d_lse p_j + d_smooth (W p_j - w_j)
     #                    - d_entropy p_j (log p_j + H)
     # source:  Kurbiel's s * sum(y) - y, with S not assumed to be 1; docs/derivation.md
-    logits = _kept(logits, target, axis)
+    ups = {"nll": d_nll, "lse": d_lse, "smooth": d_smooth, "entropy": d_entropy}
+    ups = {name: up for name, up in ups.items() if up is not None}
+    logits, m, rest = _alive_rows(axis, target, logits, m, rest, weight, *ups.values())
+    factors = _factors(logits, target, weight, m, rest, tuple(ups), axis=axis, scale=scale, softcap=softcap)
+    dz = jnp.zeros_like(factors["p"])
+    for name, up in ups.items():
+        if name in factors:
+            dz = dz + _up(up, target, axis) * factors[name]
+    if d_nll is not None and not is_soft(target):
+        classes = lax.broadcasted_iota(target.dtype, dz.shape, axis)
+        dp = jnp.where(classes == jnp.expand_dims(target, axis), -factors["q"], factors["p"])
+        dz = dz + _up(d_nll, target, axis) * dp
+    dz = dz * slope(logits, scale, softcap)
+    if not is_soft(target):  # an ignored row, or a class weight, may be NaN, which 0 does not silence
+        dz = jnp.where(jnp.expand_dims(target == IGNORED, axis), 0.0, dz)
+    return dz.astype(logits.dtype)
+
+
+@partial(jax.jit, static_argnames=(*_LAYOUT, "names"))
+def cross_entropy_bwd_transpose(
+    dx: Array,
+    logits: Array,
+    target: Array,
+    weight: Array | None,
+    m: Array,
+    rest: Array,
+    *,
+    names: tuple[str, ...],
+    axis: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, ...]:
+    """What a tangent of the logits makes of a row's nll, lse, smooth or entropy: the transpose of `cross_entropy_bwd`.
+
+    By indices, not by comparing all classes to them: so rows of one tangent and many targets need no array of both.
+    """
+    # formula: d nll = sum_j (p_j - Y_j) g_j + c (sum_j p_j - 1) for g = dz - c. Where one class m holds more than half
+    #          c is dz_m: then sum_j p_j - 1 is the others' sum less q_m, and nothing of m's own is left to cancel.
+    logits, m, rest = _alive_rows(axis, target, logits, m, rest, weight, dx)
+    f = _factors(logits, target, weight, m, rest, names, axis=axis, scale=scale, softcap=softcap)
+    dz = compute(dx) * slope(logits, scale, softcap)
+    found = []
+    for name in names:
+        if name in f:
+            found.append((f[name] * dz).sum(axis))
+            continue
+        own = jnp.where(f["confident"], dz, 0.0).sum(axis, keepdims=True)
+        g, others = dz - own, jnp.where(f["confident"], 0.0, f["p"]).sum(axis)
+        q = jnp.where(f["confident"], f["q"], 0.0).sum(axis) + 1.0 - f["confident"].any(axis)
+        index = jnp.expand_dims(target.clip(0), axis)
+        at = jnp.take_along_axis(g, index, axis, mode="clip").squeeze(axis)
+        found.append((f["p"] * g).sum(axis) - at + own.squeeze(axis) * (others - q))
+    return tuple(_up(row, target, None).astype(rest.dtype) for row in found)
+
+
+def _factors(
+    logits: Array,
+    target: Array,
+    weight: Array | None,
+    m: Array,
+    rest: Array,
+    names: tuple[str, ...],
+    *,
+    axis: int,
+    scale: float,
+    softcap: float | None,
+) -> dict[str, Array]:
+    """What each of a row's upstream gradients is multiplied by in dL/dz; of class indices p and q = 1 - p."""
     d, e = _shifted(capped(logits, scale, softcap), jnp.expand_dims(m, axis))
     rest = jnp.expand_dims(rest, axis)
     total = 1.0 + rest
@@ -133,27 +214,17 @@ def cross_entropy_bwd(
     # Among ties for the maximum it is this form that would cancel.
     confident = (d == 0) & (rest < 1)
     w = class_row(weight, d, axis)
-
-    dz = jnp.zeros_like(p)
-    if d_lse is not None:
-        dz = dz + p * _up(d_lse, target, axis)
-    if d_smooth is not None:
+    out = {"p": p, "q": q, "confident": confident, "lse": p}
+    if "smooth" in names:
         ones = jnp.ones_like(d) if w is None else jnp.broadcast_to(w, d.shape)
-        dz = dz + _up(d_smooth, target, axis) * _centred(ones, p, q, confident, axis)
-    if d_entropy is not None:
+        out["smooth"] = _centred(ones, p, q, confident, axis)
+    if "entropy" in names:
         log_p = jnp.maximum(d, _LOWEST) - jnp.log1p(rest)
-        dz = dz - _up(d_entropy, target, axis) * p * (log_p + _entropy(d, e, rest, axis))
-    if d_nll is not None:
-        if is_soft(target):
-            mass = target.astype(d.dtype) if w is None else target.astype(d.dtype) * w
-            dp = _centred(mass, p, q, confident, axis)
-        else:
-            classes = lax.broadcasted_iota(target.dtype, d.shape, axis)
-            dp = jnp.where(classes == jnp.expand_dims(target, axis), -q, p)
-        dz = dz + _up(d_nll, target, axis) * dp
-    if weight is not None and not is_soft(target):  # a class weight may be NaN, which 0 does not silence
-        dz = jnp.where(jnp.expand_dims(target == IGNORED, axis), 0.0, dz)
-    return (dz * slope(logits, scale, softcap)).astype(logits.dtype)
+        out["entropy"] = -p * (log_p + _entropy(d, e, rest, axis))
+    if "nll" in names and is_soft(target):
+        mass = target.astype(d.dtype) if w is None else target.astype(d.dtype) * w
+        out["nll"] = _centred(mass, p, q, confident, axis)
+    return out
 
 
 @partial(jax.jit, static_argnames=_LAYOUT)
@@ -279,10 +350,66 @@ def _at_most_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) ->
     return _at_most(*primals), tangents[0]
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _softmax(axis: int, x: Array) -> Array:
+    _, e, _, rest = _exponentials(x, axis)
+    return e / (1.0 + rest)
+
+
+@_softmax.defjvp
+def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # The sum's tangent holds the maximum's own, which its quotient would take away again.
+    y = _softmax(axis, *primals)
+    return y, softmax_bwd(*tangents, y, axis=axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _log_softmax(axis: int, x: Array) -> tuple[Array, Array, Array]:
+    d, _, m, rest = _exponentials(x, axis)
+    return d - jnp.log1p(rest), m.squeeze(axis), rest.squeeze(axis)
+
+
+@_log_softmax.defjvp
+def _log_softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    ((x,), (dx,)) = primals, tangents
+    y, m, rest = _log_softmax(axis, x)
+    p, _, _ = _distribution(axis, x, m, rest)
+    dy = log_softmax_bwd_transpose(dx, x, m, rest, axis=axis)
+    return (y, m, rest), (dy, jnp.zeros_like(m), (1.0 + rest) * (p * dx).sum(axis))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _distribution(axis: int, x: Array, m: Array, rest: Array) -> tuple[Array, Array, Array]:
+    """(p, 1 - p, whether a class holds more than half) of rows of which m and rest are the numbers."""
+    d, e = _shifted(x, jnp.expand_dims(m, axis))
+    rest = jnp.expand_dims(rest, axis)
+    total = 1.0 + rest
+    return e / total, jnp.where(d == 0, rest, total - e) / total, (d == 0) & (rest < 1)
+
+
+@_distribution.defjvp
+def _distribution_jvp(axis: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> Any:
+    p, q, confident = _distribution(axis, *primals)
+    dp = softmax_bwd(tangents[0], p, axis=axis)  # m and rest are those of x: so are their tangents
+    return (p, q, confident), (dp, -dp, np.zeros(confident.shape, jax.dtypes.float0))
+
+
+def _pivot(g: Array, p: Array, confident: Array, axis: int) -> Array:
+    """A number that a row's g may lose before sums round: that of the class with more than half, else their mean.
+
+    Rows of one sum weigh it out again, so that p is held constant. (A class with less than half would not do: of g
+    one-hot there the mean is all that the others have.)
+    """
+    mean = (lax.stop_gradient(p) * g).sum(axis, keepdims=True)
+    own = jnp.where(confident, g, 0.0).sum(axis, keepdims=True)
+    return jnp.where(confident.any(axis, keepdims=True), own, mean)
+
+
 def _centred(mass: Array, p: Array, q: Array, confident: Array, axis: int) -> Array:
-    """S p - mass for S = sum(mass), in the form that does not cancel."""
-    s = mass.sum(axis, keepdims=True)
-    return jnp.where(confident, (s - mass) - s * q, s * p - mass)
+    """S p - mass for S = sum(mass), in the form that does not cancel: S - mass at a confident maximum by the others."""
+    others = jnp.where(confident, 0.0, mass).sum(axis, keepdims=True)
+    s = others + jnp.where(confident, mass, 0.0).sum(axis, keepdims=True)
+    return jnp.where(confident, others - s * q, s * p - mass)
 
 
 def _entropy(d: Array, e: Array, rest: Array, axis: int) -> Array:
@@ -309,6 +436,23 @@ def _pick(logits: Array, target: Array, m: Array, axis: int, scale: float, softc
     return jnp.where((t < 0) | (t >= classes), jnp.nan, d)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def alive(axis: int, z: Array, dead: Array, *others: Array | None) -> Array:
+    """z. Where it or `others` are differentiated, 0 in dead rows: of -inf or NaN there comes NaN, even times 0.
+
+    Values of dead rows are left out at the end: here all logits would become as many as the targets (a row of them for
+    many targets, under vmap).
+    """
+    return z
+
+
+@alive.defjvp
+def _alive_jvp(axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    z, dead, *_ = primals
+    gone, zero = dead if z.ndim == dead.ndim else jnp.expand_dims(dead, axis), jnp.zeros((), z.dtype)
+    return jnp.where(gone, zero, z), jnp.where(gone, zero, tangents[0])
+
+
 def _kept(logits: Array, target: Array, axis: int) -> Array:
     """The logits with ignored rows at 0: not even through 0 * NaN do they reach a derivative."""
     if is_soft(target):
@@ -316,9 +460,17 @@ def _kept(logits: Array, target: Array, axis: int) -> Array:
     return jnp.where(jnp.expand_dims(target == IGNORED, axis), jnp.zeros((), logits.dtype), logits)
 
 
-def _up(upstream: Array, target: Array, axis: int) -> Array:
-    """A row's upstream gradient, 0 for an ignored row and NaN for an invalid one (keeping `axis`)."""
+def _alive_rows(axis: int, target: Array, *arrays: Array | None) -> tuple[Any, Any, Any]:
+    """The first three arrays, of logits or rows, `alive` but for ignored rows whichever of all is differentiated."""
+    if is_soft(target):
+        return arrays[:3]  # pyright: ignore[reportReturnType]
+    ignored = target == IGNORED
+    return tuple(alive(axis, a, ignored, *arrays) for a in arrays[:3])  # pyright: ignore[reportReturnType]
+
+
+def _up(upstream: Array, target: Array, axis: int | None) -> Array:
+    """A row's upstream gradient, 0 for an ignored row and NaN for an invalid one (with `axis`, if one is given)."""
     if not is_soft(target):
         upstream = jnp.where(target == IGNORED, 0.0, upstream)
         upstream = upstream * jnp.where(target <= INVALID, jnp.nan, 1.0)
-    return jnp.expand_dims(upstream, axis)
+    return upstream if axis is None else jnp.expand_dims(upstream, axis)

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_ops import _native as native
-from jax_ops._alone import alone, compiled
+from jax_ops._alone import alone, as_typed, compiled, mapped, outputs_mapped
 
 _FLOATS = ("float32", "float64", "bfloat16", "float16")
 
@@ -47,18 +47,18 @@ class Row:
         p.multiple_results = True
         p.def_impl(compiled(p, "present", "axis", "options"))
         p.def_abstract_eval(self._types)
-        ad.primitive_jvps[p] = self._jvp
-        batching.primitive_batchers[p] = self._batch
-        self._lower_plain = mlir.lower_fun(self._flat, multiple_results=True)
-        # Not cached by types alone: inside a shard_map and outside it the same types may have other lowerings.
-        mlir.register_lowering(p, self._lower_plain, cacheable=False)
-        mlir.register_lowering(p, self._lower_cpu, platform="cpu", cacheable=False)
+        ad.primitive_jvps[p] = as_typed(self._jvp)
+        batching.fancy_primitive_batchers[p] = as_typed(self._batch)
+        # Not cached by types alone: inside a shard_map and outside it the same types may have other lowerings. One
+        # rule for all platforms: JAX (0.10.2) does not lower for several at once where one has a rule of its own.
+        mlir.register_lowering(p, self._lower, cacheable=False)
 
     def __call__(self, *args: Any, axis: int, **options: Any) -> list[jax.Array]:
         """The results, always a list; None stands for an absent argument."""
         present = tuple(a is not None for a in args)
         return self.primitive.bind(*_some(args), present=present, axis=axis, options=tuple(options.items()))
 
+    @as_typed
     def _flat(self, *arrays: Any, present: Sequence[bool], axis: int, options: Any) -> list[Any]:
         out = self.plain(*_all(arrays, present), axis=axis, **dict(options))
         return list(out) if isinstance(out, tuple | list) else [out]
@@ -66,11 +66,11 @@ class Row:
     def _types(self, *avals: Any, **layout: Any) -> Any:
         return jax.make_jaxpr(partial(self._flat, **layout))(*avals).out_avals
 
-    def _lower_cpu(self, ctx: Any, *values: Any, present: Sequence[bool], axis: int, options: Any) -> Any:
+    def _lower(self, ctx: Any, *values: Any, present: Sequence[bool], axis: int, options: Any) -> Any:
         if self.kernel is None or native.missing or not _serves(ctx):
-            return self._lower_plain(ctx, *values, present=present, axis=axis, options=options)
+            plain = mlir.lower_fun(self._flat, multiple_results=True)
+            return plain(ctx, *values, present=present, axis=axis, options=options)
         name, attributes = self.kernel
-        native.register()
         lower = jax.ffi.ffi_lowering(native.target(name), operand_output_aliases=self.aliases)
         return lower(ctx, *values, axis=np.int64(axis), **attributes(present, dict(options)))
 
@@ -94,35 +94,46 @@ class Row:
             total = list(map(jnp.add, total, steady)) if curved else steady
         return out, total
 
-    def _batch(self, arrays: Any, dims: Any, *, present: Sequence[bool], axis: int, options: Any) -> Any:
-        along = _all(dims, present)
-        if self.weight is not None and along[self.weight] is not None:
-            # The kernels have one weight for all rows.
-            each = partial(self._flat, present=present, axis=axis, options=options)
-            out = jax.vmap(each, in_axes=tuple(dims))(*arrays)
-            return out, [0] * len(out)
-        size = next(a.shape[d] for a, d in zip(arrays, dims, strict=True) if d is not None)
-        full = _all(arrays, present)
+    def _batch(
+        self, mapping: Any, arrays: Any, dims: Any, *, present: Sequence[bool], axis: int, options: Any
+    ) -> tuple[list[Any], list[int | None]]:
+        layout = {"present": present, "axis": axis, "options": options}
+        if all(d is None for d in dims):
+            out = self.primitive.bind(*arrays, **layout)
+            return out, [None] * len(out)
+        along, full = _all(dims, present), _all(arrays, present)
+        classes = max(a.ndim - (d is not None) for a, d in zip(arrays, dims, strict=True))
         for i, (a, d) in enumerate(zip(full, along, strict=True)):
-            if d is not None:
-                full[i] = jnp.moveaxis(a, d, 0)
-            elif a is not None and i != self.weight:
-                # The kernels read every argument densely.
-                full[i] = jnp.broadcast_to(a, (size, *a.shape))
+            # The kernels read every argument densely, and have one weight for all rows. What is as large as the logits
+            # is not repeated for them, unless the result is as large: one row of logits for many targets would be.
+            if a is None or (d is None and i == self.weight):
+                continue
+            if (d is None and a.ndim == classes and i not in self.linear) or i == self.weight:
+                flat = partial(self._flat, **layout)
+                out = outputs_mapped(flat, mapping, dims, arrays)
+                return mapped(flat, mapping, dims, out)(*arrays), out
+            full[i] = batching.bdim_at_front(a, d, mapping.size, mapping.explicit_mesh_axis)
         out = self(*full, axis=axis + 1, **dict(options))
         return out, [0] * len(out)
 
 
-def transposable(row: Row, *, like: int, symmetric: bool = False) -> Row:
+def transposable(
+    row: Row, *, like: int, symmetric: bool = False, back: Callable[..., Sequence[Any]] | None = None
+) -> Row:
     """The row function (of one result), with its transpose in the linear arguments, a primitive as well.
 
     The transpose takes the same arguments: the result's cotangent in place of the first linear one, and none in
-    place of the others. Argument `like` has the linear ones' shape and type, then too. A symmetric row
-    function's kernel is its transpose's as well.
+    place of the others. A symmetric row function is its own, kernel and all; `back` is one that is written out, of the
+    same arguments and the `wanted` ones' places. Argument `like` has the linear ones' shape and type, then too.
     """
     first = row.linear[0]
 
     def turned(*args: Any, axis: int, wanted: Sequence[int], **options: Any) -> list[Any]:
+        if symmetric:
+            return [row.plain(*args, axis=axis, **options)]
+        if back is not None:
+            return list(back(*args, axis=axis, wanted=wanted, **options))
+
         def forward(*some: Any) -> Any:
             full = dict(enumerate(args)) | {first: None} | dict(zip(wanted, some, strict=True))
             return row.plain(*full.values(), axis=axis, **options)
@@ -130,13 +141,13 @@ def transposable(row: Row, *, like: int, symmetric: bool = False) -> Row:
         return list(jax.linear_transpose(forward, *[args[like]] * len(wanted))(args[first]))
 
     kernel = row.kernel if symmetric else None
-    back = Row(f"{row.name}_transpose", turned, linear=[first], weight=row.weight, kernel=kernel)
+    other = Row(f"{row.name}_transpose", turned, linear=[first], weight=row.weight, kernel=kernel)
 
     def transpose(cotangents: Any, *arrays: Any, present: Sequence[bool], axis: int, options: Any) -> list[Any]:
         full: list[Any] = [None if i in row.linear else a for i, a in enumerate(_all(arrays, present))]
         full[first] = cotangents[0]
         wanted = tuple(i for i in row.linear if present[i])
-        found = dict(zip(wanted, back(*full, axis=axis, wanted=wanted, **dict(options)), strict=True))
+        found = dict(zip(wanted, other(*full, axis=axis, wanted=wanted, **dict(options)), strict=True))
         return [found.get(i) for i, on in enumerate(present) if on]
 
     def transpose_back(cotangents: Any, *arrays: Any, present: Sequence[bool], axis: int, options: Any) -> list[Any]:
@@ -147,19 +158,20 @@ def transposable(row: Row, *, like: int, symmetric: bool = False) -> Row:
         (ct,) = row(*full.values(), axis=axis, **named)
         return [ct if i == first else None for i, on in enumerate(present) if on]
 
-    ad.primitive_transposes[row.primitive] = transpose
-    ad.primitive_transposes[back.primitive] = transpose_back
+    ad.primitive_transposes[row.primitive] = as_typed(transpose)
+    ad.primitive_transposes[other.primitive] = as_typed(transpose_back)
     return row
 
 
 def _serves(ctx: Any) -> bool:
     """Whether the kernels may stand in the program being lowered.
 
-    Not in an export, which has to run anywhere. Not where XLA itself partitions over several devices: it knows
-    nothing of a custom call, and would gather all of the rows on every one of them.
+    Only in one for the CPU alone, and not in an export, which has to run anywhere. Not where XLA itself partitions over
+    several devices: it knows nothing of a custom call, and would gather all of the rows on every one of them.
     """
     return (
-        alone(ctx)
+        tuple(ctx.module_context.platforms) == ("cpu",)
+        and alone(ctx)
         and not ctx.module_context.lowering_parameters.for_export
         and str(ctx.avals_in[0].dtype) in _FLOATS
         and all(0 not in aval.shape for aval in ctx.avals_in)

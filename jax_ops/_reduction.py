@@ -5,7 +5,8 @@ Plain differentiable framework code: what autodiff does here is exact and costs 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def coefficients(
     tokens = nll = 1.0
     if token_weight is not None:
         tokens = jnp.where(kept, token_weight.astype(ones.dtype), 0.0)
-    if not soft and weight is not None and shard.total:
+    if not soft and weight is not None and not (isinstance(shard.total, int) and shard.total == 0):
         t, inside = shard.local(target)
         at = weight.astype(ones.dtype).at[t.clip(0, shard.classes - 1)]
         # Ignored rows read no weight, not even through 0 * inf; an invalid one reads that of class 0.
@@ -52,11 +53,16 @@ def coefficients(
         nll = share = shard.sum(jnp.where(mine, at.get(mode="clip", out_sharding=jax.typeof(t).sharding), 0.0))
     return Coefficients(
         nll=(1.0 - s) * nll * tokens if s < 1.0 else None,
-        smooth=s / max(shard.total, 1) * tokens if s > 0.0 else None,
+        smooth=s / _classes(shard.total, ones) * tokens if s > 0.0 else None,
         square=options.z_loss * tokens if options.z_loss > 0.0 else None,
         share=share * tokens,
         kept=kept,
     )
+
+
+def _classes(total: Any, like: Array) -> Any:
+    """The number of classes as a divisor, be it one that an export leaves open."""
+    return max(total, 1) if isinstance(total, int) else jnp.asarray(total).astype(like.dtype)
 
 
 def combine(rows: dict[str, Array], target: Array, by: Coefficients) -> Array:
@@ -95,3 +101,9 @@ def statistics(rows: dict[str, Array], target: Array, options: LossOptions) -> d
         else:
             out[name] = rows[name]
     return out
+
+
+def as_asked(found: tuple[Array, dict[str, Array]], names: Sequence[str]) -> tuple[Array, dict[str, Array]]:
+    """A loss with its statistics in the order asked for, indices in the type JAX has for integers around the call."""
+    (loss, stats), kind = found, jax.dtypes.canonicalize_dtype(int)
+    return loss, {name: stats[name].astype(kind) if name == "argmax" else stats[name] for name in names}

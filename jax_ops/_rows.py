@@ -14,10 +14,20 @@ import numpy as np
 from jax import Array
 
 from jax_ops import _plain as plain
-from jax_ops._plain import IGNORED, INVALID, capped, class_row, compute, cross_entropy_mass_bwd, is_soft, slope
+from jax_ops._plain import IGNORED, INVALID, alive, capped, class_row, compute, cross_entropy_mass_bwd, is_soft, slope
 from jax_ops._primitive import Row, transposable
 
-__all__ = ["IGNORED", "INVALID", "capped", "class_row", "compute", "cross_entropy_mass_bwd", "is_soft", "slope"]
+__all__ = [
+    "IGNORED",
+    "INVALID",
+    "alive",
+    "capped",
+    "class_row",
+    "compute",
+    "cross_entropy_mass_bwd",
+    "is_soft",
+    "slope",
+]
 
 
 def softmax_fwd(x: Array, *, axis: int) -> Array:
@@ -144,6 +154,11 @@ def _taken(target: Array, logits: Array) -> Array:
     return target
 
 
+def _loss_bwd_transpose(*args: Array, wanted: Sequence[int], **layout: Any) -> tuple[Array, ...]:
+    names = tuple(("nll", "lse", "smooth", "entropy")[i - 5] for i in wanted)
+    return plain.cross_entropy_bwd_transpose(args[5], *args[:5], names=names, **layout)
+
+
 def _nothing(present: Sequence[bool], options: dict[str, Any]) -> dict[str, Any]:
     return {}
 
@@ -176,7 +191,9 @@ _softmax_bwd = transposable(
 )
 _log_softmax_fwd = Row("log_softmax_fwd", plain.log_softmax_fwd, kernel=("log_softmax_fwd", _nothing))
 _log_softmax_bwd = transposable(
-    Row("log_softmax_bwd", plain.log_softmax_bwd, linear=[0], kernel=("log_softmax_bwd", _nothing)), like=0
+    Row("log_softmax_bwd", plain.log_softmax_bwd, linear=[0], kernel=("log_softmax_bwd", _nothing)),
+    like=0,
+    back=lambda dx, *row, axis, wanted: [plain.log_softmax_bwd_transpose(dx, *row, axis=axis)],
 )
 _cross_entropy_fwd = Row(
     "cross_entropy_fwd", plain.cross_entropy_fwd, weight=2, kernel=("cross_entropy_fwd", _loss_fwd)
@@ -192,6 +209,7 @@ _cross_entropy_bwd, _cross_entropy_bwd_over = (
             inplace=inplace,
         ),
         like=3,
+        back=_loss_bwd_transpose,
     )
     for name, inplace in (("cross_entropy_bwd", False), ("cross_entropy_bwd_over", True))
 )

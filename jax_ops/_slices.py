@@ -47,7 +47,7 @@ def of(
     dead = jax.lax.stop_gradient(z.max(axis, initial=-jnp.inf) == -jnp.inf)
     if inside is not None:
         dead = dead & (t != rows.IGNORED)
-    alive = _alive(axis, z, dead, t, weight)
+    alive = rows.alive(axis, z, dead, t, weight)
     values = rows.cross_entropy_fwd(alive, t, weight, **layout, smooth=smooth, entropy=entropy)
     m, rest = jax.lax.stop_gradient(values[-2]), jnp.where(dead, 0.0, values[-1])
     log_total = jnp.log1p(rest)
@@ -177,19 +177,6 @@ def _masses(target: Array, weight: Array | None, kind: Any, axis: int) -> Array:
     y = target.astype(jnp.promote_types(kind, jnp.float32))
     by = rows.class_row(weight, y, axis)
     return y if by is None else y * by
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _alive(axis: int, z: Array, dead: Array, *others: Array | None) -> Array:
-    """z. Where it or `others` are differentiated, 0 in dead rows: of -inf there comes NaN, which 0 does not silence."""
-    return z
-
-
-@_alive.defjvp
-def _alive_jvp(axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    z, dead, *_ = primals
-    gone, zero = jnp.expand_dims(dead, axis), jnp.zeros((), z.dtype)
-    return jnp.where(gone, zero, z), jnp.where(gone, zero, tangents[0])
 
 
 def _moved(state: State, m: Array) -> tuple[Array, Array, Array]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import min_dim
 
 from jax_ops._rows import IGNORED, INVALID
 
@@ -18,10 +19,14 @@ def canonical(target: Any, classes: int, ignored: int | None) -> jax.Array:
     NumPy target stays in NumPy till it is small: with x64 off JAX would cut int64 to int32, and class 2**40
     would come out as class 0.
     """
-    np_or_jnp: Any = np if isinstance(target, np.ndarray) else jnp
-    wide = jnp.int32 if classes <= jnp.iinfo(jnp.int32).max else jnp.int64
+    np_or_jnp: Any = np if isinstance(target, np.ndarray) and isinstance(classes, int) else jnp
+    wide = jnp.int64 if isinstance(classes, int) and classes > jnp.iinfo(jnp.int32).max else jnp.int32
     low, high = int(jnp.iinfo(target.dtype).min), int(jnp.iinfo(target.dtype).max)
-    valid = (target >= 0) & (target <= min(classes - 1, high) if classes else target != target)
+    if isinstance(classes, int):
+        valid = (target >= 0) & (target <= min(classes - 1, high) if classes else target != target)
+    else:  # an export leaves their number open
+        last = min_dim(classes - 1, min(high, jnp.iinfo(jnp.int32).max))
+        valid = (target >= 0) & (target <= jnp.asarray(last).astype(target.dtype))
     t = np_or_jnp.where(valid, np_or_jnp.where(valid, target, 0).astype(wide), INVALID)
     if ignored is not None and low <= ignored <= high:
         t = np_or_jnp.where(target == ignored, IGNORED, t)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from jax_ops._alone import as_typed
 from jax_ops._arrays import describe, unwrap
 from jax_ops._axes import Axis, as_one, broadcast, dimensions, leave_out, mask_of
 from jax_ops._targets import canonical
@@ -53,7 +58,6 @@ def softmax_cross_entropy(
     if facts.kind not in ("float", "int", "bool"):
         contract.fail_type(op, "labels", "be a real array", facts.dtype)
     x, y = jnp.asarray(logits), jnp.asarray(labels)
-    dtype = jnp.promote_types(x.dtype, y.dtype)
     y = y if facts.kind == "float" else y.astype(x.dtype)
     # Counted from the end, the axes stay the same classes when rows are broadcast.
     back = [a - x.ndim for a in dimensions(op, axis, x.ndim)]
@@ -61,7 +65,15 @@ def softmax_cross_entropy(
     if shape is None or any(shape[a] != x.shape[a] for a in back):
         contract.fail_value(op, "labels", f"broadcast to shape {x.shape}", str(y.shape))
     mask = None if where is None else _mask(op, where, x, back)
-    axes = tuple(a + len(shape) for a in back)
+    return _dense(x, y, mask, shape=shape, axes=tuple(a + len(shape) for a in back))
+
+
+@partial(jax.jit, static_argnames=("shape", "axes"), inline=True)
+@as_typed
+def _dense(
+    x: jax.Array, y: jax.Array, mask: jax.Array | None, *, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> jax.Array:
+    dtype = jnp.promote_types(x.dtype, y.dtype)
     x, y = jnp.broadcast_to(x, shape), jnp.broadcast_to(y, shape)
     if mask is not None:
         mask = jnp.broadcast_to(mask, shape)
@@ -122,14 +134,24 @@ def softmax_cross_entropy_with_integer_labels(
     if facts.shape != shape:
         contract.fail_value(op, "labels", f"have shape {shape}", str(facts.shape))
     mask = None if where is None else _mask(op, where, x, axes)
+    labels = labels if isinstance(labels, np.ndarray) else jnp.asarray(labels)
+    raw = isinstance(labels, jax.Array)
+    if not raw:
+        labels = jnp.asarray(canonical(labels, math.prod(x.shape[a] for a in axes), None))
+    return _labelled(x, labels, mask, axes=axes, raw=raw)
+
+
+@partial(jax.jit, static_argnames=("axes", "raw"), inline=True)
+@as_typed
+def _labelled(x: jax.Array, t: jax.Array, mask: jax.Array | None, *, axes: tuple[int, ...], raw: bool) -> jax.Array:
     full, at = as_one(x, axes)
-    t = canonical(labels, full.shape[at], None)
+    t = canonical(t, full.shape[at], None) if raw else t
     if mask is None:
         return row(full, t, None, axis=at)["nll"].astype(x.dtype)
     mask, _ = as_one(mask, axes)
     per_row = row(leave_out(full, mask, (at,)), t, None, axis=at, names=("nll", "lse"))
     loss = per_row["nll"]
-    if full.shape[at]:
+    if not isinstance(full.shape[at], int) or full.shape[at]:
         # A label that is itself left out still names a logit: optax measures it against the others' lse.
         index = jnp.expand_dims(t.clip(0), at)
         label = jnp.take_along_axis(full, index, at, mode="clip").squeeze(at)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from softmax_ext.contract.options import is_integer
-from softmax_ext.contract.sentences import ArgumentIndexError, fail_type, fail_value, sentence, wrong_type
+from softmax_ext.contract.sentences import (
+    ArgumentIndexError,
+    MaskedArrayError,
+    fail_type,
+    fail_value,
+    sentence,
+    wrong_type,
+)
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -53,6 +60,8 @@ def an_array(op: str, name: str, array: Array | None) -> Array:
         wrong_type(op, name, "be an array", None)
     if array.kind == "sparse":
         fail_type(op, name, "be dense (strided)", array.dtype)
+    if array.kind == "masked":
+        raise MaskedArrayError(sentence(op, name, "be an array without a mask (or its filled copy)", array.dtype))
     if array.kind == "other":
         fail_type(op, name, "be an array", array.dtype)
     return array

@@ -24,6 +24,10 @@ class ArgumentTypeError(TypeError, NotImplementedError):
     """An argument of the wrong type."""
 
 
+class MaskedArrayError(TypeError, ValueError):
+    """An array with a mask, which nothing here would regard: JAX calls that a ValueError."""
+
+
 class ReductionTypeError(TypeError, ValueError):
     """A reduction that is no string: the built-ins call that a ValueError."""
 
