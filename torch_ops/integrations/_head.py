@@ -52,11 +52,20 @@ def enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     call = TRACED.call if tracing else CALL.get()
     if call is None or not call.is_of(layer) or len(args) != 1 or type(args[0]) not in PLAIN:
         return None
-    if not tracing and not asked_by_model(layer, call):
+    if not tracing and (not asked_by_model(layer, call) or not _is_eager(call)):
         return None
     x = args[0].as_subclass(HeadInput)
     x.source, x.call = args[0], call
     return (x,)
+
+
+def _is_eager(call: Call) -> bool:
+    """Whether no graph is made of what takes the logits: a compiler wants tensors that have memory."""
+    compiler: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
+    if not callable(compiler.get_eval_frame_callback()):
+        return True
+    call.why_not = call.why_not or "its head ran between two graphs of torch.compile"
+    return False
 
 
 class HeadInput(Tensor):

@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_map
 
 from torch_ops.integrations._call import Call
 from torch_ops.integrations._later import Held, Later
-from torch_ops.integrations._operations import FACTS, MEMORY, PLAIN, WATCHES, name_of
-from torch_ops.integrations._recipe import STEPS, Recipe
+from torch_ops.integrations._operations import FACTS, MEMORY, PLAIN, WATCHES, is_expected, name_of, without_masks
+from torch_ops.integrations._recipe import STEPS, Recipe, loss_type
 
 _ATEN = torch.ops.aten
-_IS_NOTING: contextvars.ContextVar[bool] = contextvars.ContextVar("is_noting", default=False)
+# The operations that reached memory since one was noted down above.
+_NOTED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("noted", default=None)
 
 
 class Logits(Tensor):
@@ -27,9 +28,8 @@ class Logits(Tensor):
     recipe: Recipe | None = None
     held: tuple[Held, ...] = ()
 
-    def current(self) -> Recipe | None:
-        """The recipe, if that is all there is between this tensor and the head."""
-        raise NotImplementedError
+    current: Callable[[], Recipe | None]  # the recipe, if that is all there is between this tensor and the head
+    whole: Callable[[], Recipe | None]  # and if it can be computed from by now
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,6 +50,8 @@ class TracedLogits(Logits):
     def current(self) -> Recipe | None:
         """The recipe where gradients are on as at the call's begin: a custom Function's forward turns them off."""
         return self.recipe if torch.is_grad_enabled() == self.call.grad else None
+
+    whole = current
 
 
 class LinearLogits(Logits):
@@ -93,7 +95,12 @@ class LinearLogits(Logits):
         """The recipe, unless a Function gave this very tensor back, a hook or a flag was set, or it was computed."""
         is_its = self.grad_fn is self.node and self.requires_grad == self.tracked and not self._backward_hooks
         is_new = not self.later.is_computed and not self.call.watched
-        return self.recipe if is_its and is_new and all(h.is_same() for h in self.held) else None
+        return self.recipe if is_its and is_new else None
+
+    def whole(self) -> Recipe | None:
+        """The recipe, if its arrays are still what they were and autograd does what it did."""
+        is_now = self.call.has_begun_as_now() and all(h.is_same() for h in self.held)
+        return self.current() if is_now else None
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -158,12 +165,14 @@ def _noted(step: Callable[..., Recipe | None], func: Any, args: tuple[Any, ...],
         return None
     if isinstance(z, TracedLogits):
         return TracedLogits.of(func(*args, **kwargs), recipe, z.call)
-    is_noting = _IS_NOTING.set(True)
+    reached: list[str] = []
+    before = _NOTED.set(reached)
     try:
         out = func(*args, **kwargs)
     finally:
-        _IS_NOTING.reset(is_noting)
-    return out.note(recipe, held) if isinstance(out, LinearLogits) and not out.later.is_computed else out
+        _NOTED.reset(before)
+    is_all = is_expected(step.__name__, reached)  # a dispatch mode may have done more
+    return out.note(recipe, held) if is_all and isinstance(out, LinearLogits) else out
 
 
 def _cross_entropy(
@@ -182,19 +191,14 @@ def _cross_entropy(
     calls = [a.call for a in (input, target, weight) if isinstance(a, Logits)]
     recipe = None
     if isinstance(input, Logits) and len(calls) == 1 and input.dim() <= 2 and size_average is None is reduce:
-        recipe = input.current() if isinstance(input, TracedLogits) or input.call.has_begun_as_now() else None
+        recipe = input.whole()
     if recipe is None:
         for call in calls:
             call.asked_by = "cross_entropy"
         return F.cross_entropy(input, target, weight, **options, **old)
     call = input.call
     call.fused = True
-    loss = recipe.loss(target, weight, call.memory, call.chunk_size, options)
-    dtype = input.dtype
-    if dtype.itemsize < 4 or torch.is_autocast_enabled(input.device.type):
-        one = torch.zeros((1, 2), dtype=dtype, device=input.device)
-        dtype = F.cross_entropy(one, torch.zeros(1, dtype=torch.int64, device=input.device)).dtype
-    return loss.to(dtype)
+    return recipe.loss(target, weight, call.memory, call.chunk_size, options).to(loss_type(input.dtype, input.device))
 
 
 # Below autograd: the operations as they reach memory.
@@ -205,7 +209,9 @@ def _below(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is _ATEN.detach.default:  # autograd's own, for what it saves
         return z.then(Later(lambda held=z.later: held.value().detach(), z.later), _meta(z))
     writes = func._schema.is_mutable
-    if _IS_NOTING.get():
+    noted_so_far = _NOTED.get()
+    if noted_so_far is not None:
+        noted_so_far.append(func.overloadpacket.__name__)
         if not writes:
             noted = _later(func, args, kwargs, z)
             if noted is not None:
@@ -231,7 +237,7 @@ def _below(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _later(func: Any, args: Any, kwargs: Any, z: LinearLogits) -> LinearLogits | None:
     """The operation's result, to be computed when asked for from its arguments as they are now."""
     if func is _ATEN.index.Tensor:  # sizes that depend on a mask
-        args = (args[0], _without_masks(args[1]))
+        args = (args[0], without_masks(args[1]))
     parents = [one.later for one in _logits_in((args, kwargs))]
     kept = tree_map(_keep, (args, kwargs))
     with torch._C.DisableTorchFunction():
@@ -258,12 +264,6 @@ def _later_in_place(func: Any, args: Any, kwargs: Any, z: LinearLogits) -> Linea
     z.later = Later(compute, before)
     before.leave()
     return z
-
-
-def _without_masks(index: list[Tensor | None]) -> list[Tensor | None]:
-    masks = (torch.bool, torch.uint8)
-    parts = [[i] if i is None or i.dtype not in masks else i.nonzero(as_tuple=True) for i in index]
-    return [i for part in parts for i in part]
 
 
 def _keep(a: Any) -> Any:

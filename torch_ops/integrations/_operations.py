@@ -46,6 +46,18 @@ WATCHES: set[Any] = {
     *(torch.autograd.grad, torch.autograd.backward),
 }
 
+# What the steps of a recipe are below autograd: one operation, or some of the last row's.
+_ONE = {"_mul": "mul", "_div": "div", "_tanh": "tanh", "_add": "add"}
+_LAYOUT = {"view", "_unsafe_view", "clone", "_to_copy", "slice", "select", "index", "unsqueeze", "alias"}
+
+
+def is_expected(step: str, reached: list[str]) -> bool:
+    """Whether these operations are what a step is made of, and nothing else."""
+    if step in _ONE:
+        return [name.rstrip("_") for name in reached] == [_ONE[step]]
+    return set(reached) <= _LAYOUT
+
+
 _NAMES = {"__getitem__": "indexing", "__setitem__": "assignment", "mul": "multiplication", "div": "division"}
 _NAMES |= {"add": "addition", "sub": "subtraction", "mul_": "multiplication in place", "add_": "addition in place"}
 
@@ -56,3 +68,10 @@ def name_of(func: Any) -> str:
     if name in ("__get__", "__set__", "__delete__"):
         name = getattr(func.__self__, "__name__", name)
     return _NAMES.get(name, name)
+
+
+def without_masks(index: list[Tensor | None]) -> list[Tensor | None]:
+    """An index whose result's sizes do not depend on values."""
+    masks = (torch.bool, torch.uint8)
+    parts = [[i] if i is None or i.dtype not in masks else i.nonzero(as_tuple=True) for i in index]
+    return [i for part in parts for i in part]

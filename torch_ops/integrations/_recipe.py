@@ -45,6 +45,14 @@ class Recipe:
             return linear_cross_entropy(x, linear_weight, target, **arrays, **options, **of_logits, **how)
 
 
+def loss_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """That of F.cross_entropy of such logits under the autocast that is on."""
+    if dtype.itemsize >= 4 and not torch.is_autocast_enabled(device.type):
+        return dtype
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    return F.cross_entropy(torch.zeros((1, 2), dtype=dtype, device=device), target).dtype
+
+
 def _one_layer(terms: tuple[Term, ...]) -> Term:
     """sum_k (x_k W_kT + b_k) as one layer: inputs and weights side by side, in the first one's type."""
     if len(terms) == 1:
