@@ -22,14 +22,11 @@ _NOTED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("noted
 
 
 class Logits(Tensor):
-    """Logits with their recipe: what `STEPS` and `F.cross_entropy` make of both kinds below."""
+    """Logits with their recipe: `current()` if that is all they are, `whole()` if a loss may take it."""
 
     call: Call
     recipe: Recipe | None = None
     held: tuple[Held, ...] = ()
-
-    current: Callable[[], Recipe | None]  # the recipe, if that is all there is between this tensor and the head
-    whole: Callable[[], Recipe | None]  # and if it can be computed from by now
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +48,8 @@ class TracedLogits(Logits):
         """The recipe where gradients are on as at the call's begin: a custom Function's forward turns them off."""
         return self.recipe if torch.is_grad_enabled() == self.call.grad else None
 
-    whole = current
+    def whole(self) -> Recipe | None:
+        return self.current()
 
 
 class LinearLogits(Logits):
