@@ -27,6 +27,8 @@ class Logits(Tensor):
     call: Call
     recipe: Recipe | None = None
     held: tuple[Held, ...] = ()
+    current: Any
+    whole: Any
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -169,7 +171,7 @@ def _noted(step: Callable[..., Recipe | None], func: Any, args: tuple[Any, ...],
         out = func(*args, **kwargs)
     finally:
         _NOTED.reset(before)
-    is_all = is_expected(step.__name__, reached)  # a dispatch mode may have done more
+    is_all = is_expected(func, reached)  # a dispatch mode may have done more
     return out.note(recipe, held) if is_all and isinstance(out, LinearLogits) else out
 
 

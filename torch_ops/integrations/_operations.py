@@ -47,14 +47,23 @@ WATCHES: set[Any] = {
 }
 
 # What the steps of a recipe are below autograd: one operation, or some of the last row's.
-_ONE = {"_mul": "mul", "_div": "div", "_tanh": "tanh", "_add": "add"}
+_ONE = {
+    "mul": "mul",
+    "multiply": "mul",
+    "div": "div",
+    "divide": "div",
+    "true_divide": "div",
+    "tanh": "tanh",
+    "add": "add",
+}
 _LAYOUT = {"view", "_unsafe_view", "clone", "_to_copy", "slice", "select", "index", "unsqueeze", "alias"}
 
 
-def is_expected(step: str, reached: list[str]) -> bool:
+def is_expected(func: Any, reached: list[str]) -> bool:
     """Whether these operations are what a step is made of, and nothing else."""
-    if step in _ONE:
-        return [name.rstrip("_") for name in reached] == [_ONE[step]]
+    name = func.__name__.rstrip("_")
+    if name in _ONE:
+        return [one.rstrip("_") for one in reached] == [_ONE[name]]
     return set(reached) <= _LAYOUT
 
 
