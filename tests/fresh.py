@@ -81,7 +81,13 @@ def tests_of(python: Path, frameworks: Sequence[str], *, whole: bool) -> list[st
     # What an environment can change: whether the doors open, and what the ops do where a framework is absent. With
     # both there is nothing new but the two libraries in one process.
     both = len(frameworks) == len(FRAMEWORKS)
-    of_one = [f"rows/native/test_{frameworks[0]}", "ops/test_ops", "rows/test_rows", "contract/test_facts"]
+    of_one = [
+        f"rows/native/test_{frameworks[0]}",
+        "ops/test_ops",
+        "ops/test_own",
+        "rows/test_rows",
+        "contract/test_facts",
+    ]
     names = ["rows/native/test_threads", *([] if both else of_one)]
     chosen = [] if whole else [f"tests/{name}.py" for name in names]
     ignored = [f"--ignore=tests/{name}" for name in OF_THE_CHECKOUT]

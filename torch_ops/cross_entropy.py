@@ -15,7 +15,7 @@ from torch_ops._modes import may_overwrite
 from torch_ops._parallel.mesh import is_on_mesh
 from torch_ops._reduction import coefficients, finish
 from torch_ops._rows.dispatch import capped
-from torch_ops._rows.targets import canonical
+from torch_ops._rows.targets import canonical_parts
 from torch_ops._rules.cross_entropy import mean, row
 from torch_ops._rules.plan import Plan
 
@@ -168,18 +168,12 @@ def cross_entropy(
         from torch_ops._parallel import losses
 
         no_pair("cross_entropy", target)
-
         named = {"input": input, "target": target, "weight": weight, "token_weight": token_weight}
         return losses.cross_entropy(named, options, group, axis=dim, soft=soft, inplace=inplace_backward)
 
     kind = torch.promote_types(input.dtype, torch.float32)
     plan, classes = Plan.of(options, kind), input.shape[dim]
-    probabilities = None
-    if isinstance(target, tuple | list):
-        ids, probabilities = target
-        target = canonical("cross_entropy", ids, classes, options.ignored, along=dim)
-    elif not soft:
-        target = canonical("cross_entropy", target, classes, options.ignored)
+    target, probabilities = canonical_parts("cross_entropy", target, classes, options.ignored, soft=soft, along=dim)
     of_class = plan.class_weight(weight, kind, soft=soft)
     values = row(input, target, of_class, dim, *plan[:4], inplace_backward and may_overwrite(input))
     per_row = dict(zip(plan.names, values, strict=False))

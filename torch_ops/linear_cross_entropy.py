@@ -17,7 +17,7 @@ from torch_ops._head.layout import each_row, lay_out, total
 from torch_ops._head.sampled import sampled_rows
 from torch_ops._parallel.mesh import is_on_mesh
 from torch_ops._reduction import coefficients, finish, reduce
-from torch_ops._rows.targets import canonical
+from torch_ops._rows.targets import canonical_parts
 from torch_ops._rules.plan import Plan
 
 if TYPE_CHECKING:
@@ -197,21 +197,15 @@ def linear_cross_entropy(
         from torch_ops._parallel import losses
 
         no_pair("linear_cross_entropy", target)
-
         given = (input, linear_weight, target, linear_bias, weight, token_weight)
         named: dict[str, Any] = dict(zip(_ARRAYS, given, strict=True))
         return losses.linear_cross_entropy(named, options, group, soft=soft, **static)
 
     classes, kind = linear_weight.shape[0], torch.promote_types(input.dtype, torch.float32)
     plan = Plan.of(options, kind, memory == "lean", chunk_size)
-    probabilities, laid = None, {"soft": soft, "shift": int(shift)}
-    if isinstance(target, tuple | list):
-        ids, probabilities = target
-        along = 1 if linear_weight.dim() > 2 else -1
-        target = canonical("linear_cross_entropy", ids, classes, options.ignored, along=along)
-    elif not soft:
-        target = canonical("linear_cross_entropy", target, classes, options.ignored)
-    of = lay_out(input, linear_weight, linear_bias, target, token_weight, **laid, probabilities=probabilities)
+    along, laid = 1 if linear_weight.dim() > 2 else -1, {"soft": soft, "shift": int(shift)}
+    target, pairs = canonical_parts("linear_cross_entropy", target, classes, options.ignored, soft=soft, along=along)
+    of = lay_out(input, linear_weight, linear_bias, target, token_weight, **laid, probabilities=pairs)
     w = plan.class_weight(weight, kind, soft=soft)
     ones = torch.ones((), dtype=kind, device=input.device).expand(of.n, math.prod(linear_weight.shape[1:-1]))
     by = coefficients(ones, of.target, weight, of.token_weight, options, classes, of.probabilities)

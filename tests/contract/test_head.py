@@ -80,7 +80,7 @@ def test_nothing_is_computed_before_the_contract_holds(monkeypatch: pytest.Monke
     def computed(*_: Any, **__: Any) -> Any:
         raise AssertionError("work began before the contract call")
 
-    for name in ("lay_out", "canonical", "coefficients"):
+    for name in ("lay_out", "canonical_parts", "coefficients"):
         monkeypatch.setitem(torch_ops.linear_cross_entropy.__globals__, name, computed)
     for mistake, kind, *_ in MISTAKES.values():
         with pytest.raises(kind):

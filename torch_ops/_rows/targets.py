@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,13 @@ def canonical(
             value = int(given[row, k].item())  # not int(tensor): that refuses uint64 from 2**63 on
             raise contract.target_out_of_range(op, classes, ignored, value, row, name)
     return t.where(valid, INVALID).where(kept, IGNORED)
+
+
+def canonical_parts(
+    op: str, target: Any, classes: int, ignored: int, *, soft: bool, along: int
+) -> tuple[Tensor, Tensor | None]:
+    """(canonical class indices or soft targets, the probabilities of K classes a row held `along` a dimension)."""
+    if isinstance(target, tuple | list):
+        ids, probabilities = target
+        return canonical(op, ids, classes, ignored, along=along), probabilities
+    return target if soft else canonical(op, target, classes, ignored), None
