@@ -259,7 +259,7 @@ assert f(jnp.linspace(-1, 1, 40).reshape(4, 10)).shape == (4, 10)
 @pytest.mark.skipif(bool(native.missing), reason=f"no kernels to find: {native.missing}")
 def test_a_saved_executable_finds_the_kernels_of_a_fresh_process(tmp_path: Path) -> None:
     """And not those of a process that has not imported jax_ops, which is this test's saboteur."""
-    path, root = str(tmp_path / "step"), Path(__file__).parents[1]
+    path, root = str(tmp_path / "step"), Path(__file__).parents[2]
     call = lambda *args: subprocess.run([sys.executable, "-c", *args], cwd=root, capture_output=True, text=True)  # noqa: E731
     assert (done := call(SAVE, path)).returncode == 0, done.stderr
     assert (done := call(LOAD, path, "jax_ops")).returncode == 0, done.stderr
@@ -360,7 +360,7 @@ def test_half_precision_rows_of_equals() -> None:
 
 @pytest.mark.slow
 def test_on_several_devices() -> None:
-    command, root = [sys.executable, "-m", "tests.jax_meshes"], Path(__file__).parents[1]
+    command, root = [sys.executable, "-m", "tests.parallel.jax_meshes"], Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().endswith("all checks on meshes ran")
