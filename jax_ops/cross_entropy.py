@@ -17,7 +17,7 @@ from jax_ops import _sharded_rows
 from jax_ops._alone import as_typed
 from jax_ops._arrays import describe, same_axes, unwrap_all
 from jax_ops._autodiff import analytic
-from jax_ops._mesh import lies_otherwise, spread_of, under_auto_axes
+from jax_ops._mesh import as_rows, lies_otherwise, spread_of, under_auto_axes
 from jax_ops._reduction import as_asked, coefficients, combine, reduce, statistics
 from jax_ops._shards import Shard, shard_of
 from jax_ops._targets import canonical
@@ -139,7 +139,7 @@ def cross_entropy(
     options = replace(options, stats=tuple(stats))
     how: dict[str, Any] = {"options": options, "shard": shard, "axis": axis, "raw": raw}
     logits, kept = jnp.asarray(given[0]), [i for i in range(len(about.shape)) if i != axis]
-    spread = spread_of(kept, *given) if lies_otherwise(axis, *given) else None
+    spread = spread_of(kept, *given) if lies_otherwise(axis, logits, *given[1:]) else None
     found: Any
     if spread is None:
         found = _loss(*given, **how)
@@ -206,6 +206,7 @@ def row(
         layout: dict[str, Any] = {"axis": axis, "scale": scale, "softcap": softcap}
         out = _sharded_rows.per_row(logits, target, weight, shard=shard, **layout, names=names)
     else:
+        target = as_rows(target, logits, axis)
         out = _row(axis, scale, softcap, names)(*same_axes(logits, target, weight))
     return dict(zip(names, out, strict=True))
 

@@ -75,6 +75,14 @@ def class_weights(mesh: Any) -> None:
             _agree(ours, truth, f"{x_spec}, {w_spec}")
 
 
+def labels_on_every_device(mesh: Any) -> None:
+    """Rows over Explicit axes, their class indices not cut."""
+    f = lambda x: jax_ops.softmax_cross_entropy_with_integer_labels(x, T).sum()  # noqa: E731
+    with jax.set_mesh(mesh):
+        ours = jax.jit(jax.grad(f))(jax.device_put(X[0], NamedSharding(mesh, P("b"))))
+    _agree(ours, jax.grad(f)(X[0]), "labels on every device")
+
+
 def sharded_classes_of_a_batch(grid: Any) -> None:
     """axis_name= under a vmap that lies on another axis of the mesh."""
 
@@ -114,7 +122,8 @@ def sharded_classes_of_a_batch(grid: Any) -> None:
 def main() -> None:
     line = jax.make_mesh((4,), ("b",), axis_types=(AxisType.Explicit,))
     grid = jax.make_mesh((2, 2), ("r", "v"), axis_types=(AxisType.Auto,) * 2)
-    for check, where in ((shared_operands, line), (class_weights, line), (sharded_classes_of_a_batch, grid)):
+    ours = ((shared_operands, line), (class_weights, line), (labels_on_every_device, line))
+    for check, where in (*ours, (sharded_classes_of_a_batch, grid)):
         check(where)
         print(check.__name__, flush=True)
     print("all checks on meshes ran")
