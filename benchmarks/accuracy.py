@@ -3,8 +3,10 @@
 The truth is computed in extended precision from the same rounded inputs. One ulp is that of the inputs' type: 2^-23
 (float32), 2^-7 (bfloat16) or 2^-10 (float16) relative to the true value. Numbers below 2^-124, next to float32's
 smallest normal number, count as 0 (kernels flush subnormals); float16's subnormals are 2^-24 apart. The loss is one
-number per row; the gradient is that of the summed loss, class index targets. The mean is over the entries of a case,
-then over cases.
+number per row; the gradient is that of the summed loss, class index targets. The gradients of softmax and log_softmax
+are taken with loud upstreams and with upstreams of 1 at the target, their errors in ulp of the largest term that an
+entry is the sum of: softmax's y_j (dy_j - mean) and y_j times the mean of |dy - mean|, log_softmax's (1 - p_j) dy_j and
+p_j times the others. The mean is over the entries of a case, then over cases.
 
 Then the relative error of dL/dlinear_weight against the number of chunks (`benchmarks.weight_error`). All figures are
 kept in benchmarks/results and drawn in docs/accuracy.png.
@@ -33,10 +35,13 @@ from benchmarks.accuracy_plot import draw
 from benchmarks.cases import rounded
 from benchmarks.errors import Error
 from softmax_ext import reference
+from softmax_ext.reference.arithmetic import others
 
 ROWS = 16
 SIZES = (10, 1000, 32000)
-QUANTITIES = ("softmax", "log_softmax", "loss", "gradient")
+UPSTREAMS = ("loud", "one-hot")
+PULLED = tuple(f"{op} gradient, {up}" for op in ("softmax", "log_softmax") for up in UPSTREAMS)
+QUANTITIES = ("softmax", "log_softmax", "loss", "gradient", *PULLED)
 # Of each type: an ulp relative to the true value, the number below which ulps no longer shrink, and that below which
 # an answer counts as 0.
 UNITS = {
@@ -76,11 +81,12 @@ def measure(sizes: Sequence[int] = SIZES) -> Iterator[Error]:
         for case, x in cases(dtype, sizes).items():
             t = np.arange(ROWS) % x.shape[1]
             t[: ROWS // 2] = x.argmax(1)[: ROWS // 2]  # half the rows are right already
-            true = truth(x, t)
+            dys = upstreams(x, t, dtype)
+            true, terms = truth(x, t, dys)
             for call, run in CALLS.items():
-                values = run(x, t, dtype)
+                values = run(x, t, dys, dtype)
                 for q in QUANTITIES:
-                    off = ulps(values[q], true[q], dtype)
+                    off = ulps(values[q], true[q], dtype, terms.get(q))
                     error = Error(q, dtype, call, case, _short(off.max()), _short(off.mean()))
                     found.setdefault((q, call), []).append(error)
         for (q, call), errors in found.items():
@@ -104,40 +110,69 @@ def cases(dtype: str, sizes: Sequence[int] = SIZES) -> dict[str, np.ndarray]:
     return {name: rounded(x, dtype) for name, x in found.items()}
 
 
-def truth(x: np.ndarray, t: np.ndarray) -> Values:
-    """The reference's answers."""
-    return {
-        "softmax": reference.softmax(x),
+def upstreams(x: np.ndarray, t: np.ndarray, dtype: str) -> list[np.ndarray]:
+    """dy of both kinds: standard normal with a 10 in each row, and 1 at the target."""
+    rng = np.random.default_rng(1)
+    loud = rng.standard_normal(x.shape).astype(np.float32)
+    loud[np.arange(ROWS), rng.integers(0, x.shape[1], ROWS)] += 10
+    return [rounded(loud, dtype), (t[:, None] == np.arange(x.shape[1])).astype(np.float32)]
+
+
+def truth(x: np.ndarray, t: np.ndarray, dys: Sequence[np.ndarray]) -> tuple[Values, Values]:
+    """The reference's answers, and the largest terms of those that are sums."""
+    p = reference.softmax(x)
+    true = {
+        "softmax": p,
         "log_softmax": reference.log_softmax(x),
         "loss": np.asarray(reference.cross_entropy(x, t, reduction="none")),
         "gradient": reference.cross_entropy_grad(x, t, reduction="sum"),
     }
+    terms: Values = {}
+    q = others(p)
+    for up, given in zip(UPSTREAMS, dys, strict=True):
+        dy = given.astype(np.float64)
+        names = [f"{op} gradient, {up}" for op in ("softmax", "log_softmax")]
+        true[names[0]], true[names[1]] = reference.softmax_vjp(p, dy), reference.log_softmax_vjp(x, dy)
+        g = dy - np.sum(p * dy, -1, keepdims=True)
+        away = np.abs(g * q - others(p * g))  # |dy_j - mean|
+        terms[names[0]] = p * np.maximum(away, np.sum(p * away, -1, keepdims=True))
+        terms[names[1]] = np.maximum(q * np.abs(dy), p * others(np.abs(dy)))
+    return true, terms
 
 
 def with_torch(softmax: Callable, log_softmax: Callable, loss: Callable) -> Callable[..., Values]:
-    """The four quantities by three PyTorch functions."""
+    """The quantities by three PyTorch functions."""
 
-    def values(x: np.ndarray, t: np.ndarray, dtype: str) -> Values:
-        logits, target = torch.from_numpy(x).to(getattr(torch, dtype)).requires_grad_(), torch.from_numpy(t)
+    def values(x: np.ndarray, t: np.ndarray, dys: Sequence[np.ndarray], dtype: str) -> Values:
+        kind = getattr(torch, dtype)
+        logits, target = torch.from_numpy(x).to(kind).requires_grad_(), torch.from_numpy(t)
         rows = loss(logits, target, reduction="none")
         (gradient,) = torch.autograd.grad(rows.sum(), logits)
-        found = (softmax(logits, -1), log_softmax(logits, -1), rows, gradient)
+        found = [softmax(logits, -1), log_softmax(logits, -1), rows, gradient]
+        for y in found[:2]:
+            for dy in dys:
+                found += torch.autograd.grad(y, logits, torch.from_numpy(dy).to(kind), retain_graph=True)
         return {name: v.detach().float().numpy() for name, v in zip(QUANTITIES, found, strict=True)}
 
     return values
 
 
 def with_jax(softmax: Callable, log_softmax: Callable, loss: Callable) -> Callable[..., Values]:
-    """The four quantities by three JAX functions, under jit."""
+    """The quantities by three JAX functions, under jit."""
 
     @jax.jit
-    def values(x: jax.Array, t: jax.Array) -> list[jax.Array]:
+    def values(x: jax.Array, t: jax.Array, dys: list[jax.Array]) -> list[jax.Array]:
         gradient = jax.grad(lambda x: loss(x, t).sum())(x)
-        return [v.astype(jnp.float32) for v in (softmax(x), log_softmax(x), loss(x, t), gradient)]
+        found = [softmax(x), log_softmax(x), loss(x, t), gradient]
+        for op in (softmax, log_softmax):
+            found += [jax.vjp(op, x)[1](dy)[0] for dy in dys]
+        return [v.astype(jnp.float32) for v in found]
 
-    return lambda x, t, dtype: {
-        name: np.asarray(v) for name, v in zip(QUANTITIES, values(jnp.asarray(x, dtype), jnp.asarray(t)), strict=True)
-    }
+    def run(x: np.ndarray, t: np.ndarray, dys: Sequence[np.ndarray], dtype: str) -> Values:
+        found = values(jnp.asarray(x, dtype), jnp.asarray(t), [jnp.asarray(dy, dtype) for dy in dys])
+        return {name: np.asarray(v) for name, v in zip(QUANTITIES, found, strict=True)}
+
+    return run
 
 
 CALLS: dict[str, Callable[..., Values]] = {
@@ -150,11 +185,11 @@ CALLS: dict[str, Callable[..., Values]] = {
 }
 
 
-def ulps(found: np.ndarray, true: np.ndarray, dtype: str) -> np.ndarray:
-    """Errors in ulp of the true values; NaN is infinitely wrong."""
+def ulps(found: np.ndarray, true: np.ndarray, dtype: str, terms: np.ndarray | None = None) -> np.ndarray:
+    """Errors in ulp of the true values, or of the terms they are sums of; NaN is infinitely wrong."""
     unit, least, zero = UNITS[dtype]
     found = found.astype(np.float64)
-    off = np.abs(found - true) / (unit * np.maximum(np.abs(true), least))
+    off = np.abs(found - true) / (unit * np.maximum(np.abs(true if terms is None else terms), least))
     off = np.where((np.abs(true) < zero) & (np.abs(found) <= zero), 0.0, off)
     return np.where(np.isnan(off), np.inf, off)
 

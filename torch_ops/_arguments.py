@@ -79,6 +79,14 @@ def one_row(x: Any, linear_weight: Any, target: Any, group: Any) -> Any:
     return target if target.is_floating_point() or whole else target[0]
 
 
+def alike(found: Any) -> Any:
+    """(loss, statistics), these of the loss's subclass: Tensor.__torch_function__ does not look into a dict."""
+    if isinstance(found, tuple) and isinstance(found[1], dict):
+        kind = type(found[0])
+        return found[0], {k: v.as_subclass(kind) if type(v) is Tensor else v for k, v in found[1].items()}
+    return found
+
+
 def enter_graph() -> None:
     """Tell the compiler about the marked functions (it is imported only by those who compile)."""
     if torch.compiler.is_compiling():

@@ -58,8 +58,8 @@ def is_untracked(*arrays: Tensor | None) -> bool:
 def is_direct(x: Tensor) -> bool:
     """Whether a call on x is eager, and nothing converts, maps, intercepts or traces it."""
     return (
-        x.numel() > 0
-        and not is_compiling()
+        not is_compiling()  # first: a compiler may not know the sizes
+        and x.numel() > 0
         and _interpreter() is None
         and forward_ad._current_level < 0
         and not _autocasts()
@@ -71,8 +71,26 @@ def is_direct(x: Tensor) -> bool:
 
 def is_plain(x: Tensor) -> bool:
     """Whether x takes ops of ours: subclasses that dispatch, but for the compiler's own, know the framework's only."""
-    kind = type(x)
-    return kind in (Tensor, torch.nn.Parameter) or kind.__module__.startswith("torch._subclasses")
+    return not dispatches(x) or is_fake(x)
+
+
+def dispatches(x: Tensor) -> bool:
+    """Whether x is of a subclass with a say in what is done to its values."""
+    return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_fake(x: Any) -> bool:
+    """Whether x is one of the compiler's tensors, which have no values."""
+    return type(x).__module__.startswith("torch._subclasses")
+
+
+def is_none(count: Any) -> bool:
+    """Whether a size is 0; no, where it depends on data that a compiler does not know."""
+    if isinstance(count, Tensor) or (type(count) is int and not is_compiling()):
+        return bool(count == 0)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # loaded by whoever made such a size
+
+    return guard_or_false(count == 0)
 
 
 def can_look(target: Tensor) -> bool:
@@ -82,7 +100,17 @@ def can_look(target: Tensor) -> bool:
 
 def is_eager(target: Tensor) -> bool:
     """Whether a call on a plain tensor is run here and now."""
-    return type(target) is Tensor and not is_compiling() and not is_transformed(target) and not is_traced()
+    return not (is_compiling() or dispatches(target) or is_transformed(target) or is_traced())
+
+
+def is_observed(*arrays: Any) -> bool:
+    """Whether somebody is shown each op on the arrays: who traces, counts, or keeps some for a recompute."""
+    return is_traced() or _dispatch_modes() > 0 or any(map(is_fake, arrays))
+
+
+def is_watched() -> bool:
+    """Whether hooks are told what autograd saves (checkpoints, offloading, profilers): it then checks no version."""
+    return _c._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def is_traced() -> bool:
@@ -101,12 +129,27 @@ def may_write(*arrays: Tensor | None) -> bool:
     )
 
 
+def is_sole(x: Tensor) -> bool:
+    """Whether x, the tensor it is a view of and the views between are all that lies on its memory.
+
+    What else does (what a hook keeps, an output that its own derivative needs, a metric's view) may be read without a
+    look at the version of x.
+    """
+    known, base, node = 1, x._base, x.grad_fn
+    while base is not None and node is not None and node is not base.grad_fn:
+        known += 1
+        node = node.next_functions[0][0] if node.next_functions else None
+    memory = x.untyped_storage()  # one owner more while it is held
+    return _c._storage_Use_Count(memory._cdata) <= known + 1
+
+
 def may_overwrite(x: Tensor) -> bool:
     """Whether a gradient may be written over x: not over a parameter, not where elements share memory.
 
-    Nor over a part of a larger tensor: its other parts share the version counter, and would be refused theirs.
+    Nor over a part of a larger tensor: its other parts share the version counter, and would be refused theirs. Nor
+    where hooks are told what autograd saves: nobody checks versions there.
     """
-    if is_compiling() or is_transformed(x):
+    if is_compiling() or is_transformed(x) or is_watched():
         return False
     owner = x if x._base is None else x._base
     dense = torch.ops.aten.is_non_overlapping_and_dense.default(x)

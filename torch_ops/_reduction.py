@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softmax_ext.contract import LossOptions
+from torch_ops._modes import is_none
 from torch_ops._rows.classes import IGNORED, INVALID, mass_sum, of_rows
 
 
@@ -49,14 +50,14 @@ def coefficients(
     if probabilities is not None:
         # What an ignored slot holds is not read, NaN included.
         nll = probabilities.to(ones.dtype).masked_fill(target == IGNORED, 0.0)
-        if weight is not None and classes:
+        if weight is not None and not is_none(classes):
             nll = nll * weight.to(ones.dtype)[target.clamp(0, classes - 1)].masked_fill(target == IGNORED, 0.0)
-    elif not soft and weight is not None and classes:
+    elif not soft and weight is not None and not is_none(classes):
         # Ignored rows read no weight, not even through 0 * inf; one more dimension spares 0-d indices a look.
         of_row = weight.to(ones.dtype)[target.clamp(0, classes - 1).unsqueeze(0)].squeeze(0)
-        nll = share = torch.where(kept, of_row, 0.0)
+        nll = share = of_row.masked_fill(~kept, 0.0)
     if token_weight is not None:
-        tokens = torch.where(kept, token_weight.to(ones.dtype), 0.0)
+        tokens = token_weight.to(ones.dtype).masked_fill(~kept, 0.0)
         nll, share = nll * (tokens if probabilities is None else tokens.unsqueeze(dim)), share * tokens
     return Coefficients(
         nll=None if s == 1.0 else nll * (1.0 - s),
@@ -95,8 +96,9 @@ def reduce(total: Tensor, by: Coefficients, options: LossOptions) -> Tensor:
     # The denominator is exchanged before dividing, not the quotient after: a gradient through an unused 0/0
     # would be NaN.
     count, zero = by.share.sum(), options.on_all_ignored == "zero"
-    some = count != 0 if zero else by.kept.any()
-    return torch.where(some, total / torch.where(some, count, 1.0), 0.0 if zero else torch.nan)
+    # Not torch.where, which makes a tensor of a number: fake tensors met outside their mode take no other.
+    empty = count == 0 if zero else ~by.kept.any()
+    return (total / count.masked_fill(empty, 1.0)).masked_fill(empty, 0.0 if zero else torch.nan)
 
 
 def finish(
@@ -132,7 +134,7 @@ def statistics(
         elif name == "argmax":
             if "argmax" in rows:
                 out[name] = rows[name]
-            elif (logits := z()).shape[dim]:
+            elif not is_none((logits := z()).shape[dim]):
                 out[name] = logits.argmax(dim)
             else:
                 out[name] = torch.full_like(rows["lse"], -1, dtype=torch.int64)

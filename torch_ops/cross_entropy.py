@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arguments import describe, describe_target, enter_graph, no_pair, parts_of
+from torch_ops._arguments import alike, describe, describe_target, enter_graph, no_pair, parts_of
 from torch_ops._modes import may_overwrite
 from torch_ops._parallel.mesh import is_on_mesh
 from torch_ops._reduction import coefficients, finish
@@ -138,7 +138,7 @@ def cross_entropy(
     )
     arrays = (input, *parts_of(target), weight, token_weight)
     if has_torch_function(arrays):
-        return handle_torch_function(
+        found = handle_torch_function(
             cross_entropy,
             arrays,
             input,
@@ -149,6 +149,7 @@ def cross_entropy(
             group=group,
             **dict(zip(_NAMES, given, strict=True)),
         )
+        return alike(found)
     alone = weight is None and token_weight is None and group is None
     if alone and type(inplace_backward) is bool and _is_default(given):
         loss = mean(input, target, inplace_backward)

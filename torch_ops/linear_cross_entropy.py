@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arguments import autocast, describe, describe_target, enter_graph, no_pair, one_row, parts_of
+from torch_ops._arguments import alike, autocast, describe, describe_target, enter_graph, no_pair, one_row, parts_of
 from torch_ops._head.layout import each_row, lay_out, total
 from torch_ops._head.sampled import sampled_rows
 from torch_ops._parallel.mesh import is_on_mesh
@@ -164,7 +164,7 @@ def linear_cross_entropy(
     )
     arrays = (input, linear_weight, *parts_of(target), linear_bias, weight, token_weight)
     if has_torch_function(arrays):
-        return handle_torch_function(
+        found = handle_torch_function(
             linear_cross_entropy,
             arrays,
             input,
@@ -181,6 +181,7 @@ def linear_cross_entropy(
             group=group,
             **vars(options),
         )
+        return alike(found)
     enter_graph()
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     target = one_row(input, linear_weight, target, group)

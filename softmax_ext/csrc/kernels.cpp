@@ -96,6 +96,7 @@ template <class T> bool softmax_fwd(const SoftmaxFwd& a, int64_t begin, int64_t 
 template <class T> bool softmax_bwd(const SoftmaxBwd& a, int64_t begin, int64_t end) {
   using F = Compute<T>;
   const Layout& y = a.layout;
+  constexpr bool halves = !std::is_same_v<T, F>;
   const T *dy = (const T*)a.dy, *p = (const T*)a.y;
   T* out = (T*)a.dx;
   const int64_t room = (y.V + W<F> - 1) / W<F> * W<F>;
@@ -106,12 +107,12 @@ template <class T> bool softmax_bwd(const SoftmaxBwd& a, int64_t begin, int64_t 
       y, begin, end,
       [&](int64_t r) { softmax_bwd_row(dy + r * y.V, p + r * y.V, out + r * y.V, y.V); },
       [&](int64_t at, int64_t) {
-        softmax_bwd_lanes<F>(In<T>{dy + at, y.inner}, In<T>{p + at, y.inner}, Strip<T>{out + at, y.inner}, y.V);
+        softmax_bwd_lanes<F, halves>(In<T>{dy + at, y.inner}, In<T>{p + at, y.inner}, Strip<T>{out + at, y.inner}, y.V);
       },
       [&](int64_t r0, int64_t n) {
         gather(dy, y, r0, n, f);
         gather(p, y, r0, n, g);
-        softmax_bwd_lanes<F>(In<F>{f, W<F>}, In<F>{g, W<F>}, Strip<F>{f, W<F>}, y.V);
+        softmax_bwd_lanes<F, halves>(In<F>{f, W<F>}, In<F>{g, W<F>}, Strip<F>{f, W<F>}, y.V);
         scatter(f, y, r0, n, out);
       });
   return true;

@@ -27,6 +27,26 @@ template <class T> Compute<T> max_of(const T* x, int64_t n) {  // of the numbers
   return lane_max<F>(max(max(a, b), max(c, d)));
 }
 
+template <class F> SX_INLINE bool any_lane(Ints<F> x) {
+  uint64_t part[SX_BYTES / 8], or_all = 0;
+  std::memcpy(part, &x, sizeof part);
+  for (auto p : part) or_all |= p;
+  return or_all != 0;
+}
+// Where the first x == value is, or -1.
+template <class T> int64_t position_of(const T* x, int64_t n, Compute<T> value) {
+  using F = Compute<T>;
+  int64_t i = 0;
+  for (; i + 8 * W<F> <= n; i += 8 * W<F>) {
+    Ints<F> hit = {};
+    for (int k = 0; k < 8; ++k) hit |= load(x + i + k * W<F>) == all<F>(value);
+    if (any_lane<F>(hit)) break;
+  }
+  for (; i < n; ++i)
+    if (get(x + i) == value) return i;
+  return -1;
+}
+
 // Adds exp(z_j - shift) over [0, n) to `sum`. Top: leaves out every x_j == top and returns how many there were.
 // `ahead`: what to prefetch meanwhile, or null. Keep: also leaves every exp in `kept`, which may be x itself.
 template <class T, bool Tr, bool Top, bool Near, bool Keep = false>

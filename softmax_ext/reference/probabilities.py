@@ -65,7 +65,7 @@ def softmax_jacobian(a: ArrayLike) -> Array:
 def softmax_vjp(a: ArrayLike, dy: ArrayLike, *, axis: int = -1) -> Array:
     """Gradient at softmax's input, from its output and the gradient there.
 
-    dx_j = sum_i dy_i a_i (delta_ij - a_j) = a_j (dy_j - sum_i a_i dy_i)
+    dx_j = sum_i dy_i a_i (delta_ij - a_j) = a_j (dy_j - sum_i a_i dy_i) = a_j sum_{i != j} a_i (dy_j - dy_i)
 
     Args:
         a: softmax's output, any shape.
@@ -77,8 +77,12 @@ def softmax_vjp(a: ArrayLike, dy: ArrayLike, *, axis: int = -1) -> Array:
 
     Source: document 1's reader: weighted by dy, the contributions of all outputs add.
     """
-    wide, dwide = last(a, axis), last(dy, axis)
-    return back(wide * (dwide - np.sum(wide * dwide, -1, keepdims=True)), axis, np.shape(a))
+    wide, g = last(a, axis), last(dy, axis)
+    # The last form, about the mean: a confident row's maximum is a sum over the others, and what all dy have in common
+    # is gone before anything is rounded (beside a mean that is not finite there is nothing to save).
+    mean = np.sum(wide * g, -1, keepdims=True)
+    g = g - np.where(np.isfinite(mean), mean, 0)
+    return back(wide * (g * others(wide) - others(wide * g)), axis, np.shape(a))
 
 
 def softmax_jvp(a: ArrayLike, dx: ArrayLike, *, axis: int = -1) -> Array:

@@ -41,9 +41,11 @@ def test_an_ulp(dtype: str, found: float, true: float, expected: float) -> None:
 def test_errors_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = CALLS["torch_ops"]
 
-    def spoilt(x: np.ndarray, t: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-        values = ours(x, t, dtype)
+    def spoilt(x: np.ndarray, t: np.ndarray, dys: list[np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+        values = ours(x, t, dys, dtype)
         values["gradient"].flat[-1] = np.nan
+        pulled = values["softmax gradient, one-hot"]
+        np.put_along_axis(pulled, x.argmax(1)[:, None], 0, 1)  # what cancellation leaves at a confident maximum
         return values | {"softmax": values["softmax"] * np.float32(1 + 2.0**-6)}
 
     monkeypatch.setattr(accuracy, "CALLS", {"ours": ours, "spoilt": spoilt})
@@ -51,8 +53,9 @@ def test_errors_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(errors) == len(QUANTITIES) * len(UNITS) * 2
     for dtype in UNITS:
         for quantity in QUANTITIES:
-            assert 0 < errors[quantity, dtype, "ours"].mean_ulp <= errors[quantity, dtype, "ours"].worst_ulp < 4
+            assert 0 < errors[quantity, dtype, "ours"].mean_ulp <= errors[quantity, dtype, "ours"].worst_ulp < 8
         assert errors["softmax", dtype, "spoilt"].worst_ulp > 2
+        assert errors["softmax gradient, one-hot", dtype, "spoilt"].worst_ulp > 100
         assert errors["gradient", dtype, "spoilt"].worst_ulp == np.inf
         assert errors["loss", dtype, "spoilt"].worst_ulp == errors["loss", dtype, "ours"].worst_ulp
 
@@ -70,7 +73,10 @@ def test_what_was_kept_is_what_is_promised(tmp_path: Path) -> None:
         assert error.worst_ulp == max(e.worst_ulp for e in mine)
         assert error.mean_ulp == pytest.approx(np.mean([e.mean_ulp for e in mine]), rel=1e-3)
         if call.endswith("_ops"):
-            assert error.worst_ulp < (1.5 if dtype == "float32" else 0.51)
+            # softmax's gradient starts from an output that half precision rounded, float16 to multiples of 2^-24
+            starts = {"float32": 2.5, "bfloat16": 1.6, "float16": 8.0}[dtype]
+            limit = starts if quantity.startswith("softmax gradient") else 2.0 if dtype == "float32" else 0.51
+            assert error.worst_ulp < limit
     ours = [e for e in weights if "ours" in e.call]
     assert {e.chunks for e in ours} == set(weight_error.CHUNKS)
     assert max(e.relative for e in ours) < 2**-8

@@ -107,17 +107,20 @@ def scales(op: str, arrays: Named, upstream: Named, *, axis: int = -1, dtype: st
     with np.errstate(all="ignore"):
         if op == "cross_entropy":
             return _loss_scales(arrays, upstream, **options)
-        x, dy = along(arrays["input"], axis), np.abs(along(upstream["value"], axis))
+        x, dy = along(arrays["input"], axis), along(upstream["value"], axis)
         p = reference.softmax(x)
-        if op == "softmax":
-            value, size = p, p * (dy + np.sum(p * dy, -1, keepdims=True))
+        q = _others(p)
+        if op == "softmax":  # about the mean of dy: neither what all dy have in common nor a confident row's own hides
+            g = dy - np.sum(p * dy, -1, keepdims=True)
+            away = np.abs(g * q - _others(p * g))
+            value, size = p, p * (away + np.sum(p * away, -1, keepdims=True))
             if dtype in HALF:  # the backward starts from the rounded output, off by up to h
                 h = 0.51 * ulp(p, dtype)
-                s = np.sum(p * along(upstream["value"], axis), -1, keepdims=True)
-                lost = h * np.abs(along(upstream["value"], axis) - s) + p * np.sum(h * dy, -1, keepdims=True)
-                size = size + lost / (C["softmax gradient"] * U["float32"])
+                size = size + (h * away + p * np.sum(h * away, -1, keepdims=True)) / (
+                    C["softmax gradient"] * U["float32"]
+                )
         else:
-            value, size = np.abs(reference.log_softmax(x)), dy + p * np.sum(dy, -1, keepdims=True)
+            value, size = np.abs(reference.log_softmax(x)), q * np.abs(dy) + p * _others(np.abs(dy))
         return {"value": np.moveaxis(value, -1, axis)}, {"input": np.moveaxis(size, -1, axis)}
 
 

@@ -51,10 +51,11 @@ def rejected(op: str, dtype: str, answer: Answer, arrays: Named, upstream: Named
 
 
 def one_entry(a: Any, value: Callable[[Any], Any]) -> Any:
-    """The array with one finite, non-zero entry of the middle row changed."""
+    """The array with one finite entry changed, the largest of its middle third."""
     out = np.array(a, np.float64)
     at = np.flatnonzero(np.isfinite(out) & (out != 0))
-    at = at[len(at) // 2]
+    at = at[len(at) // 3 : 2 * len(at) // 3 + 1]
+    at = at[np.argmax(np.abs(out.flat[at]))]
     out.flat[at] = value(out.flat[at])
     return out
 
@@ -254,7 +255,7 @@ def test_dropped_gradients_of_statistics(dtype, name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_naive_arithmetic_is_seen(dtype):
-    """What libraries really compute: log of a rounded p, p_t - 1, a loss without the shift."""
+    """What libraries really compute: log of a rounded p, p_t - 1, a loss without the shift, sums that cancel."""
     arrays, upstream = problem("log_softmax", dtype)
     x = arrays["input"].astype(np.float32)
     _, right = checks.oracle("log_softmax", arrays, upstream)
@@ -301,6 +302,22 @@ def test_inputs_are_loud(op, dtype, classes):
         assert some.sum() >= len(r.x) - 3
         quiet = [n for n, w, s in zip(r.names, worst, some, strict=True) if s and w < 30 * checks.C[f"{op}{kind}"]]
         assert not quiet, f"zeros would pass in {quiet}"
+
+
+def test_cancelling_gradients_of_softmax_are_seen():
+    """y (dy - sum(y dy)) and dy - p sum(dy), if only their last subtraction is rounded: 0 at a confident maximum."""
+    arrays, upstream = problem("softmax", "float32")
+    p, dy = reference.softmax(arrays["input"]), upstream["value"]
+    mean = np.sum(p * dy, -1, keepdims=True).astype(np.float32)
+    naive = p * (dy.astype(np.float32) - mean)
+    rejected("softmax", "float32", ({"value": p}, {"input": naive}), arrays, upstream)
+    offset = {"value": dy + 1000.0}
+    naive = p * ((dy + 1000.0) - np.sum(p * (dy + 1000.0), -1, keepdims=True).astype(np.float32))
+    rejected("softmax", "float32", ({"value": p}, {"input": naive}), arrays, offset)
+    dy = (arrays["input"].argmax(-1)[:, None] == np.arange(CLASSES)).astype(np.float32)  # a negative log-likelihood's
+    naive = dy - (p * dy.sum(-1, keepdims=True)).astype(np.float32)
+    logp = reference.log_softmax(arrays["input"])
+    rejected("log_softmax", "float32", ({"value": logp}, {"input": naive}), arrays, {"value": dy})
 
 
 def test_the_worst_entry_is_named():

@@ -1,12 +1,14 @@
-"""The linear head's loops behind three functions: run here and now, or as one opaque node where a graph is traced.
+"""The linear head's loops behind three functions: run here and now, or as one opaque node where somebody looks on.
 
 A compiler would unroll a loop over chunks for one number of rows, and move the pieces so that several chunks of
-logits are alive at once. Exported programs hold no op of ours: there, and for tensors that dispatch on what is done
+logits are alive at once. A selective checkpoint that kept some of a loop's products, which are written over, would
+hand one back for another. Exported programs hold no op of ours: there, and for tensors that dispatch on what is done
 to them, the same rows are computed in plain functional ops.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch_ops._head import fast, lean
 from torch_ops._head.linear import Linear, formed_in
 from torch_ops._head.rounding import levelled, scaled
-from torch_ops._modes import is_traced
+from torch_ops._modes import is_observed
 from torch_ops._rules.plan import Plan
 
 _HEAD = "Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
@@ -32,23 +34,31 @@ _library.define(
 
 def fwd(arrays: Sequence[Any], plan: Plan) -> list[Tensor]:
     """[nll, lse, [smooth], [entropy], m, rest, [argmax]] of each row."""
-    return _fwd(*arrays, *plan) if not is_traced() else torch.ops.softmax_ext.head_fwd(*arrays, *plan)
+    return _as_one("head_fwd", _fwd, arrays)(*arrays, *plan)
 
 
 def bwd(arrays: Sequence[Any], needs: Sequence[bool], plan: Plan) -> list[Tensor]:
     """Those needed of dX, dW, db, d_target, d_weight."""
-    return _bwd(*arrays, needs, *plan) if not is_traced() else torch.ops.softmax_ext.head_bwd(*arrays, needs, *plan)
+    return _as_one("head_bwd", _bwd, arrays)(*arrays, needs, *plan)
 
 
 def fwd_bwd(
     arrays: Sequence[Any], needs: Sequence[bool], plan: Plan
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """([nll, lse, smooth], [dX, dW, db]) of the weighted sum, the latter unrounded."""
-    run = _fwd_bwd if not is_traced() else torch.ops.softmax_ext.head_fwd_bwd
-    out = run(*arrays, needs, *plan)
+    out = _as_one("head_fwd_bwd", _fwd_bwd, arrays)(*arrays, needs, *plan)
     smooth = arrays[6] is not None
     found = iter(out[2 + smooth :])
     return [*out[:2], out[2] if smooth else None], [next(found) if need else None for need in needs]
+
+
+def _as_one(name: str, loop: Callable[..., list[Tensor]], arrays: Sequence[Any]) -> Callable[..., list[Tensor]]:
+    """The loop, or the op that hides it from whoever is shown the ops on the arrays."""
+    if not is_observed(*arrays):
+        return loop
+    if "torch.utils.flop_counter" in sys.modules:  # its import takes a quarter of PyTorch's own
+        from torch_ops._head import flops  # noqa: F401
+    return getattr(torch.ops.softmax_ext, name)
 
 
 def _fwd(x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, weight: Tensor | None, *plan: Any) -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch_ops._modes import is_constant, may_write
 from torch_ops._rows import dispatch as rows
 from torch_ops._rules.cross_entropy import row
 from torch_ops._rules.function import forward_rule, in_graph
+from torch_ops._rules.kept import given_back, kept
 from torch_ops._rules.plan import Plan
 
 
@@ -75,7 +76,7 @@ class LinearRows(Function):
         h = output[ctx.plan.values - 1] if ctx.plan.entropy else None
         ctx.mark_non_differentiable(*output[ctx.plan.values :])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arrays, m, rest, None if h is None else h.detach())
+        ctx.save_for_backward(*arrays, m, kept(ctx, rest), None if h is None else h.detach())
         ctx.save_for_forward(*arrays)
 
     @staticmethod
@@ -84,7 +85,8 @@ class LinearRows(Function):
         needs = tuple(ctx.needs_input_grad[:5])
         out: list[Tensor | None] = [None] * 6
         if any(u is not None for u in ups):
-            found: Any = LinearBwd.apply(*ctx.saved_tensors, *ups, ctx.plan, needs)
+            *arrays, m, rest, h = ctx.saved_tensors
+            found: Any = LinearBwd.apply(*arrays, m, given_back(ctx, rest), h, *ups, ctx.plan, needs)
             for i, g in zip((i for i in range(5) if needs[i]), found, strict=True):
                 out[i] = g
         return tuple(out)

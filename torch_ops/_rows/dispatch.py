@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_ops._rows import native, plain, triton
 from torch_ops._rows.classes import IGNORED, INVALID, MASKED, of_rows
+from torch_ops._rows.mean import centred
 from torch_ops._rows.plain import capped, class_row, compute, cross_entropy_mass_bwd, slope
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "INVALID",
     "MASKED",
     "capped",
+    "centred",
     "class_row",
     "compute",
     "cross_entropy_mass_bwd",

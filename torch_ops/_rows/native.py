@@ -12,7 +12,7 @@ from torch import Tensor
 
 import softmax_ext
 from softmax_ext import built
-from torch_ops._modes import is_direct, is_plain
+from torch_ops._modes import is_direct, is_none, is_plain
 
 LIBRARY = "libsoftmax_ext_torch.so"
 
@@ -52,7 +52,7 @@ def serves(x: Tensor, dim: int) -> bool:
         _library is not None
         and x.is_cpu
         and x.dtype in FLOATS
-        and x.shape[dim] > 0
+        and not is_none(x.shape[dim])
         and is_plain(x)
         and not torch.compiler.is_exporting()
     )

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ops._modes import is_none
 from torch_ops._rows.classes import IGNORED, INVALID, MASKED, of_rows
+from torch_ops._rows.mean import centred
 
 # In-place gradients are formed in slices of this many elements: the only workspace they need.
 _SLICE = 1 << 20
@@ -28,11 +30,11 @@ def softmax_fwd(x: Tensor, *, dim: int) -> Tensor:
 
 def softmax_bwd(dy: Tensor, y: Tensor, *, dim: int) -> Tensor:
     """dx = J dy for J = diag(y) - y yT, from the output alone."""
-    # legend:  y softmax output, dy = dL/dy, dx = dL/dx
-    # formula: dx_i = sum_j dy_j y_j (delta_ij - y_i) = y_i (dy_i - sum_j y_j dy_j)
+    # legend:  y softmax output, dy = dL/dy, dx = dL/dx, c any number, g = dy - c, S = sum_j y_j
+    # formula: dx_i = sum_j dy_j y_j (delta_ij - y_i) = y_i (dy_i - sum_j y_j dy_j) = y_i (g_i - sum_j y_j g_j / S)
     # source:  Kronecker form of Purcell 2021, eq. (5), contracted with dy; docs/derivation.md
-    a, g = compute(y), compute(dy)
-    return (a * (g - (a * g).sum(dim, keepdim=True))).to(y.dtype)
+    a = compute(y)
+    return (a * centred(compute(dy), a, dim)).to(y.dtype)
 
 
 def log_softmax_fwd(x: Tensor, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,10 +48,14 @@ def log_softmax_bwd(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, *, dim: int)
     """dx = dy - p sum(dy)."""
     # formula: d log p_i / dx_j = delta_ij - p_j (Kurbiel's logarithmic derivative), contracted with dy
     # p comes from the input: from a half-precision log p it would be off by |log p| units of roundoff.
-    _, e = _shifted(compute(x), m.unsqueeze(dim))
-    g = compute(dy)
-    p = e / (1.0 + rest.unsqueeze(dim))
-    return (g - p * g.sum(dim, keepdim=True)).to(x.dtype)
+    # At a confident row's maximum dy_m - p_m sum(dy) would leave 0: there dy_m (1 - p_m) - p_m (the others' sum).
+    d, e = _shifted(compute(x), m.unsqueeze(dim))
+    rest = rest.unsqueeze(dim)
+    total, g = 1.0 + rest, compute(dy)
+    top = (d == 0) & (rest < 1)
+    others = g.masked_fill(top, 0.0).sum(dim, keepdim=True)
+    dx = torch.where(top, (g * rest - others) / total, g - e / total * g.sum(dim, keepdim=True))
+    return dx.to(x.dtype)
 
 
 def cross_entropy_fwd(
@@ -74,7 +80,7 @@ def cross_entropy_fwd(
     w = class_row(weight, d, dim)
     if target.is_floating_point():
         mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
-        nll = _dot(mass, log_total - d, dim) if d.shape[dim] else rest.squeeze(dim)
+        nll = _dot(mass, log_total - d, dim) if not is_none(d.shape[dim]) else rest.squeeze(dim)
     elif target.dim() == d.dim():
         nll = _each_nll(d, log_total, target, dim)
     else:
@@ -132,20 +138,20 @@ def cross_entropy_bwd(
         ones = torch.ones_like(d) if w is None else w.expand_as(d)
         dz = dz + d_smooth.unsqueeze(dim) * _centred(ones, p, q, confident, dim)
     if d_entropy is not None:
-        log_p = torch.where(e > 0, d - torch.log1p(rest), 0.0)
+        log_p = (d - torch.log1p(rest)).masked_fill(~(e > 0), 0.0)
         dz = dz - d_entropy.unsqueeze(dim) * p * (log_p + _entropy(d, e, rest, dim))
     marks = target if soft else of_rows(target, d.dim(), dim)
     if d_nll is not None and not soft and target.dim() == d.dim():
         index = target.clamp(min=0)
         each = d_nll.masked_fill(target < 0, 0.0)
-        mass = torch.zeros_like(p).scatter_add(dim, index, each) if d.shape[dim] else p
+        mass = torch.zeros_like(p).scatter_add(dim, index, each) if not is_none(d.shape[dim]) else p
         dz = dz + (mass.sum(dim, keepdim=True) - mass) * p - mass * q
     elif d_nll is not None:
         c = d_nll.unsqueeze(dim)
         if soft:
             mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
             dz = dz + c * _centred(mass, p, q, confident, dim)
-        elif d.shape[dim]:
+        elif not is_none(d.shape[dim]):
             index = target.clamp(0, d.shape[dim] - 1).unsqueeze(dim)
             at_target = dz.gather(dim, index) - c * q.gather(dim, index)  # p_t - 1 = -q_t
             dz = (dz + c * p).scatter(dim, index, at_target)
@@ -222,13 +228,13 @@ def class_row(weight: Tensor | None, like: Tensor, dim: int) -> Tensor | None:
 
 def _exponentials(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(z - m, exp(z - m), m, rest); rest is NaN where m is not finite, and so is then the whole row."""
-    if z.shape[dim] == 0:
+    if is_none(z.shape[dim]):
         m = z.sum(dim, keepdim=True) + math.nan
         return z, z, m, m
     m, top = z.max(dim, keepdim=True)
     d, e = _shifted(z, m)
     rest = e.scatter(dim, top, 0.0).sum(dim, keepdim=True)
-    return d, e, m, torch.where(m.isfinite(), rest, math.nan)
+    return d, e, m, rest.masked_fill(~m.isfinite(), math.nan)
 
 
 def _shifted(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +254,7 @@ def _centred(mass: Tensor, p: Tensor, q: Tensor, confident: Tensor, dim: int) ->
 
 def _entropy(d: Tensor, e: Tensor, rest: Tensor, dim: int) -> Tensor:
     """log(total) - sum p (z - m), keeping `dim`: both terms are >= 0."""
-    weighted = torch.where(e > 0, e * d, 0.0).sum(dim, keepdim=True)
+    weighted = (e * d).masked_fill(~(e > 0), 0.0).sum(dim, keepdim=True)
     return torch.log1p(rest) - weighted / (1.0 + rest)
 
 
@@ -261,7 +267,7 @@ def _dot(mass: Tensor, minus_log_p: Tensor, dim: int) -> Tensor:
 def _pick(d: Tensor, target: Tensor, dim: int) -> Tensor:
     """d at the target, NaN where the target names no class (keeping `dim`)."""
     t = target.unsqueeze(dim)
-    if d.shape[dim] == 0:
+    if is_none(d.shape[dim]):
         return torch.full_like(t, math.nan, dtype=d.dtype)
     picked = d.gather(dim, t.clamp(0, d.shape[dim] - 1))
     return picked.masked_fill((t < 0) | (t >= d.shape[dim]), math.nan)

@@ -40,7 +40,7 @@ def canonical(
             row, k = bad.nonzero()[0].tolist()
             value = int(given[row, k].item())  # not int(tensor): that refuses uint64 from 2**63 on
             raise contract.target_out_of_range(op, classes, ignored, value, row, name)
-    return t.where(valid, INVALID).where(kept, IGNORED)
+    return t.masked_fill(~valid, INVALID).masked_fill(~kept, IGNORED)
 
 
 def canonical_parts(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops._modes import is_direct, is_plain
+from torch_ops._modes import is_direct, is_none, is_plain
 from torch_ops._rows.classes import IGNORED
 from torch_ops._rows.native import FLOATS
 
@@ -28,7 +28,7 @@ def serves(x: Tensor, dim: int) -> bool:
     return (
         x.device.type in DEVICES
         and x.dtype in FLOATS
-        and x.shape[dim] > 0
+        and not is_none(x.shape[dim])
         and is_plain(x)
         and not torch.compiler.is_exporting()
         and not why_not(x.device)

@@ -47,7 +47,7 @@ def softmax_bwd(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     """dx = y (dy - sum(y dy))."""
     dy, y = dy.contiguous(), y.contiguous()
     dx = torch.empty_like(y)
-    _launch(gpu.softmax_bwd_kernel, (dy, y, dx), y, dim, gpu.HOLDS_TWO)
+    _launch(gpu.softmax_bwd_kernel, (dy, y, dx), y, dim, gpu.HOLDS_TWO, ROUNDED=_fast(y) > 0)
     return dx
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from softmax_ext.contract import LossOptions
-from torch_ops._modes import is_untracked, may_overwrite
+from torch_ops._modes import is_eager, is_sole, is_untracked, may_overwrite
 from torch_ops._rows import dispatch as rows
 from torch_ops._rows import native, triton
 from torch_ops._rules.curvature import Curvature
 from torch_ops._rules.function import Rule, batch_first, forward_rule, in_graph
+from torch_ops._rules.kept import given_back, kept
 from torch_ops._rules.plan import Plan
 
 _IGNORED = LossOptions().ignored
@@ -60,12 +61,13 @@ class CrossEntropy(Rule):
         m, rest = output[-2:]
         ctx.mark_non_differentiable(m, rest)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, m, rest)
+        ctx.save_for_backward(logits, target, weight, m, kept(ctx, rest))
         ctx.save_for_forward(logits, target, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         logits, target, weight, m, rest = ctx.saved_tensors
+        rest = given_back(ctx, rest)
         upstream = ctx.plan.upstream(grads)
         d_logits = d_target = d_weight = None
         if all(g is None for g in upstream):
@@ -202,22 +204,24 @@ class CrossEntropyMean(Rule):
         if output[0] is not None:
             ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[:2], *output[1:])
+            _, m, rest, count = output
+            ctx.save_for_backward(*inputs[:2], m, kept(ctx, rest), count)
             ctx.inplace = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> Any:
         if d_loss is None:
             return None, None, None
-        logits, target, m, rest, kept = ctx.saved_tensors
-        count = len(target) if kept is None else kept.clamp(min=1)  # of a mean over nothing the gradient is 0
+        logits, target, m, rest, count = ctx.saved_tensors
+        rest = given_back(ctx, rest)
+        count = len(target) if count is None else count.clamp(min=1)  # of a mean over nothing the gradient is 0
         args = (logits, target, None, m, rest, (d_loss / count).expand(len(target)), None, None, None)
         return _input_bwd(args, (1, 1.0, None), inplace=ctx.inplace), None, None
 
 
 def _input_bwd(args: tuple[Any, ...], layout: Sequence[Any], *, inplace: bool) -> Any:
     """dL/d(logits), over the logits where `inplace` says so and no derivative of it is asked for."""
-    if not (inplace and is_untracked(*args)):
+    if not (inplace and is_untracked(*args) and is_eager(args[0]) and is_sole(args[0])):
         return CrossEntropyBwd.apply(*args, *layout)
     dim, scale, softcap = layout
     return rows.cross_entropy_bwd(*args, dim=dim, scale=scale, softcap=softcap, out=args[0].detach())

@@ -6,7 +6,7 @@ legend:  x logits, z = C(x), p = softmax(z), l = log p, H = -sum p l, w class we
          mass a = c_nll Y + c_smooth w, A = sum_j a_j + c_lse
 first:   g = dL/dz = A p - a - c_entropy p (l + H)
 second:  for a direction u in z, with d = u - <u> and h = -<u (l + H)>:  dp = p d,  dl = d,  dH = h, so
-         Hess u = A p d - c_entropy p (d (l + H + 1) + h)
+         Hess u = A p d - c_entropy p (d (l + H + 1) + h),  h = -<d (l + H)> as well, for <l + H> = 0
 cap:     dL/dx = C' g, hence for a direction v in x:  C' Hess(C' v) + C'' v g
 Symmetric, so the same product serves tangents and cotangents. Derived step by step in docs/derivation.md.
 """
@@ -19,8 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_ops._modes import is_none
 from torch_ops._rows import dispatch as rows
-from torch_ops._rules.softmax import log_softmax, softmax
+from torch_ops._rules.softmax import LogSoftmax, LogSoftmaxBwd, log_softmax, softmax
 
 _Up = Sequence[Tensor | None]
 
@@ -57,8 +58,8 @@ class Curvature:
             self.mass = y if self.w is None else y * self.w
         else:
             self.mass = torch.zeros_like(self.p)
-            if classes := self.p.shape[dim]:
-                index = target.clamp(0, classes - 1).unsqueeze(dim)
+            if not is_none(self.p.shape[dim]):
+                index = target.clamp(0, self.p.shape[dim] - 1).unsqueeze(dim)
                 self.mass = self.mass.scatter(dim, index, 1.0)
 
     def tangents(
@@ -72,13 +73,13 @@ class Curvature:
     ) -> list[Tensor | None]:
         """Directional derivatives of [nll, lse, smooth, entropy] along logits, soft target and weight."""
         u = torch.zeros_like(self.p) if dx is None else self.slope * rows.compute(dx)
-        mean = (self.p * u).sum(self.dim, keepdim=True)
-        nll = mean - u.gather(self.dim, self.index) if self.each else (self.mass * (mean - u)).sum(self.dim)
-        out = [nll, mean.squeeze(self.dim), None, None]
+        d = self._centred(u)
+        nll = -(d.gather(self.dim, self.index) if self.each else (self.mass * d).sum(self.dim))
+        out = [nll, (self.p * u).sum(self.dim), None, None]
         if smooth:
-            out[2] = self._times_w(mean - u).sum(self.dim)
+            out[2] = -self._times_w(d).sum(self.dim)
         if entropy:
-            out[3] = -(self.p * u * self._surprise()).sum(self.dim)
+            out[3] = -(self.p * d * self._surprise()).sum(self.dim)
         if dy is not None or dw is not None:
             dmass, dw_row = self._mass_along(dy, dw)
             if self.soft:
@@ -91,11 +92,11 @@ class Curvature:
         """d(dL/dlogits) along the logits' direction v, for fixed upstream gradients."""
         total, _ = self._masses(upstream)
         u = self.slope * rows.compute(v)
-        d = u - (self.p * u).sum(self.dim, keepdim=True)
+        d = self._centred(u)
         hv = total * self.p * d
         if upstream[3] is not None:
             s = self._surprise()
-            h = -(self.p * u * s).sum(self.dim, keepdim=True)
+            h = -(self.p * d * s).sum(self.dim, keepdim=True)
             hv = hv - upstream[3].unsqueeze(self.dim) * self.p * (d * (s + 1.0) + h)
         out = self.slope * hv
         if self.softcap is not None:
@@ -111,7 +112,7 @@ class Curvature:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Derivative of <v, dL/dlogits> by (y, w)."""
         u = self.slope * rows.compute(v)
-        return self._by_mass((self.p * u).sum(self.dim, keepdim=True) - u, upstream, by_target, by_weight)
+        return self._by_mass(-self._centred(u), upstream, by_target, by_weight)
 
     def gradient_by_mass(self, dy: Tensor | None, dw: Tensor | None, upstream: _Up) -> Tensor:
         """d(dL/dlogits) along directions of the soft target and the class weights."""
@@ -121,7 +122,7 @@ class Curvature:
             a = a + upstream[0].unsqueeze(self.dim) * dmass
         if upstream[2] is not None and dw_row is not None:
             a = a + upstream[2].unsqueeze(self.dim) * dw_row
-        return self._full(self.slope * (a.sum(self.dim, keepdim=True) * self.p - a))
+        return self._full(-self.slope * self._pulled(a))
 
     def _by_mass(
         self, factor: Tensor, upstream: _Up, by_target: bool, by_weight: bool
@@ -166,16 +167,25 @@ class Curvature:
         return (total if d_lse is None else total + d_lse), a
 
     def _gradient(self, upstream: _Up) -> Tensor:
-        total, a = self._masses(upstream)
-        g = total * self.p - a
+        g = -self._pulled(self._masses(upstream)[1])
+        if upstream[1] is not None:
+            g = g + upstream[1].unsqueeze(self.dim) * self.p
         if upstream[3] is not None:
             g = g - upstream[3].unsqueeze(self.dim) * self.p * self._surprise()
         return g
 
     def _surprise(self) -> Tensor:
         """l + H."""
-        log_p = self._log_p()
-        return log_p - (self.p * log_p).sum(self.dim, keepdim=True)
+        return self._centred(self._log_p())
+
+    def _centred(self, u: Tensor) -> Tensor:
+        """u - <u>, at a confident row's maximum too."""
+        return rows.centred(u, self.p, self.dim)
+
+    def _pulled(self, a: Tensor) -> Tensor:
+        """a - p sum(a), what log_softmax makes of a cotangent: at a confident row's maximum too."""
+        _, m, rest = LogSoftmax.apply(self.z, self.dim)  # pyright: ignore[reportGeneralTypeIssues]
+        return LogSoftmaxBwd.apply(a, self.z, m, rest, self.dim)  # pyright: ignore[reportReturnType]
 
     def _log_p(self) -> Tensor:
         """l, 0 where it is -inf: such a class takes no part, not even through 0 * inf."""

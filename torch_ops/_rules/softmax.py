@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ops._modes import is_traced, is_transforming
 from torch_ops._rows import dispatch as rows
 from torch_ops._rules.function import Rule, batch_first, forward_rule, in_graph
+from torch_ops._rules.kept import given_back, kept
 
 
 @in_graph
@@ -34,7 +36,10 @@ class Softmax(Rule):
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.dim = inputs[1]
         ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
+        # Only where a tangent may come: a recompute that is stopped early (checkpoints) leaves these tensors on ctx,
+        # which the output owns, for the collector of circles to find.
+        if is_transforming() or is_traced():
+            ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -55,7 +60,7 @@ class Softmax(Rule):
 
 
 class SoftmaxBwd(Rule):
-    """dx = y (dy - s), s = sum(y dy): linear in dy, quadratic in y."""
+    """dx = y (dy - s), s = sum(y dy) / sum(y): linear in dy."""
 
     @staticmethod
     def forward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
@@ -69,14 +74,15 @@ class SoftmaxBwd(Rule):
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> Any:
-        # <ddx, dx> = sum ddx y dy - sum(ddx y) s, differentiated by dy (again the Jacobian) and by y.
+        # <ddx, dx> = sum ddx y (dy - s), differentiated by dy (again the Jacobian) and by y: the product of both about
+        # their means, where ddx (dy - s) - dy sum(ddx y) of the bare y dy would add a number that all have in common,
+        # for the Jacobian of y to take away again.
         dy, y = ctx.saved_tensors
         to_dy = SoftmaxBwd.apply(ddx, y, ctx.dim) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return to_dy, None, None
         g, h, a = rows.compute(ddx), rows.compute(dy), rows.compute(y)
-        s, r = (a * h).sum(ctx.dim, keepdim=True), (a * g).sum(ctx.dim, keepdim=True)
-        return to_dy, (g * (h - s) - h * r).to(y.dtype), None
+        return to_dy, (rows.centred(g, a, ctx.dim) * rows.centred(h, a, ctx.dim)).to(y.dtype), None
 
     @staticmethod
     @forward_rule
@@ -85,9 +91,9 @@ class SoftmaxBwd(Rule):
         out = torch.zeros_like(y) if ddy is None else SoftmaxBwd.apply(ddy, y, ctx.dim)
         if dy_ is None:
             return out
-        t, h, a = rows.compute(dy_), rows.compute(dy), rows.compute(y)
-        s, r = (a * h).sum(ctx.dim, keepdim=True), (t * h).sum(ctx.dim, keepdim=True)
-        return out + (t * (h - s) - a * r).to(y.dtype)
+        a = rows.compute(y)
+        t = rows.compute(dy_) * rows.centred(rows.compute(dy), a, ctx.dim)
+        return out + (t - a * t.sum(ctx.dim, keepdim=True)).to(y.dtype)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, dy: Tensor, y: Tensor, dim: int) -> Any:
@@ -108,23 +114,22 @@ class LogSoftmax(Rule):
         _, m, rest = output
         ctx.mark_non_differentiable(m, rest)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, m, rest)
-        ctx.save_for_forward(x, m, rest)
+        ctx.save_for_backward(x, m, kept(ctx, rest))
+        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> Any:
         if dy is None:
             return None, None
-        return LogSoftmaxBwd.apply(dy, *ctx.saved_tensors, ctx.dim), None
+        x, m, rest = ctx.saved_tensors
+        return LogSoftmaxBwd.apply(dy, x, m, given_back(ctx, rest), ctx.dim), None
 
     @staticmethod
     @forward_rule
     def jvp(ctx: Any, saved: Any, dx: Tensor, _: None) -> Any:
         # d log p = dx - sum(p dx): the transpose of the pullback.
-        x = saved[0]
-        t = rows.compute(dx)
-        mean = (rows.compute(softmax(x, ctx.dim)) * t).sum(ctx.dim, keepdim=True)
-        return (t - mean).to(x.dtype), None, None
+        x = rows.compute(saved[0])
+        return rows.centred(rows.compute(dx), softmax(x, ctx.dim), ctx.dim).to(saved[0].dtype), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, dim: int) -> Any:
@@ -141,29 +146,26 @@ class LogSoftmaxBwd(Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        dy, x, _, _, ctx.dim = inputs
-        ctx.save_for_backward(dy, x)
-        ctx.save_for_forward(dy, x)
+        *arrays, ctx.dim = inputs
+        ctx.save_for_backward(*arrays)
+        ctx.save_for_forward(*arrays)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> Any:
         # <ddx, dx> = sum ddx dy - sum(p ddx) sum(dy)
-        dy, x = ctx.saved_tensors
-        p = softmax(x, ctx.dim)
-        g, a = rows.compute(ddx), rows.compute(p)
-        to_dy = (g - (a * g).sum(ctx.dim, keepdim=True)).to(dy.dtype)
-        return to_dy, -_by_sum(SoftmaxBwd.apply(ddx, p, ctx.dim), dy, ctx.dim), None, None, None
+        dy, x, _, _ = ctx.saved_tensors
+        g, p = rows.compute(ddx), softmax(rows.compute(x), ctx.dim)
+        to_dy = rows.centred(g, p, ctx.dim).to(dy.dtype)
+        return to_dy, _by_sum(-SoftmaxBwd.apply(g, p, ctx.dim), dy, ctx.dim).to(x.dtype), None, None, None
 
     @staticmethod
     @forward_rule
     def jvp(ctx: Any, saved: Any, ddy: Tensor | None, dx_: Tensor | None, *_: None) -> Any:
-        dy, x = saved
-        p = softmax(x, ctx.dim)
-        out = torch.zeros_like(x)
-        if ddy is not None:
-            out = out + ddy - _by_sum(p, ddy, ctx.dim)
+        dy, x, m, rest = saved
+        out = torch.zeros_like(x) if ddy is None else LogSoftmaxBwd.apply(ddy, x, m, rest, ctx.dim)
         if dx_ is not None:
-            out = out - _by_sum(SoftmaxBwd.apply(dx_, p, ctx.dim), dy, ctx.dim)
+            p = softmax(rows.compute(x), ctx.dim)
+            out = out - _by_sum(SoftmaxBwd.apply(rows.compute(dx_), p, ctx.dim), dy, ctx.dim).to(x.dtype)
         return out
 
     @staticmethod
@@ -175,4 +177,4 @@ class LogSoftmaxBwd(Rule):
 
 def _by_sum(x: Any, dy: Tensor, dim: int) -> Tensor:
     """x sum(dy), summed in the compute type: a float16 sum over 2^17 classes overflows."""
-    return (rows.compute(x) * rows.compute(dy).sum(dim, keepdim=True)).to(x.dtype)
+    return x * rows.compute(dy).sum(dim, keepdim=True)

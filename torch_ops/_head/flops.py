@@ -1,0 +1,30 @@
+"""What the head's ops cost, for torch.utils.flop_counter: their matmuls, 2 N D V each. Its import IS the telling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+_ops = torch.ops.softmax_ext
+
+
+@register_flop_formula(_ops.head_fwd)
+def fwd(x: Any, linear_weight: Any, *_: Any, **__: Any) -> int:
+    """The logits."""
+    return 2 * x[0] * linear_weight[0] * linear_weight[1]
+
+
+@register_flop_formula(_ops.head_bwd)
+def bwd(x: Any, linear_weight: Any, *args: Any, **_: Any) -> int:
+    """The logits once more, and those needed of dX and dW."""
+    needs = args[10]
+    return fwd(x, linear_weight) * (1 + needs[0] + needs[1])
+
+
+@register_flop_formula(_ops.head_fwd_bwd)
+def fwd_bwd(x: Any, linear_weight: Any, *args: Any, **_: Any) -> int:
+    """The logits of the rows that are judged, and those needed of dX and dW."""
+    index, needs = args[6:8]
+    return fwd(x if index is None else index, linear_weight) * (1 + needs[0] + needs[1])
