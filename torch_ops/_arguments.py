@@ -36,7 +36,7 @@ def parts_of(target: Any) -> tuple[Any, ...]:
 
 def describe_target(target: Any) -> Any:
     """`describe`, of a pair each."""
-    if isinstance(target, tuple | list):
+    if isinstance(target, tuple | list) and len(target) == 2:
         return tuple(None if t is None else describe(t) for t in target)
     return None if target is None else describe(target)
 

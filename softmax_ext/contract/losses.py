@@ -160,9 +160,6 @@ def _pair(
     op: str, full: tuple[int, ...], axis: int, target: tuple[Array | None, ...] | list[Array | None]
 ) -> list[Array]:
     """The facts of a sparse target's ids and probabilities."""
-    if len(target) != 2:
-        count = f"a {type(target).__name__} of {len(target)}"
-        fail_type(op, "target", "be an array or a pair (ids, probabilities)", count)
     ids, probabilities = (an_array(op, "target", array) for array in target)
     if ids.kind != "int":
         fail_type(op, "target", "have ids of an integer type in its pair", ids.dtype)

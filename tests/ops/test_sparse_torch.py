@@ -312,7 +312,7 @@ def test_three_matmuls():
 
 
 MISTAKES = {
-    "be an array or a pair (ids, probabilities); got a tuple of 3.": lambda i, v: (i, v, v),
+    "be an array; got tuple object.": lambda i, v: (i, v, v),
     "have ids of an integer type in its pair; got float32.": lambda i, v: (v, v),
     "have probabilities of a floating type in its pair; got int64.": lambda i, v: (i, i),
     "have ids of shape (3, K) in its pair; got (3,).": lambda i, v: (i[:, 0], v),

@@ -162,6 +162,7 @@ class Curve:
         self.q = softmax(rows.capped(teacher, pair.teacher_scale, pair.teacher_softcap), self.dim)
         d = LogRatio.apply(student, teacher, *pair)
         self.d = torch.where(d.isfinite(), d, 0.0)  # pyright: ignore[reportAttributeAccessIssue]
+        self.d = torch.where(self.q.isnan(), math.nan, self.d)  # a teacher without a distribution
         if pair.kind == "reverse_kl":  # an infinite divergence has no derivative
             lost = ((self.p > 0) & (d == math.inf)).any(self.dim, keepdim=True)
             self.d = torch.where(lost, math.nan, self.d)
