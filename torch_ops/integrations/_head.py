@@ -88,7 +88,9 @@ def linear(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if torch.compiler.is_compiling():
         if torch.is_grad_enabled() != call.grad:
             return F.linear(*arrays)
-        return TracedLogits.of(F.linear(*arrays), Recipe((_term(*_autocast(arrays)),)), call)
+        # Copies, for a graph may write into either before its loss; the compiler drops those that it sees no write for.
+        now = [a.clone() for a in _autocast(arrays)]
+        return TracedLogits.of(F.linear(*arrays), Recipe((_term(*now),)), call)
     reason = _why_not(call, arrays)
     if reason:
         call.why_not = call.why_not or reason

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from torch_ops.integrations._call import Call
-from torch_ops.integrations._later import Held, Later
-from torch_ops.integrations._operations import FACTS, MEMORY, PLAIN, WATCHES, is_expected, name_of, without_masks
+from torch_ops.integrations._deferred import NOTED, Deferred, deferred_in
+from torch_ops.integrations._later import Held
+from torch_ops.integrations._operations import (
+    FACTS,
+    MEMORY,
+    PLAIN,
+    WATCHES,
+    WRITES,
+    is_expected,
+    name_of,
+)
 from torch_ops.integrations._recipe import STEPS, Recipe, loss_type
-
-_ATEN = torch.ops.aten
-# The operations that reached memory since one was noted down above.
-_NOTED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("noted", default=None)
 
 
 class Logits(Tensor):
@@ -48,13 +52,13 @@ class TracedLogits(Logits):
 
     def current(self) -> Recipe | None:
         """The recipe where gradients are on as at the call's begin: a custom Function's forward turns them off."""
-        return self.recipe if torch.is_grad_enabled() == self.call.grad else None
+        return self.recipe if torch.is_grad_enabled() == self.call.grad and not self.call.watched else None
 
     def whole(self) -> Recipe | None:
         return self.current()
 
 
-class LinearLogits(Logits):
+class LinearLogits(Logits, Deferred):
     """Logits of a linear layer: a Tensor without memory, with the layer's node of autograd's graph behind it.
 
     Below autograd every operation computes the logits and goes on with them, in place too: values and gradients are
@@ -63,26 +67,8 @@ class LinearLogits(Logits):
     `F.cross_entropy` of one is `linear_cross_entropy` of the recipe's arrays.
     """
 
-    later: Later
-    meta: Tensor | None = None
     node: Any = None
     tracked: bool = False
-
-    @classmethod
-    def of(cls, later: Later, shape: Any, dtype: torch.dtype, device: torch.device, call: Call) -> LinearLogits:
-        """A layer's output, not computed yet."""
-        place = {"dtype": dtype, "device": device, "storage_size": 0}
-        z = Tensor._make_wrapper_subclass(cls, shape, **place)  # pyright: ignore[reportAttributeAccessIssue]
-        z.later, z.call = later, call
-        return z
-
-    def then(self, later: Later, meta: Tensor) -> LinearLogits:
-        """What an operation made of it, not computed yet; `meta` has its sizes and strides."""
-        place = {"strides": meta.stride(), "storage_offset": meta.storage_offset(), "storage_size": 0}
-        make: Any = Tensor._make_wrapper_subclass  # pyright: ignore[reportAttributeAccessIssue]
-        z = make(LinearLogits, meta.shape, dtype=meta.dtype, device=self.device, **place)
-        z.later, z.call, z.meta = later, self.call, meta
-        return z
 
     def note(self, recipe: Recipe, held: tuple[Held, ...]) -> LinearLogits:
         """Said of a tensor that autograd has just put into its graph."""
@@ -102,10 +88,6 @@ class LinearLogits(Logits):
         is_now = self.call.has_begun_as_now() and all(h.is_same() for h in self.held)
         return self.current() if is_now else None
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _below(func, args, kwargs or {})
-
 
 # Above autograd: the operations as the model wrote them.
 
@@ -117,8 +99,11 @@ def _above(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     noted = None if step is None else _noted(step, func, args, kwargs)
     if noted is not None:
         return noted
-    calls = [a.call for a in _logits_in((args, kwargs))]
-    if not calls or func in FACTS:
+    calls = [a.call for a in deferred_in((args, kwargs))]
+    if func in FACTS or not calls:
+        if func not in FACTS:  # a graph's logits: a write, perhaps into a view of them, would be seen by all of them
+            for a in [a for a in tree_leaves((args, kwargs)) if isinstance(a, TracedLogits)]:
+                a.call.watched = "another operation"
         return func(*args, **kwargs)
     name = name_of(func)
     for call in calls:
@@ -143,6 +128,8 @@ def _noted(step: Callable[..., Recipe | None], func: Any, args: tuple[Any, ...],
     if kwargs and step.__name__ not in ("_to", "_same", "_flatten"):
         return None
     z = args[at]
+    if isinstance(z, TracedLogits) and func in WRITES:
+        return None
     recipe, held = z.current(), z.held
     if recipe is None or torch.is_grad_enabled() != z.call.grad:
         return None
@@ -166,11 +153,11 @@ def _noted(step: Callable[..., Recipe | None], func: Any, args: tuple[Any, ...],
     if isinstance(z, TracedLogits):
         return TracedLogits.of(func(*args, **kwargs), recipe, z.call)
     reached: list[str] = []
-    before = _NOTED.set(reached)
+    before = NOTED.set(reached)
     try:
         out = func(*args, **kwargs)
     finally:
-        _NOTED.reset(before)
+        NOTED.reset(before)
     is_all = is_expected(func, reached)  # a dispatch mode may have done more
     return out.note(recipe, held) if is_all and isinstance(out, LinearLogits) else out
 
@@ -201,100 +188,9 @@ def _cross_entropy(
     return recipe.loss(target, weight, call.memory, call.chunk_size, options).to(loss_type(input.dtype, input.device))
 
 
-# Below autograd: the operations as they reach memory.
-
-
-def _below(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    z = _logits_in((args, kwargs))[0]
-    if func is _ATEN.detach.default:  # autograd's own, for what it saves
-        return z.then(Later(lambda held=z.later: held.value().detach(), z.later), _meta(z))
-    writes = func._schema.is_mutable
-    noted_so_far = _NOTED.get()
-    if noted_so_far is not None:
-        noted_so_far.append(func.overloadpacket.__name__)
-        if not writes:
-            noted = _later(func, args, kwargs, z)
-            if noted is not None:
-                return noted
-        elif args[0] is z and z.later.is_alone() and len(_logits_in((args, kwargs))) == 1:
-            return _later_in_place(func, args, kwargs, z)
-    if torch.Tag.inplace_view in func.tags or func.overloadpacket in (_ATEN.set_, _ATEN.resize_):
-        raise NotImplementedError(
-            f"fuse_loss: model must not change the shape of logits in place; got {func}. "
-            "restore_loss gives the model's own loss back."
-        )
-    for one in _logits_in((args, kwargs)):
-        one.call.used(func.overloadpacket.__name__)
-        if writes:
-            one.later.settle()
-    whole = {id(v): one for one in _logits_in((args, kwargs)) if (v := one.later.value()) is not None}
-    args, kwargs = tree_map(_value, (args, kwargs))
-    with torch._C.DisableTorchFunction():
-        out = func(*args, **kwargs)
-    return tree_map(lambda v: whole.get(id(v), v), out) if writes else out
-
-
-def _later(func: Any, args: Any, kwargs: Any, z: LinearLogits) -> LinearLogits | None:
-    """The operation's result, to be computed when asked for from its arguments as they are now."""
-    if func is _ATEN.index.Tensor:  # sizes that depend on a mask
-        args = (args[0], without_masks(args[1]))
-    parents = [one.later for one in _logits_in((args, kwargs))]
-    kept = tree_map(_keep, (args, kwargs))
-    with torch._C.DisableTorchFunction():
-        meta_args, meta_kwargs = tree_map(_meta, (args, kwargs))
-        meta = func(*meta_args, **{k: v for k, v in meta_kwargs.items() if k != "device"})
-    if not isinstance(meta, Tensor):
-        return None
-
-    def compute() -> Tensor:
-        now_args, now_kwargs = tree_map(_kept, kept)
-        return func(*now_args, **now_kwargs)
-
-    return z.then(Later(compute, *parents), meta)
-
-
-def _later_in_place(func: Any, args: Any, kwargs: Any, z: LinearLogits) -> LinearLogits:
-    """A write into values that nobody else was told of."""
-    before, kept = z.later, tree_map(_keep, (args[1:], kwargs))
-
-    def compute() -> Tensor:
-        now_args, now_kwargs = tree_map(_kept, kept)
-        return func(before.value(), *now_args, **now_kwargs)
-
-    z.later = Later(compute, before)
-    before.leave()
-    return z
-
-
-def _keep(a: Any) -> Any:
-    return a.later if isinstance(a, LinearLogits) else Held(a) if isinstance(a, Tensor) else a
-
-
-def _kept(a: Any) -> Any:
-    return a.value() if isinstance(a, Later) else a.values() if isinstance(a, Held) else a
-
-
-def _meta(a: Any) -> Any:
-    if not isinstance(a, LinearLogits):
-        return a.to("meta") if isinstance(a, Tensor) else a
-    if a.meta is None:  # here, where no mode that counts arrays sees it
-        a.meta = torch.empty(a.shape, dtype=a.dtype, device="meta")
-    return a.meta
-
-
-def _value(a: Any) -> Any:
-    return a.later.value() if isinstance(a, LinearLogits) else a
-
-
-def _logits_in(tree: Any) -> list[LinearLogits]:
-    found: list[LinearLogits] = []
-    tree_map(lambda a: found.append(a) if isinstance(a, LinearLogits) else None, tree)
-    return found
-
-
 def computed(a: Any) -> Any:
     """A plain tensor at the same place of autograd's graph."""
     if not isinstance(a, Logits):
         return a
     with torch._C.DisableTorchFunctionSubclass():
-        return _ATEN.alias.default(a) if isinstance(a, LinearLogits) else a.as_subclass(Tensor)
+        return torch.ops.aten.alias.default(a)

@@ -46,6 +46,9 @@ WATCHES: set[Any] = {
     *(torch.autograd.grad, torch.autograd.backward),
 }
 
+# The steps that write.
+WRITES = (Tensor.mul_, Tensor.div_, Tensor.add_)
+
 # What the steps of a recipe are below autograd: one operation, or some of the last row's.
 _ONE = {
     "mul": "mul",
