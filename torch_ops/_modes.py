@@ -70,8 +70,8 @@ def is_direct(x: Tensor) -> bool:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x takes ops of ours: subclasses that dispatch, but for the compiler's own, know the framework's only."""
-    return not dispatches(x) or is_fake(x)
+    """Whether x takes ops of ours: subclasses, but for the compiler's own, may know the framework's only."""
+    return type(x) in (Tensor, torch.nn.Parameter) or is_fake(x)
 
 
 def dispatches(x: Tensor) -> bool:

@@ -264,8 +264,13 @@ def test_workspace_is_bounded(memory: Any) -> None:
 
 @rehearsed()
 def test_weight_gradient_is_as_good_in_many_chunks(device: str) -> None:
-    """bfloat16, 64 chunks beside one: products are summed unrounded by cuBLAS, which the CPU does not offer."""
+    """bfloat16, 64 chunks beside one: products are summed unrounded by cuBLAS, or in float32.
+
+    A CPU with a dot product for bfloat16 rounds each product once before it is summed: 1.17 there, and a sum kept in
+    bfloat16 would be 5.
+    """
     unrounded: Any = importlib.import_module("torch_ops._head.unrounded")
+    linear: Any = importlib.import_module("torch_ops._head.linear")
     x, w, t = _problem(device, torch.bfloat16, 4096, 32, 200)
     exact = [a.detach().double().requires_grad_() for a in (x, w)]
     truth = torch.autograd.grad(ops.linear_cross_entropy(*exact, t), exact)[1]
@@ -276,7 +281,8 @@ def test_weight_gradient_is_as_good_in_many_chunks(device: str) -> None:
         dw = torch.autograd.grad(ops.linear_cross_entropy(x, w, t, chunk_size=chunk), w)[0]
         errors.append(float((dw.double() - truth).norm() / truth.norm()))
     assert errors[0] < 4e-3
-    assert errors[1] < 1.05 * errors[0], errors
+    rounded = device == "cpu" and linear.formed_in(x, t) == torch.bfloat16
+    assert errors[1] < (1.3 if rounded else 1.05) * errors[0], errors
 
 
 @on_cuda

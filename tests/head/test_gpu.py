@@ -239,7 +239,7 @@ def test_a_devices_workspace_is_its_own(device: str, monkeypatch: pytest.MonkeyP
             torch.empty(1 << 18, 8, device=at),
             torch.empty(4096, dtype=torch.int64, device=at),
         )
-        assert {j - i for i, j in fast._Buffer(x[:2048], linear.Linear(w, None), t, None).spans} == {rows}
+        assert {j - i for i, j in fast.Buffer(x[:2048], linear.Linear(w, None), t, None).spans} == {rows}
         assert {j - i for i, j in lean.Slices(x, linear.Linear(w[: 1 << 15], None), t, None).spans} == {1 << 14}
 
 

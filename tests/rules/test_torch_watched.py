@@ -211,7 +211,7 @@ def alive() -> int:
     """Bytes of the tensors that Python knows."""
     found = {}
     for o in gc.get_objects():
-        if type(o) is Tensor:
+        if type(o) is Tensor and o.layout is torch.strided:
             found[o.untyped_storage().data_ptr()] = o.untyped_storage().nbytes()
     return sum(found.values())
 
