@@ -33,7 +33,8 @@ def draw(path: Path, errors: Sequence[Error], weights: Sequence[WeightError]) ->
     quantities = list(dict.fromkeys(e.quantity for e in whole))
     with palette.sizes():
         figure = palette.canvas(0.5 * len(quantities) + 6.2)
-        upper, lower = figure.subfigures(2, 1, height_ratios=(0.5 * len(quantities) + 1.6, 4.6))
+        heights = (0.5 * len(quantities) + 1.6, 4.6)
+        upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
         upper.suptitle(
             "error in ulp of the type: worst full, mean hollow, 0.001 and less at the edge; left is better",
             x=0.01,

@@ -44,7 +44,7 @@ HEAD_KEEP = torch.tensor([[True, False, True], [True, True, False]])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_head_against_the_reference(kind: str, memory: str, reduction: str, served: str) -> None:
+def test_head_against_the_reference(kind: str, memory: Any, reduction: str, served: str) -> None:
     token_weight = torch.linspace(0.5, 2.0, 6, dtype=torch.float64).reshape(2, 3)
     for chunk_size in (None, 2):
         for shift in (0, 1):
@@ -52,7 +52,7 @@ def test_head_against_the_reference(kind: str, memory: str, reduction: str, serv
             leaves = {
                 k: v.clone().requires_grad_(k in ("input", "linear_weight", "linear_bias")) for k, v in HEAD.items()
             }
-            more = {"token_weight": token_weight, "keep": HEAD_KEEP}
+            more: dict[str, Any] = {"token_weight": token_weight, "keep": HEAD_KEEP}
             value = torch_ops.linear_divergence(**leaves, **more, memory=memory, chunk_size=chunk_size, **options)
             arrays = {k: v.numpy() for k, v in {**HEAD, **more}.items()}
             np.testing.assert_allclose(value.detach(), reference.linear_divergence(**arrays, **options), rtol=1e-12)
@@ -96,7 +96,7 @@ def test_half_precision_heads(dtype: torch.dtype, memory: Any) -> None:
     """Gradients of a mean over 512 rows neither flush to 0 nor are rounded chunk by chunk."""
     g = torch.Generator().manual_seed(1)
     x, w, y, u = (torch.randn(*s, generator=g).to(dtype) for s in ((512, 8), (65, 8), (512, 4), (65, 4)))
-    x.requires_grad_(), w.requires_grad_()
+    _ = x.requires_grad_(), w.requires_grad_()
     value = torch_ops.linear_divergence(x, w, y, u, memory=memory, chunk_size=64)
     truth = composed(x.double() @ w.double().T, y.double() @ u.double().T, "forward_kl").mean()
     assert value.dtype == torch.float32
@@ -110,7 +110,7 @@ def test_half_precision_heads(dtype: torch.dtype, memory: Any) -> None:
 def test_no_array_of_all_logits(memory: Any) -> None:
     n, v, d = 64, 4096, 8
     x, w, y, u = (torch.randn(*s) for s in ((n, d), (v, d), (n, d), (v, d)))
-    x.requires_grad_(), w.requires_grad_()
+    _ = x.requires_grad_(), w.requires_grad_()
     with Alive(x, w, y, u) as alive:
         torch_ops.linear_divergence(x, w, y, u, memory=memory, chunk_size=4).backward()
     logits = n * v * 4
@@ -127,7 +127,8 @@ def test_compiled_and_exported() -> None:
 
     class Both(torch.nn.Module):
         def forward(self, x: Tensor, w: Tensor) -> Tensor:
-            head = torch_ops.linear_divergence(**{**arrays, "input": x, "linear_weight": w}, kind="jsd")
+            given: dict[str, Any] = {**arrays, "input": x, "linear_weight": w, "kind": "jsd"}
+            head = torch_ops.linear_divergence(**given)
             return head + torch_ops.divergence(x @ w.T, arrays["teacher_input"] @ arrays["teacher_weight"].T)
 
     eager, compiled = Both(), torch.compile(Both(), fullgraph=True)
