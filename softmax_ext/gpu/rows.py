@@ -350,12 +350,12 @@ def softmax_bwd_kernel(
         s, size, whole = of_row(s, LANES), of_row(size, LANES), of_row(whole, LANES)
         c, mean, whole = pivot(s, size, whole, top, at_top, F, ROUNDED)
         if tl.max(tl.max((c != 0.0).to(tl.int32), axis=1), axis=0) > 0:
-            s = nothing(ROWS, F, LANES)
+            rest = nothing(ROWS, F, LANES)  # of another shape than s now
             for begin in range(0, V, COLS):
                 at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
-                g = tl.load(dy + at, mask=mask, other=0.0).to(F) - c
-                s += total(dealt(tl.load(y + at, mask=mask, other=0.0).to(F) * g, LANES, VECTOR), LANES)
-            mean = of_row(s, LANES) / whole
+                h = tl.load(dy + at, mask=mask, other=0.0).to(F) - c
+                rest += total(dealt(tl.load(y + at, mask=mask, other=0.0).to(F) * h, LANES, VECTOR), LANES)
+            mean = of_row(rest, LANES) / whole
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
             g = tl.load(dy + at, mask=mask, other=0.0).to(F) - c

@@ -75,7 +75,8 @@ def test_what_was_kept_is_what_is_promised(tmp_path: Path) -> None:
         if call.endswith("_ops"):
             # softmax's gradient starts from an output that half precision rounded, float16 to multiples of 2^-24
             starts = {"float32": 2.5, "bfloat16": 1.6, "float16": 8.0}[dtype]
-            limit = starts if quantity.startswith("softmax gradient") else 2.0 if dtype == "float32" else 0.51
+            rounded = 0.51 if quantity in QUANTITIES[:4] else 0.75  # of the largest term, not of their sum
+            limit = starts if quantity.startswith("softmax gradient") else 2.0 if dtype == "float32" else rounded
             assert error.worst_ulp < limit
     ours = [e for e in weights if "ours" in e.call]
     assert {e.chunks for e in ours} == set(weight_error.CHUNKS)

@@ -57,7 +57,9 @@ def _as_one(name: str, loop: Callable[..., list[Tensor]], arrays: Sequence[Any])
     if not is_observed(*arrays):
         return loop
     if "torch.utils.flop_counter" in sys.modules:  # its import takes a quarter of PyTorch's own
-        from torch_ops._head import flops  # noqa: F401
+        from torch_ops._head import flops
+
+        flops.tell()
     return getattr(torch.ops.softmax_ext, name)
 
 

@@ -270,7 +270,17 @@ WIDE = 1 << 20
 ONE: Any = None  # no request: the width is the mutant's
 
 
+def test_log_softmax_of_a_confident_row() -> None:
+    """The gradient at a row's maximum by its own upstream: 1 - p, which is not formed from p."""
+    x, dy = torch.zeros(2, 100), torch.zeros(2, 100)
+    x[:, 7], dy[:, 7] = torch.tensor([25.0, 60.0]), 1.0
+    _, m, rest = ops.log_softmax_fwd(x, 1)
+    dx, others = ops.log_softmax_bwd(dy, x, m, rest, 1)[:, 7].double(), 99 * torch.exp(-x[:, 7].double())
+    torch.testing.assert_close(dx, others / (1 + others), rtol=1e-6, atol=0)
+
+
 CHECKS: dict[str, Callable[[], None]] = {
+    "sure": test_log_softmax_of_a_confident_row,
     "accuracy": lambda: test_ops.test_accuracy(FW, "float32", 100),
     "hard": lambda: _loss("hard weighted", 65, "all"),
     "soft": lambda: _loss("soft weighted", 65, "all"),
@@ -294,11 +304,11 @@ MUTANTS: dict[str, tuple[str, str, str, str, int]] = {
     "last block unread": ("rows", "range(0, V, COLS)", "range(0, V - COLS, COLS)", "accuracy", 32),
     "sum term dropped": ("rows", "total(a * g, 1)", "0.0", "accuracy", WIDE),
     "no pivot": ("rows", "tl.where(c == 0.0, mean, total(a * g, 1) / whole)", "mean - c", "accuracy", WIDE),
-    "no pivot in blocks": ("rows", "mean = of_row(s, LANES) / whole", "mean -= c", "accuracy", 32),
+    "no pivot in blocks": ("rows", "mean = of_row(rest, LANES) / whole", "mean -= c", "accuracy", 32),
     "pivot of another lane": ("rows", "tl.where(top == highest, at_top, none)", "at_top", "accuracy", 32),
     "upstream's sum dropped": ("rows", "over(-(others + own), top", "over(0.0 * m, top", "accuracy", WIDE),
-    "log_softmax's maximum as all": ("rows", "confident = rest < 1.0", "confident = rest < 0.0", "accuracy", WIDE),
-    "the same in blocks": ("rows", "confident = rest < 1.0", "confident = rest < 0.0", "accuracy", 32),
+    "log_softmax's maximum as all": ("rows", "confident = rest < 1.0", "confident = rest < 0.0", "sure", WIDE),
+    "the same in blocks": ("rows", "confident = rest < 1.0", "confident = rest < 0.0", "sure", 32),
     "1 + rest instead of log1p": ("arithmetic", "ratio(lost, u, F)", "0.0 * u", "accuracy", WIDE),
     "scale forgotten in the slope": ("arithmetic", "(1.0 + e)) * scale)", "(1.0 + e)))", "hard", WIDE),
     "soft cap's derivative missing": ("arithmetic", "return dz * (4.0 * e", "return dz + 0.0 * (4.0 * e", "hard", WIDE),
