@@ -6,7 +6,6 @@ Of a sweep over chunk sizes come the times that the default is set from.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from itertools import product
 from typing import Any
@@ -19,22 +18,20 @@ import torch_ops
 from benchmarks import torch_heads
 from benchmarks.check import WrongAnswer
 from benchmarks.gpu_clock import Call, take_turns, workspace_bytes
-from benchmarks.gpu_lines import OURS, Line, lines
+from benchmarks.gpu_lines import MATMULS, OURS, WRONG, Line, lines
 from benchmarks.gpu_rows import Settings
 from benchmarks.heads import BLOCK, HEAD_OPS, HeadCase
 from benchmarks.torch_heads import Inputs, Loss, gradients
 
 OP = "linear_cross_entropy"
-MATMULS = "three matmuls"
-LLAMA = ((4096, 4096, 128256), (32768, 4096, 128256))
-CASES = (
-    *(HeadCase(shape, "bfloat16") for shape in LLAMA),
-    HeadCase((8192, 2304, 256000), "bfloat16"),
-    HeadCase((2048, 1024, 32000), "float32"),
-)
+# Llama-3's head, Gemma-2 2B's, Qwen3.5's, and Llama-3's with more rows than a chunk has.
+SHAPES = ((8192, 4096, 128256), (8192, 2304, 256000), (16384, 2048, 248320), (32768, 4096, 128256))
+CASES = (*(HeadCase(shape, "bfloat16") for shape in SHAPES), HeadCase((2048, 1024, 32000), "float32"))
 # Rows (fast) and classes (lean) at a time; more than there are is left out, all there are is taken.
 SWEEP = {"fast": (512, 1024, 2048, 4096, 8192, 16384, 32768), "lean": (2048, 4096, 8192, 16384, 32768, 128256)}
-SWEPT = LLAMA
+SWEPT = SHAPES[:1]
+SAMPLES = 64
+SAMPLED = f"ours, grad_samples={SAMPLES}"
 LINEAR_MATMULS = {"fast": 3, "lean": 4}
 
 
@@ -65,17 +62,37 @@ class OnDevice(Inputs):
             answer = given.detach()
             if answer.shape != self.case.due(name):
                 raise WrongAnswer(f"an answer of shape {tuple(answer.shape)} where {self.case.due(name)} is due")
-            truth, allowed = self._judges[name, ours]
             found = answer[self._judged] if name == "d_linear_weight" else answer.reshape(-1, *answer.shape[1:])
-            for first, block in zip(range(0, len(found), BLOCK), found.split(BLOCK), strict=True):
-                lines = torch.arange(first, first + len(block), device=block.device) % len(truth)
-                # Not `any(off > allowed)`: a NaN is greater than nothing.
-                good = (block.double() - truth[lines]).abs() <= allowed[lines]
-                if not bool(good.all()):
-                    at = [int(i) for i in (~good).nonzero()[0]]
-                    where = [self.case.place(name, first + at[0]), *at[1:]]
-                    due = float(truth[lines][tuple(at)])
-                    raise WrongAnswer(f"{name}{where} is {float(block[tuple(at)]):.9g}, in truth {due:.9g}")
+            self._compare(name, found, *self._judges[name, ours])
+
+    def _compare(self, name: str, found: Tensor, truth: Tensor, allowed: Tensor) -> None:
+        for first, block in zip(range(0, len(found), BLOCK), found.split(BLOCK), strict=True):
+            lines = torch.arange(first, first + len(block), device=block.device) % len(truth)
+            # Not `any(off > allowed)`: a NaN is greater than nothing.
+            good = (block.double() - truth[lines]).abs() <= allowed[lines]
+            if not bool(good.all()):
+                at = [int(i) for i in (~good).nonzero()[0]]
+                where = [self.case.place(name, first + at[0]), *at[1:]]
+                due = float(truth[lines][tuple(at)])
+                raise WrongAnswer(f"{name}{where} is {float(block[tuple(at)]):.9g}, in truth {due:.9g}")
+
+    def check_sampled(self, call: Call) -> None:
+        """Raise WrongAnswer unless the loss is the truth's and the gradients are what K points a row can tell.
+
+        A row of dX is off by the points' noise, about 1 / sqrt(K) of it; the rows of dW sum to 0, as those of the
+        exact one do, since each row's dz does.
+        """
+        loss, dx, dw = (answer.detach() for answer in call())
+        self._compare("loss", loss.reshape(1), *self._judges["loss", True])
+        truth = self._judges["d_input", True][0]
+        truth = truth[torch.arange(len(dx), device=dx.device) % len(truth)]
+        off = float((dx.double() - truth).norm() / truth.norm())
+        if not off < 4 / SAMPLES**0.5:
+            raise WrongAnswer(f"d_input is off by {off:.3g} of its size")
+        size = sum(float(block.double().abs().sum()) for block in dw.split(BLOCK))
+        left = float(torch.stack([block.double().sum(0) for block in dw.split(BLOCK)]).sum(0).abs().sum())
+        if not left < 1e-2 * size:
+            raise WrongAnswer(f"d_linear_weight's rows sum to {left:.3g} where their entries do to {size:.3g}")
 
     @cached_property
     def _judged(self) -> Tensor:
@@ -90,22 +107,6 @@ class OnDevice(Inputs):
             both = (np.atleast_1d(value), np.atleast_1d(self.case.allowed(scale, ours=ours)))
             found[name, ours] = tuple(torch.from_numpy(v).to(self.target.device) for v in both)
         return found
-
-
-def sharing(cases: Sequence[HeadCase]) -> Iterator[HeadCase]:
-    """The cases; one that has the data of the one before it, but for the number of rows, does not make them again."""
-    before = None
-    for case in cases:
-        if before is not None and _but_for_rows(before) == _but_for_rows(case):
-            vars(case)["_distinct"] = before._distinct
-        if before is not None:
-            vars(before).pop("_distinct", None)  # gigabytes
-        before = case
-        yield case
-
-
-def _but_for_rows(case: HeadCase) -> tuple[object, ...]:
-    return *case.shape[1:], case.dtype, case.period
 
 
 def measure(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevice) -> list[Line]:
@@ -125,7 +126,7 @@ def measure(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDev
     memory = {name: workspace_bytes(call, settings.device) for name, call in calls.items()}
     calls[MATMULS] = on.limit()
     times = take_turns(calls, settings.device, seconds=settings.seconds)
-    work = {name: (4 if "lean" in name else 3) / 3 for name in calls}
+    work = {name: (4 if "lean" in name else 1 if name == SAMPLED else 3) / 3 for name in calls}
     chunks = {name: case.rows for name in calls if "one chunk" in name}
     cell = about | {"part": "heads", "op": OP, "dtype": case.dtype, "shape": str(case)}
     return lines(cell, times, ours=OURS, limit=MATMULS, work=work, chunks=chunks, memory=memory, remarks=remarks)
@@ -152,12 +153,17 @@ def sweep(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevic
 
 
 def judged(on: OnDevice, calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
-    """(our calls that fit the device, why others do not); WrongAnswer if one is wrong."""
+    """(our calls that fit the device and are right, why others do not or are not)."""
     fit, remarks = {}, {}
     for name, call in calls.items():
         try:
-            on.check(call, ours=True)
+            if name == SAMPLED:
+                on.check_sampled(call)
+            else:
+                on.check(call, ours=True)
             fit[name] = call
+        except WrongAnswer as error:
+            remarks[name] = f"{WRONG}: {error}"
         except torch.OutOfMemoryError as error:
             remarks[name] = _first_line(error)
             torch.cuda.empty_cache()
@@ -165,9 +171,14 @@ def judged(on: OnDevice, calls: dict[str, Call]) -> tuple[dict[str, Call], dict[
 
 
 def ours(rows: int) -> dict[str, Loss]:
-    """Ours, with the default chunk, all rows in one, and lean."""
+    """Ours, with the default chunk, all rows in one, lean, and with a sampled gradient."""
     head = torch_ops.linear_cross_entropy
-    return {OURS: head, "ours, one chunk": partial(head, chunk_size=rows), "ours, lean": partial(head, memory="lean")}
+    return {
+        OURS: head,
+        "ours, one chunk": partial(head, chunk_size=rows),
+        "ours, lean": partial(head, memory="lean"),
+        SAMPLED: partial(head, grad_samples=SAMPLES),
+    }
 
 
 def rivals(case: HeadCase, backend: str) -> dict[str, Loss]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from rich.table import Table
 from benchmarks import records
 from benchmarks.table import OURS
 
-__all__ = ["OURS", "Line", "keep", "lines", "show"]
+__all__ = ["COPY", "LIMITS", "MATMULS", "OURS", "WRONG", "Line", "keep", "lines", "show", "summary"]
+
+WRONG = "not timed, its answer is wrong"
+COPY, MATMULS = LIMITS = "copy", "three matmuls"
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Line:
 
     device: str
     framework: str
-    part: str  # rows, heads or chunks
+    part: str  # rows, heads, jax or chunks
     op: str
     dtype: str
     shape: str
@@ -76,6 +79,8 @@ def show(cell: Sequence[Line]) -> Table | str:
     first = cell[0]
     title = f"{first.part}: {first.op} {first.dtype} {first.shape}"
     if first.part == "rows":
+        if first.ratio is None:
+            return f"{title}: {escape(first.remark)}"
         ours, *rivals = (line for line in cell if line.ratio is not None)
         others = ", ".join(f"{line.call} {line.ratio}" for line in rivals)
         return f"{title}: {ours.milliseconds} ms, {ours.limits} of the limit's time; beside ours {others}"
@@ -93,6 +98,40 @@ def show(cell: Sequence[Line]) -> Table | str:
         chunk = "" if line.chunk is None else str(line.chunk)
         table.add_row(line.call, chunk, f"{line.milliseconds:.4g}", f"{line.ratio:.3f}", f"{line.limits:.3f}", size)
     return table
+
+
+def summary(found: Sequence[Line]) -> Table:
+    """A line for each cell but the sweeps': our calls, each beside the fastest of the others' whose answer is right."""
+    table = Table(title="ours", title_justify="left", header_style="", box=None)
+    for name in ("part", "op", "type", "shape", "call"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ms", "of the limit's speed", "MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("the fastest of the others")
+    for cell in _cells(line for line in found if line.part != "chunks"):
+        mine = [line for line in cell if line.call.startswith(OURS)]
+        others = [
+            line
+            for line in cell
+            if line.milliseconds and not line.remark and line.call not in LIMITS and line not in mine
+        ]
+        best = min(others, key=lambda line: line.milliseconds or 0.0, default=None)
+        for line in mine:
+            about = (line.part, line.op, line.dtype, line.shape, line.call)
+            if line.milliseconds is None or line.limits is None:
+                table.add_row(*about, "", "", "", escape(line.remark))
+                continue
+            size = "" if line.workspace_bytes is None else f"{line.workspace_bytes / 2**20:.0f}"
+            rival = f"{best.milliseconds:.4g} {best.call}" if best and line is mine[0] else ""
+            table.add_row(*about, f"{line.milliseconds:.4g}", f"{1 / line.limits:.3f}", size, rival)
+    return table
+
+
+def _cells(found: Iterable[Line]) -> list[list[Line]]:
+    by: dict[tuple[str, ...], list[Line]] = {}
+    for line in found:
+        by.setdefault(_cell(line), []).append(line)
+    return list(by.values())
 
 
 def _figures(

@@ -14,12 +14,18 @@ from torch import Tensor
 import torch_ops
 from benchmarks.check import WrongAnswer
 from benchmarks.gpu_clock import Call, take_turns, wait, workspace_bytes
-from benchmarks.gpu_lines import OURS, Line, lines
+from benchmarks.gpu_lines import COPY, OURS, WRONG, Line, lines
 
-CLASSES = (1024, 4096, 16384, 32000, 65536, 128256, 262144)
 DTYPES = ("bfloat16", "float32")
-ENTRIES = 1 << 28  # of the logits of a call: two of them outgrow any cache
-COPY = "copy"
+# (rows, classes) of calls whose two arrays of logits outgrow any cache: those told first, and the sweep over classes.
+TOLD = ((8192, 32000), (4096, 128256))
+SWEPT = ((262144, 1024), (65536, 4096), (16384, 16384), (4096, 65536), (1024, 262144))
+CASES = (
+    *((shape, "bfloat16") for shape in TOLD),
+    (TOLD[0], "float32"),
+    *((shape, "bfloat16") for shape in SWEPT),
+    *((shape, "float32") for shape in SWEPT),
+)
 FEW = 4  # rows that are judged entry by entry
 # An entry may be off by this of its scale.
 NEAR = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
@@ -35,30 +41,30 @@ class Settings:
     backend: str  # of torch.compile
 
 
-def measure(
-    about: dict[str, str], settings: Settings, dtypes: tuple[str, ...], classes: tuple[int, ...], entries: int
-) -> Iterator[list[Line]]:
-    """The lines of every op, type and number of classes, a cell at a time."""
-    for dtype, v in itertools.product(dtypes, classes):
-        rows, device = entries // v, settings.device
-        generator = torch.Generator(device).manual_seed(0)
-        empty = torch.empty(rows, v, device=device, dtype=getattr(torch, dtype))
-        inputs = [torch.empty_like(empty).normal_(0, 3, generator=generator).requires_grad_() for _ in "ab"]
-        up = torch.empty_like(empty).normal_(generator=generator)
-        target = torch.randint(v, (rows,), device=device, generator=generator)
-        for name, (ours, theirs, backward, passes) in _ops(target).items():
-            torch._dynamo.reset()
-            compiled = torch.compile(theirs, backend=settings.backend)
-            run = {OURS: ours, "eager": theirs, "compiled": compiled}
-            calls = {k: _whole(op, backward, inputs, up) for k, op in run.items()}
+def measure(about: dict[str, str], settings: Settings, shape: tuple[int, int], dtype: str) -> Iterator[list[Line]]:
+    """The lines of every op, one after the other."""
+    (rows, v), device = shape, settings.device
+    generator = torch.Generator(device).manual_seed(0)
+    empty = torch.empty(rows, v, device=device, dtype=getattr(torch, dtype))
+    inputs = [torch.empty_like(empty).normal_(0, 3, generator=generator).requires_grad_() for _ in "ab"]
+    up = torch.empty_like(empty).normal_(generator=generator)
+    target = torch.randint(v, (rows,), device=device, generator=generator)
+    for name, (ours, theirs, backward, passes) in _ops(target).items():
+        cell = about | {"part": "rows", "op": name, "dtype": dtype, "shape": f"{rows}x{v}"}
+        try:
             check(name, _once(ours, inputs[0], up, backward), *_truth(name, inputs[0], up, target))
-            calls[COPY] = partial(_copy, itertools.cycle([x.detach() for x in inputs]), empty)
-            times = take_turns(calls, device, seconds=settings.seconds, batch=4)
-            memory = {k: workspace_bytes(call, device) for k, call in calls.items() if k != COPY}
-            wait(device)
-            work = dict.fromkeys(run, passes / 2) | {COPY: 1.0}
-            cell = about | {"part": "rows", "op": name, "dtype": dtype, "shape": f"{rows}x{v}"}
-            yield lines(cell, times, ours=OURS, limit=COPY, work=work, memory=memory)
+        except WrongAnswer as error:
+            yield lines(cell, {}, ours=OURS, limit=COPY, work={}, remarks={OURS: f"{WRONG}: {error}"})
+            continue
+        torch._dynamo.reset()
+        run = {OURS: ours, "eager": theirs, "compiled": torch.compile(theirs, backend=settings.backend)}
+        calls = {k: _whole(op, backward, inputs, up) for k, op in run.items()}
+        calls[COPY] = partial(_copy, itertools.cycle([x.detach() for x in inputs]), empty)
+        times = take_turns(calls, device, seconds=settings.seconds, batch=4)
+        memory = {k: workspace_bytes(call, device) for k, call in calls.items() if k != COPY}
+        wait(device)
+        work = dict.fromkeys(run, passes / 2) | {COPY: 1.0}
+        yield lines(cell, times, ours=OURS, limit=COPY, work=work, memory=memory)
 
 
 def _ops(t: Tensor) -> dict[str, tuple[_Op, _Op, bool, int]]:
@@ -67,11 +73,11 @@ def _ops(t: Tensor) -> dict[str, tuple[_Op, _Op, bool, int]]:
     log_softmaxes: tuple[_Op, _Op] = (lambda x: torch_ops.log_softmax(x), lambda x: torch.log_softmax(x, -1))
     losses: tuple[_Op, _Op] = (lambda x: torch_ops.cross_entropy(x, t), lambda x: F.cross_entropy(x, t))
     return {
-        "softmax": (*softmaxes, False, 2),
-        "log_softmax": (*log_softmaxes, False, 2),
         "cross_entropy": (*losses, False, 1),
-        "softmax + backward": (*softmaxes, True, 5),
         "cross_entropy + backward": (*losses, True, 3),
+        "softmax": (*softmaxes, False, 2),
+        "softmax + backward": (*softmaxes, True, 5),
+        "log_softmax": (*log_softmaxes, False, 2),
     }
 
 

@@ -88,6 +88,15 @@ class HeadCase:
                 w[target[i]] = x[i] * (np.log(np.sum(np.exp(z))) / (x[i] @ x[i]))
         return rounded(x, self.dtype), rounded(w, self.dtype), target
 
+    def prepare(self) -> None:
+        """Make data and truth now: of a large head some ten seconds."""
+        _ = self._truths
+
+    def forget(self) -> None:
+        """Let them go: gigabytes."""
+        for name in ("_distinct", "_truths"):
+            vars(self).pop(name, None)
+
     def input(self) -> Array:
         """The inputs; float32 whatever the type, whose values they are."""
         return np.resize(self._distinct[0], self.shape[:2])

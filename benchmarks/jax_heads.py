@@ -72,13 +72,14 @@ def _head(on: Inputs) -> dict[str, Call]:
     return {name: call(loss, on) for name, loss in LOSSES.items()}
 
 
+def matmuls(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The three of a head and its gradients, bare."""
+    z = x @ w.T
+    return z @ w, z.T @ x
+
+
 def limit(on: Inputs) -> Call:
     """The yardstick: the three matmuls alone."""
-
-    def matmuls(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = x @ w.T
-        return z @ w, z.T @ x
-
     program = jax.jit(matmuls)
     return Call(lambda: jax.block_until_ready(program(on.input, on.linear_weight)))
 

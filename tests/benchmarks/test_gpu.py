@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from benchmarks import gpu, gpu_clock, gpu_heads, gpu_lines, gpu_rows, records
 from benchmarks.check import WrongAnswer
 from benchmarks.heads import HeadCase
 
-SMALL = ["--device", "cpu", "--backend", "eager", "--seconds", "0", "--classes", "30", "--entries", "120"]
+SMALL = ["--device", "cpu", "--backend", "eager", "--seconds", "0", "--rows", "4x30"]
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +26,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # waking the others costs more than these calls
     yield
     torch.set_num_threads(before)
+
+
+ROWS = ("ours", "eager", "compiled", "copy")
+
+
+def _key(line: gpu_lines.Line) -> tuple[str, ...]:
+    return line.part, line.op, line.dtype, line.shape, line.call
 
 
 def _run(folder: Path, *given: str) -> tuple[int, list[gpu_lines.Line]]:
@@ -37,31 +45,37 @@ def test_a_rehearsal_writes_every_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_heads, "LIBRARIES", {"nobody's": ("no_such_module", "loss", {})})
-    status, found = _run(tmp_path, "--heads", "6x5@40", "5x5@40", "--dtypes", "bfloat16")
+    status, found = _run(tmp_path, "--heads", "6x5@40", "5x5@40")
     assert status == 0
-    keys = {(line.part, line.op, line.shape, line.call) for line in found}
+    keys = set(map(_key, found))
     assert len(keys) == len(found)
+    assert {line.shape for line in found if line.part == "jax"} == {"6x5@40"}
     for op in ("softmax", "log_softmax", "cross_entropy", "softmax + backward", "cross_entropy + backward"):
-        assert {("rows", op, "4x30", call) for call in ("ours", "eager", "compiled", "copy")} <= keys
+        assert {("rows", op, dtype, "4x30", call) for dtype in gpu_rows.DTYPES for call in ROWS} <= keys
     for shape, rows in (("6x5@40", 6), ("5x5@40", 5)):
         calls = {line.call: line for line in found if (line.part, line.shape) == ("heads", shape)}
         built_in = "F.linear + F.cross_entropy"
-        assert {"ours", "ours, one chunk", "ours, lean", built_in, f"{built_in}, compiled", "nobody's"} < set(calls)
+        mine = {"ours", "ours, one chunk", "ours, lean", gpu_heads.SAMPLED}
+        assert mine | {built_in, f"{built_in}, compiled", "nobody's"} < set(calls)
         assert any(name.startswith("F.linear_cross_entropy") for name in calls)
         assert calls["ours"].ratio == calls["three matmuls"].limits == 1
         assert calls["ours, one chunk"].chunk == rows
         assert calls["nobody's"].remark.startswith("ModuleNotFoundError")
         assert calls["nobody's"].milliseconds is None
+        if shape != "6x5@40":
+            continue  # the first head's alone
         swept = {(line.call, line.chunk) for line in found if (line.part, line.shape) == ("chunks", shape)}
         every = {("fast, default", None), (f"fast, {rows}", rows), ("lean, default", None), ("lean, 40", 40)}
         assert swept == every | {("three matmuls", None)}
     for line in found:
         assert line.remark or (line.milliseconds and line.milliseconds > 0 and line.rounds >= 4), line
-        assert line.workspace_bytes is None  # nobody counts here
+        assert line.part == "jax" or line.workspace_bytes is None  # nobody counts here
     printed = capsys.readouterr().out
     assert "no_such_module" in printed
-    again = _run(tmp_path, "--part", "rows", "--dtypes", "bfloat16")[1]
-    assert {(line.part, line.op, line.shape, line.call) for line in again} == keys, "a part measured anew keeps others"
+    table = printed.split("\nours ")[-1]
+    assert all(f" {shape} " in table for shape in ("4x30", "6x5@40", "5x5@40")), "the table comes last"
+    again = _run(tmp_path, "--part", "rows")[1]
+    assert set(map(_key, again)) == keys, "a part measured anew keeps others"
 
 
 def test_work_is_counted_in_matmuls_and_copies() -> None:
@@ -82,7 +96,41 @@ def test_a_wrong_head_is_not_timed(part: str, tmp_path: Path, monkeypatch: pytes
         return value, dx, dw.roll(1, 0)
 
     monkeypatch.setattr(gpu_heads, "gradients", wrong)
-    assert _run(tmp_path, "--part", part, "--heads", "6x5@40") == (1, [])
+    status, found = _run(tmp_path, "--part", part, "--heads", "6x5@40")
+    assert status == 1
+    wrong_ones = [line for line in found if line.remark.startswith(gpu_lines.WRONG)]
+    assert len(wrong_ones) >= 3
+    assert all(line.milliseconds is None for line in wrong_ones)
+
+
+def test_a_cell_that_fails_is_told_and_the_next_one_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> list[gpu_lines.Line]:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_heads, "measure", broken)
+    status, found = _run(tmp_path, "--part", "heads", "chunks", "--heads", "6x5@40")
+    assert status == 1
+    assert {line.part for line in found} == {"chunks"}
+    printed = capsys.readouterr().out
+    assert "RuntimeError: no kernel image" in printed
+    assert "failed: head 6x5@40" in printed
+
+
+def test_no_cell_is_begun_when_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(tmp_path, "--part", "rows", "--minutes", "0") == (0, [])
+    assert "left out" in capsys.readouterr().out
+
+
+def test_a_sampled_gradient_is_judged() -> None:
+    on = gpu_heads.OnDevice(HeadCase((64, 8, 300), "bfloat16"), "cpu")
+    right = on.call(partial(gpu_heads.torch_ops.linear_cross_entropy, grad_samples=gpu_heads.SAMPLES))()
+    on.check_sampled(lambda: right)
+    loss, dx, dw = (answer.detach() for answer in right)
+    for wrong in ((loss * 1.02, dx, dw), (loss, dx.roll(1, 0), dw), (loss, dx * torch.nan, dw), (loss, dx, dw.abs())):
+        with pytest.raises(WrongAnswer):
+            on.check_sampled(lambda wrong=wrong: wrong)
 
 
 def test_every_answer_is_judged_where_it_lies() -> None:
@@ -143,9 +191,9 @@ def test_a_rivals_wrong_answer_stands_in_its_line(tmp_path: Path, monkeypatch: p
 def test_a_wrong_row_is_refused(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(gpu_rows.torch_ops, op)
     monkeypatch.setattr(gpu_rows.torch_ops, op, lambda *args: right(*args) * 1.05)
-    status, found = _run(tmp_path, "--part", "rows", "--dtypes", "float32")
+    status, found = _run(tmp_path, "--part", "rows")
     assert status == 1
-    assert op not in {line.op for line in found}
+    assert {line.call for line in found if line.op == op} == {"ours"}, "with the reason alone"
 
 
 def test_a_wrong_backward_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,18 +203,18 @@ def test_a_wrong_backward_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return right(x.detach()) + (x - x.detach())  # the right values with the gradient of the identity
 
     monkeypatch.setattr(gpu_rows.torch_ops, "softmax", wrong)
-    status, found = _run(tmp_path, "--part", "rows", "--dtypes", "bfloat16")
+    status, found = _run(tmp_path, "--part", "rows")
     assert status == 1
-    assert "softmax" in {line.op for line in found}
-    assert "softmax + backward" not in {line.op for line in found}
+    assert {line.call for line in found if line.op == "softmax"} == set(ROWS)
+    assert {line.call for line in found if line.op == "softmax + backward"} == {"ours"}, "with the reason alone"
 
 
-def test_data_is_made_once_for_heads_that_differ_in_rows() -> None:
-    given = [HeadCase((n, 5, 2**20), "bfloat16") for n in (9, 8)] + [HeadCase((9, 6, 2**20), "bfloat16")]
-    first, second, third = (vars(case).get("_distinct") for case in gpu_heads.sharing(given) if case._distinct)
-    assert first is second
-    assert second is not third
-    assert "_distinct" not in vars(given[0])
+def test_data_of_a_head_is_made_and_let_go() -> None:
+    case = HeadCase((9, 5, 2**10), "bfloat16")
+    case.prepare()
+    assert {"_distinct", "_truths"} <= vars(case).keys()
+    case.forget()
+    assert not {"_distinct", "_truths"} & vars(case).keys()
 
 
 def test_calls_take_turns() -> None:
