@@ -50,11 +50,12 @@ def outputs_mapped(fn: Function, axis: Any, dims: Sequence[int | None], args: Se
 
 
 def when_alone(pieces: Function, whole: Function, *arrays: jax.Array) -> jax.Array:
-    """whole(*arrays), computed as pieces(*arrays) where each device holds all of the arrays it works on.
+    """whole(*arrays), computed as pieces(*arrays) on a CPU where each device holds all of the arrays it works on.
 
     Cutting an array that XLA has spread over devices, inside of a loop, gathers it on each of them; which arrays it
-    spreads is only known when a program is lowered. Both are functions of a module, not closures; derivatives are
-    those of `whole`.
+    spreads is only known when a program is lowered. Pieces are as large as a CPU's cache: on an H100 those of
+    Llama-3's head are thousands of small matmuls, and five times the time. Both are functions of a module, not
+    closures; derivatives are those of `whole`.
     """
     return _either.bind(*arrays, pieces=pieces, whole=whole)
 
@@ -114,7 +115,8 @@ def _batch(mapping: Any, args: Any, dims: Any, *, pieces: Function, whole: Funct
 
 
 def _lower(ctx: Any, *values: Any, pieces: Function, whole: Function) -> Any:
-    return mlir.lower_fun(as_typed(pieces if alone(ctx) else whole), multiple_results=False)(ctx, *values)
+    cut = tuple(ctx.module_context.platforms) == ("cpu",) and alone(ctx)
+    return mlir.lower_fun(as_typed(pieces if cut else whole), multiple_results=False)(ctx, *values)
 
 
 def compiled(primitive: Primitive, *names: str) -> Function:

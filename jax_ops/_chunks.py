@@ -112,12 +112,18 @@ def _half(x: Array, start: Array, size: int, axis: int) -> Array:
     """lax.dynamic_slice_in_dim of half-precision numbers.
 
     XLA's CPU backend (jaxlib 0.10.2) slices bfloat16 by way of float32, and of all of x once before a loop: a copy
-    twice as large. What stands in a conditional, here of a condition that always holds, it leaves there.
+    twice as large. What stands in a conditional, here of a condition that always holds, it leaves there. Elsewhere it
+    is a slice: on a GPU a conditional waits for the host.
     """
     shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-    return lax.cond(
-        start >= 0, lambda: lax.dynamic_slice_in_dim(x, start, size, axis), lambda: jnp.zeros_like(x, shape=shape)
-    )
+
+    def sliced(x: Array, start: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+    def hidden(x: Array, start: Array) -> Array:
+        return lax.cond(start >= 0, lambda: sliced(x, start), lambda: jnp.zeros_like(x, shape=shape))
+
+    return lax.platform_dependent(x, start, cpu=hidden, default=sliced)
 
 
 @_half.defjvp

@@ -24,7 +24,9 @@ from jax_ops._shards import Shard, shard_of
 from jax_ops._targets import canonical
 from softmax_ext import contract
 
-WORKSPACE = 2**28  # bytes of logits that exist at a time, where chunk_size is None
+# Bytes of logits that exist at a time, where chunk_size is None; where memory="fast" goes by rows beside a GPU or TPU
+# each chunk reads and writes the float32 dW once, and longer ones do so less often.
+WORKSPACE, WORKSPACE_ON_DEVICE = 2**28, 2**30
 
 
 @overload
@@ -116,7 +118,8 @@ def linear_cross_entropy(
         stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
         shift: k >= 0; the loss of input[..., :-k, :] and target[..., k:], token_weight likewise.
         memory: "fast" works by chunks of the rows, "lean" by slices of the classes, and keeps less.
-        chunk_size: rows (fast) or classes (lean) at a time, at most; None picks what 256 MiB hold of logits.
+        chunk_size: rows (fast) or classes (lean) at a time, at most; None picks what 256 MiB hold of logits
+            (fast where JAX's default backend is no CPU: 1 GiB).
         axis_name: inside `jax.shard_map`, the mesh axis (or axes) whose devices have an equal part of the classes
             each, in their order: of linear_weight, linear_bias, soft targets and weight. Class indices count all
             of the classes; the input's rows, losses and statistics are the same on every device.
@@ -203,7 +206,8 @@ def _loss(
     limits = jnp.finfo(kind)
     scale, cap = options.fitted(float(limits.tiny), float(limits.max))
     size, others = (x.shape[0], classes) if memory == "fast" else (classes, x.shape[0])
-    fits = WORKSPACE // max(kind.itemsize * others * positions, 1) if isinstance(others, int) else 4096
+    room = WORKSPACE_ON_DEVICE if memory == "fast" and jax.default_backend() != "cpu" else WORKSPACE
+    fits = room // max(kind.itemsize * others * positions, 1) if isinstance(others, int) else 4096
     chunks = cut(size, int(chunk_size or fits), strided=memory == "fast", blocks=blocks if memory == "fast" else 1)
     given = {"cut": chunks, "shard": shard, "scale": scale, "softcap": cap}
 

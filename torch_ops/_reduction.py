@@ -24,6 +24,7 @@ class Coefficients(NamedTuple):
     square: Tensor | float | None
     share: Tensor  # the row's part of the mean's denominator
     kept: Tensor  # whether the row counts at all
+    count: int | None = None  # of the rows, where it is known that each has a share of 1
 
 
 def coefficients(
@@ -65,6 +66,7 @@ def coefficients(
         square=tokens * options.z_loss if options.z_loss > 0.0 else None,
         share=share,
         kept=kept,
+        count=ones.numel() if soft and token_weight is None else None,
     )
 
 
@@ -93,6 +95,8 @@ def reduce(total: Tensor, by: Coefficients, options: LossOptions) -> Tensor:
     """The sum or mean from the summed loss."""
     if options.reduction == "sum":
         return total
+    if type(by.count) is int and by.count > 0:
+        return total / by.count  # a sum of ones is more than work: the compiler of PyTorch 2.11 fails on it on a GPU
     # The denominator is exchanged before dividing, not the quotient after: a gradient through an unused 0/0
     # would be NaN.
     count, zero = by.share.sum(), options.on_all_ignored == "zero"

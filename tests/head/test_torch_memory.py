@@ -211,13 +211,17 @@ def test_chunk_that_fits_the_workspace() -> None:
     for classes, itemsize in ((49152, 4), (256000, 2), (10, 4), (1 << 30, 4)):
         rows = chunks.that_fit(None, classes, itemsize)
         assert rows == 1 or rows * classes * itemsize <= chunks.WORKSPACE < (rows + 1) * classes * itemsize
-    for n, size in product((0, 1, 5, 17, 100), (1, 3, 17, 1000)):
+    for n, size in product((0, 1, 5, 17, 100, 1000, 128256), (1, 3, 17, 64, 65, 100, 1000, 4063)):
         pieces = chunks.spans(n, size)
         assert [i for i, _ in pieces[1:]] == [j for _, j in pieces[:-1]]
         assert (pieces[0][0], pieces[-1][1]) == (0, n)
         sizes = {j - i for i, j in pieces}
         assert max(sizes) <= size
-        assert max(sizes) - min(sizes) <= 1
+        if size < chunks.TILE or n <= size:
+            assert max(sizes) - min(sizes) <= 1
+        else:  # a matmul of half precision is fast where its rows begin at 16 bytes
+            assert all(i % chunks.TILE == 0 for i, _ in pieces)
+            assert len(pieces) <= -(-n // (size // chunks.TILE * chunks.TILE))
 
 
 def test_scaling_by_pieces_rounds_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,7 @@ def _coefficients(
     w = weight.to(ones.dtype)
     own = w[at.clamp(min=0).unsqueeze(0)].squeeze(0) if here.count else w.sum().expand(at.shape)
     of_row = summed(own.where(inside, 0.0), here.group)
-    return by._replace(nll=None if by.nll is None else by.nll * of_row, share=by.share * of_row)
+    return by._replace(nll=None if by.nll is None else by.nll * of_row, share=by.share * of_row, count=None)
 
 
 def _reduce(place: Place, loss: Tensor, by: Coefficients, options: LossOptions) -> Tensor:
@@ -182,7 +182,7 @@ def _reduce(place: Place, loss: Tensor, by: Coefficients, options: LossOptions) 
         kept = by.kept.any().to(loss.dtype)
         for group in place.row_groups:
             kept = maximum(kept, group)
-        by = by._replace(share=summed(by.share.sum(), *place.row_groups), kept=kept > 0)
+        by = by._replace(share=summed(by.share.sum(), *place.row_groups), kept=kept > 0, count=None)
     return reduce(loss, by, options)
 
 
