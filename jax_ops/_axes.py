@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ops._arrays import describe, unwrap
+from jax_ops._arguments import describe, unwrap
 from softmax_ext import contract
 
 Axis = int | Sequence[int] | None

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_ops._rows import IGNORED, INVALID, is_soft
-from jax_ops._shards import Shard
+from jax_ops._parallel.shard import Shard
+from jax_ops._rows.dispatch import IGNORED, INVALID, is_soft
 from softmax_ext.contract import LossOptions
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ops
-from jax_ops import _native as native
+from jax_ops._rows import native
 
 
 def version() -> str:

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_ops import _rows as rows
-from jax_ops import _sharded_rows
-from jax_ops._alone import as_typed
-from jax_ops._arrays import describe, same_axes, unwrap_all
-from jax_ops._autodiff import analytic
-from jax_ops._mesh import as_rows, lies_otherwise, spread_of, under_auto_axes
+from jax_ops._arguments import describe, same_axes, unwrap_all
+from jax_ops._lowering import as_typed
+from jax_ops._parallel import logits as sharded
+from jax_ops._parallel.mesh import as_rows, lies_otherwise, spread_of, under_auto_axes
+from jax_ops._parallel.shard import Shard, shard_of
 from jax_ops._reduction import as_asked, coefficients, combine, reduce, statistics
-from jax_ops._shards import Shard, shard_of
-from jax_ops._targets import canonical
+from jax_ops._rows import dispatch as rows
+from jax_ops._rows.targets import canonical
+from jax_ops._rules.autodiff import analytic
 from softmax_ext import contract
 
 
@@ -204,7 +204,7 @@ def row(
         weight = weight.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if shard is not None and shard.names:
         layout: dict[str, Any] = {"axis": axis, "scale": scale, "softcap": softcap}
-        out = _sharded_rows.per_row(logits, target, weight, shard=shard, **layout, names=names)
+        out = sharded.per_row(logits, target, weight, shard=shard, **layout, names=names)
     else:
         target = as_rows(target, logits, axis)
         out = _row(axis, scale, softcap, names)(*same_axes(logits, target, weight))

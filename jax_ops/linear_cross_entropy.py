@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_ops import _linear_rows, _linear_slices, _linear_sum
-from jax_ops._alone import as_typed
-from jax_ops._arrays import describe, unwrap_all
-from jax_ops._chunks import cut
-from jax_ops._linear import wide
-from jax_ops._mesh import spread_of, under_auto_axes
+from jax_ops._arguments import describe, unwrap_all
+from jax_ops._head import fast, lean
+from jax_ops._head import sum as sum_
+from jax_ops._head.chunks import cut
+from jax_ops._head.linear import wide
+from jax_ops._lowering import as_typed
+from jax_ops._parallel.mesh import spread_of, under_auto_axes
+from jax_ops._parallel.shard import Shard, shard_of
 from jax_ops._reduction import as_asked, coefficients, combine, reduce, statistics
-from jax_ops._rows import IGNORED, is_soft
-from jax_ops._shards import Shard, shard_of
-from jax_ops._targets import canonical
+from jax_ops._rows.dispatch import IGNORED, is_soft
+from jax_ops._rows.targets import canonical
 from softmax_ext import contract
 
 # Bytes of logits that exist at a time, where chunk_size is None; where memory="fast" goes by rows beside a GPU or TPU
@@ -217,10 +218,10 @@ def _loss(
     over = partial(_over_positions, bool(inner), 1 if not soft else 2)
     if options.reduction != "none" and not stats and memory == "fast":
         vectors = [None if c is None else jnp.broadcast_to(c, flat).astype(kind) for c in by[:3]]
-        total = over(partial(_linear_sum.total, **given), x, w, b, t, mixed, *vectors)
+        total = over(partial(sum_.total, **given), x, w, b, t, mixed, *vectors)
         return reduce(total.sum(), by, options)
 
-    module: Any = _linear_rows if memory == "fast" else _linear_slices
+    module: Any = fast if memory == "fast" else lean
     wanted = {
         "nll": by.nll is not None or "logprob" in stats,
         "lse": options.z_loss > 0.0 or "lse" in stats,

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_ops._alone import as_typed
-from jax_ops._arrays import describe, unwrap
+from jax_ops._arguments import describe, unwrap
 from jax_ops._axes import Axis, as_one, broadcast, dimensions, leave_out, mask_of
-from jax_ops._targets import canonical
+from jax_ops._lowering import as_typed
+from jax_ops._rows.targets import canonical
 from jax_ops.cross_entropy import row
 from softmax_ext import contract
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_ops import _rows as rows
-from jax_ops._arrays import describe, unwrap
-from jax_ops._autodiff import analytic
+from jax_ops._arguments import describe, unwrap
 from jax_ops._axes import Axis, as_before, as_one, dimensions, leave_out, mask_of
+from jax_ops._rows import dispatch as rows
+from jax_ops._rules.autodiff import analytic
 from softmax_ext import contract
 
 

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import tests.rows.gpu.interpreter  # noqa: F401  # before anything imports Triton
 
 DOORS = {"torch": "torch_ops", "jax": "jax_ops"}
-NATIVE = {"torch": "torch_ops._rows.native", "jax": "jax_ops._native"}
+NATIVE = {"torch": "torch_ops._rows.native", "jax": "jax_ops._rows.native"}
 ABSENT = [name for name in DOORS if find_spec(name) is None]
 
 

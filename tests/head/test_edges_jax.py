@@ -12,7 +12,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax import export  # noqa: E402
 
 import jax_ops  # noqa: E402
-from jax_ops import _linear as linear  # noqa: E402
+from jax_ops._head import linear  # noqa: E402
 
 MODES = pytest.mark.parametrize("memory", ["fast", "lean"])
 head: Any = jax_ops.linear_cross_entropy

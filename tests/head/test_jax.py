@@ -17,7 +17,7 @@ optax = pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 
 import jax_ops  # noqa: E402
-from jax_ops import _chunks  # noqa: E402
+from jax_ops._head import chunks  # noqa: E402
 from softmax_ext import reference  # noqa: E402
 from tests.head.jax_arrays import IN, MODES, STATS, TARGET, TRANSFORMS, D, N, V, _head, _same, _total  # noqa: E402
 from tests.judging.quick import FLAGS, QUICK  # noqa: E402
@@ -185,7 +185,7 @@ def test_chunks_cover_everything_once() -> None:
     for size in range(9):
         for largest in range(1, 10):
             for strided in (False, True):
-                cut = _chunks.cut(size, largest, strided=strided)
+                cut = chunks.cut(size, largest, strided=strided)
                 x = jnp.arange(size)
                 out = cut.loop(lambda c, p, cut=cut, x=x: cut.put(c, cut.take(c, p) + 1 + cut.take(x, p), p), x * 0)
                 np.testing.assert_array_equal(out, np.arange(size) + 1)
@@ -194,9 +194,9 @@ def test_chunks_cover_everything_once() -> None:
     sizes = {(7, 30): (28, 1), (6, 14): (12, 2), (6, 3): (4, 6), (7, 12): (12, 3)}
     for (own, largest), (each, count) in sizes.items():
         strided = each * count == 4 * own
-        assert _chunks.cut(4 * own, largest, strided=True, blocks=4) == _chunks.Cut(4 * own, each, count, strided)
-    assert _chunks.cut(2048, 1000).each == 512
-    assert _chunks.cut(7, 3) == _chunks.Cut(7, 3, 3)
+        assert chunks.cut(4 * own, largest, strided=True, blocks=4) == chunks.Cut(4 * own, each, count, strided)
+    assert chunks.cut(2048, 1000).each == 512
+    assert chunks.cut(7, 3) == chunks.Cut(7, 3, 3)
 
 
 SHARDED = """
@@ -207,7 +207,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import jax_ops
 
 assert jax.device_count() == 8
-jax_ops._linear._TILE = 2000  # of rows and classes several pieces, as at real sizes
+jax_ops._head.linear._TILE = 2000  # of rows and classes several pieces, as at real sizes
 r = np.random.default_rng(0)
 n, d, v = 64, 8, 24
 x, w, b = (jnp.asarray(r.normal(size=s), jnp.float32) for s in ((n, d), (v, d), (v,)))

@@ -12,7 +12,7 @@ optax = pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 
 import jax_ops  # noqa: E402
-from jax_ops import _native as native  # noqa: E402
+from jax_ops._rows import native  # noqa: E402
 from tests.head.jax_arrays import IN, MODES, TARGET, D, N, V, _head, _total  # noqa: E402
 from tests.judging.quick import QUICK  # noqa: E402
 

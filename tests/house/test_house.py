@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import jax_ops
-import jax_ops._rows
+import jax_ops._rows.dispatch
 import torch_ops
 import torch_ops._rows.dispatch
 from softmax_ext import __main__ as report
@@ -106,12 +106,12 @@ def _functions(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("torchs", "jaxs"),
     [
-        ("_rows/plain.py", "_plain.py"),
-        ("_rows/dispatch.py", "_rows.py"),
+        ("_rows/plain.py", "_rows/plain.py"),
+        ("_rows/dispatch.py", "_rows/dispatch.py"),
         ("softmax.py", "softmax.py"),
         ("cross_entropy.py", "cross_entropy.py"),
         ("_reduction.py", "_reduction.py"),
-        ("_rows/targets.py", "_targets.py"),
+        ("_rows/targets.py", "_rows/targets.py"),
     ],
 )
 def test_twins_have_the_same_functions_in_the_same_order(torchs: str, jaxs: str) -> None:
@@ -133,7 +133,7 @@ def test_one_table_of_row_functions(row: str) -> None:
     """Same name and argument order on both sides; `dim` is `axis`, `out` is PyTorch's."""
     names = [
         [p.replace("axis", "dim") for p in inspect.signature(getattr(rows, row)).parameters if p != "out"]
-        for rows in (torch_ops._rows.dispatch, jax_ops._rows)
+        for rows in (torch_ops._rows.dispatch, jax_ops._rows.dispatch)
     ]
     assert names[0] == names[1]
 
@@ -289,7 +289,7 @@ class TestReport:
         assert "check holds" in out
         assert f"{torch.get_num_threads()} threads of PyTorch's pool" in out
         assert re.search(r"\d+ threads of XLA's pool", out)
-        for name in ("torch_ops._rows.native", "jax_ops._native"):
+        for name in ("torch_ops._rows.native", "jax_ops._rows.native"):
             native = importlib.import_module(name)
             assert native.missing or f"{native.instruction_set()} kernels" in out
 

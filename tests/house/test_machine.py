@@ -135,7 +135,7 @@ def test_half_types_are_the_operands_where_fast(flags: set[str]) -> None:
     import jax
     import jax.numpy as jnp
 
-    linear = importlib.import_module("jax_ops._linear")
+    linear = importlib.import_module("jax_ops._head.linear")
     x, w = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((6, 8), jnp.bfloat16)
     for f, args, own in (
         (linear._half_logits_pieces, (x, w), bool(flags)),

@@ -98,7 +98,7 @@ class Jax:
 
     def __init__(self) -> None:
         self.ops = importlib.import_module("jax_ops")
-        self.rows = importlib.import_module("jax_ops._rows")
+        self.rows = importlib.import_module("jax_ops._rows.dispatch")
         self.jax = importlib.import_module("jax")
 
     def bits(self, dtype: str) -> Any:

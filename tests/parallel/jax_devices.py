@@ -318,7 +318,7 @@ def half_precision(mesh: Any) -> None:
 
 def plain_jit(mesh: Any) -> None:
     """No axis_name, no shard_map: the arrays alone are sharded, and XLA does the rest."""
-    jax_ops._linear._TILE = 2000  # pyright: ignore  # of rows and classes several pieces, as at real sizes
+    jax_ops._head.linear._TILE = 2000  # pyright: ignore  # of rows and classes several pieces, as at real sizes
     n, d, v = 64, 16, 48
     x, w, b = (jnp.asarray(R.normal(size=s), jnp.float32) for s in ((n, d), (v, d), (v,)))
     t = jnp.asarray(R.integers(v, size=n)).at[3].set(-100)

@@ -25,10 +25,8 @@ from jax import export  # noqa: E402
 from jax.ad_checkpoint import print_saved_residuals  # noqa: E402
 
 import jax_ops  # noqa: E402
-from jax_ops import _autodiff as autodiff  # noqa: E402
-from jax_ops import _native as native  # noqa: E402
-from jax_ops import _plain as plain  # noqa: E402
-from jax_ops import _primitive as primitive  # noqa: E402
+from jax_ops._rows import native, plain, primitive  # noqa: E402
+from jax_ops._rules import autodiff  # noqa: E402
 
 R = np.random.default_rng(0)
 N, V, D = 4, 7, 5
@@ -95,7 +93,7 @@ def test_strictest_settings_change_nothing(op: str, kind: str) -> None:
 
 def test_saboteur_of_strictness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and biases of our own are of fewer dimensions than what they are added to."""
-    from jax_ops import _linear as linear
+    from jax_ops._head import linear
 
     x, b = jnp.ones((2, 3)), jnp.ones(3)
     with jax.numpy_rank_promotion("raise"):
@@ -287,9 +285,9 @@ def test_one_row_of_logits_for_many_targets_is_not_copied() -> None:
 
 def test_saboteur_of_shared_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results said to differ by example that do not: all that is computed from them is as large as the targets."""
-    from jax_ops import _alone as alone
+    from jax_ops import _lowering as lowering
 
-    every = lambda fn, axis, dims, args: [0] * len(alone.outputs_mapped(fn, axis, dims, args))  # noqa: E731
+    every = lambda fn, axis, dims, args: [0] * len(lowering.outputs_mapped(fn, axis, dims, args))  # noqa: E731
     monkeypatch.setattr(autodiff, "outputs_mapped", every)
     monkeypatch.setattr(primitive, "outputs_mapped", every)
     many, classes = 500, 1023

@@ -18,7 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax import Array, export  # noqa: E402
 
 import jax_ops  # noqa: E402
-from jax_ops._autodiff import analytic  # noqa: E402
+from jax_ops._rules.autodiff import analytic  # noqa: E402
 from tests.judging.quick import FLAGS, QUICK  # noqa: E402
 from tests.rules.jax_arrays import CAP, IN, TARGET, S, V, Z, _same  # noqa: E402
 

@@ -10,7 +10,7 @@ import pytest
 jax = pytest.importorskip("jax")
 
 import jax_ops  # noqa: E402
-from jax_ops import _native as native  # noqa: E402
+from jax_ops._rows import native  # noqa: E402
 
 N, D, V = 6, 4, 300
 OPTIONS: dict[str, Any] = {"label_smoothing": 0.2, "softcap": 3.0, "z_loss": 0.1}

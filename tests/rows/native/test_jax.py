@@ -19,9 +19,8 @@ import jax.numpy as jnp  # noqa: E402
 from jax import export  # noqa: E402
 
 import jax_ops  # noqa: E402
-from jax_ops import _native as native  # noqa: E402
-from jax_ops import _plain as plain  # noqa: E402
-from jax_ops import _rows as rows  # noqa: E402
+from jax_ops._rows import dispatch as rows  # noqa: E402
+from jax_ops._rows import native, plain  # noqa: E402
 from softmax_ext import reference  # noqa: E402
 from tests.judging import cases, checks  # noqa: E402
 from tests.judging.quick import QUICK  # noqa: E402

@@ -1,7 +1,7 @@
 """The row functions: native kernels where XLA compiles for one CPU, plain jax.numpy everywhere else.
 
-`jax_ops._plain` holds the mathematics, `softmax_ext/csrc` the same functions in C++. Same names, same arguments,
-same results to rounding; all act along one axis `axis` (non-negative).
+`plain.py` holds the mathematics, `softmax_ext/csrc` the same functions in C++. Same names, same arguments, same
+results to rounding; all act along one axis `axis` (non-negative).
 """
 
 from __future__ import annotations
@@ -13,9 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_ops import _plain as plain
-from jax_ops._plain import IGNORED, INVALID, alive, capped, class_row, compute, cross_entropy_mass_bwd, is_soft, slope
-from jax_ops._primitive import Row, transposable
+from jax_ops._rows import plain
+from jax_ops._rows.plain import (
+    IGNORED,
+    INVALID,
+    alive,
+    capped,
+    class_row,
+    compute,
+    cross_entropy_mass_bwd,
+    is_soft,
+    slope,
+)
+from jax_ops._rows.primitive import Row, transposable
 
 __all__ = [
     "IGNORED",

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_ops._alone import when_alone
-from jax_ops._autodiff import analytic
-from jax_ops._chunks import Cut, Part, cut
+from jax_ops._head.chunks import Cut, Part, cut
+from jax_ops._lowering import when_alone
+from jax_ops._rules.autodiff import analytic
 from softmax_ext import machine
 
 Sums = dict[str, Array]

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_ops import _rows as rows
-from jax_ops._shards import Shard
+from jax_ops._parallel.shard import Shard
+from jax_ops._rows import dispatch as rows
 
 State = dict[str, Array]
 

@@ -18,8 +18,8 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_ops import _native as native
-from jax_ops._alone import alone, as_typed, compiled, mapped, outputs_mapped
+from jax_ops._lowering import alone, as_typed, compiled, mapped, outputs_mapped
+from jax_ops._rows import native
 
 _FLOATS = ("float32", "float64", "bfloat16", "float16")
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_ops import _linear as linear
-from jax_ops import _rows as rows
-from jax_ops import _slices as slices
-from jax_ops._arrays import same_axes
-from jax_ops._autodiff import selective
-from jax_ops._chunks import Cut, Part
-from jax_ops._shards import Shard
+from jax_ops._arguments import same_axes
+from jax_ops._head import linear
+from jax_ops._head.chunks import Cut, Part
+from jax_ops._parallel import slices
+from jax_ops._parallel.shard import Shard
+from jax_ops._rows import dispatch as rows
+from jax_ops._rules.autodiff import selective
 
 
 def per_row(

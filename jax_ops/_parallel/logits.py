@@ -7,11 +7,11 @@ from typing import Any
 
 from jax import Array
 
-from jax_ops import _rows as rows
-from jax_ops import _slices as slices
-from jax_ops._arrays import same_axes
-from jax_ops._autodiff import analytic
-from jax_ops._shards import Shard
+from jax_ops._arguments import same_axes
+from jax_ops._parallel import slices
+from jax_ops._parallel.shard import Shard
+from jax_ops._rows import dispatch as rows
+from jax_ops._rules.autodiff import analytic
 
 
 def per_row(

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_ops._arrays import varying
-from jax_ops._rows import is_soft
+from jax_ops._arguments import varying
+from jax_ops._rows.dispatch import is_soft
 from softmax_ext import contract
 
 

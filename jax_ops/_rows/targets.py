@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import min_dim
 
-from jax_ops._rows import IGNORED, INVALID
+from jax_ops._rows.dispatch import IGNORED, INVALID
 
 
 def canonical(target: Any, classes: int, ignored: int | None) -> jax.Array:

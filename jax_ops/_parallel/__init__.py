@@ -1,0 +1,1 @@
+"""More than one device: classes sharded over mesh axes, rows over others."""

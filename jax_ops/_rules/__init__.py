@@ -1,0 +1,1 @@
+"""How a row is differentiated: one function for both modes, analytic to every order."""
