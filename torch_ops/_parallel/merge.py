@@ -19,8 +19,8 @@ from torch import Tensor
 
 from torch_ops._parallel.collectives import maximum, summed
 from torch_ops._parallel.shard import Shard
+from torch_ops._rows.arithmetic import shifted
 from torch_ops._rows.dispatch import IGNORED, INVALID
-from torch_ops._rows.plain import _shifted
 
 
 class ShardRows(NamedTuple):
@@ -54,7 +54,7 @@ def merge(here: ShardRows, shard: Shard) -> Merged:
     top = maximum(m.masked_fill(dead | m.isnan(), -math.inf), shard.group)
     # Values come from m and rest, which are more exact than lse; lse - lse is 0 and has lse's derivatives.
     along = lse - lse.detach()
-    d, share = _shifted(m, top.where(top.isfinite(), 0.0))
+    d, share = shifted(m, top.where(top.isfinite(), 0.0))
     log_e = (d + torch.log1p(rest) + along).masked_fill(dead, 0.0)
     e = (share * (1.0 + rest) * along.exp()).masked_fill(dead, 0.0)
     held = (m == top) & ~dead

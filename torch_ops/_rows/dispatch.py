@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from torch_ops._rows import native, plain, triton
+from torch_ops._rows.arithmetic import capped, class_row, compute, slope
 from torch_ops._rows.classes import IGNORED, INVALID, MASKED, of_rows
 from torch_ops._rows.mean import centred
-from torch_ops._rows.plain import capped, class_row, compute, cross_entropy_mass_bwd, slope
+from torch_ops._rows.plain import cross_entropy_mass_bwd
 
 __all__ = [
     "IGNORED",

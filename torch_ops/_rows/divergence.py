@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softmax_ext.contract import KINDS
 from torch_ops._rows import native
-from torch_ops._rows.plain import _exponentials, _shifted, capped, compute, slope
+from torch_ops._rows.arithmetic import capped, compute, exponentials, shifted, slope
 
 STATE = 7  # numbers of a row that the forward leaves for the backward
 # Where |x| is at most this, expm1(x) - x and x - log1p(x) are summed as series.
@@ -112,8 +112,8 @@ def _met(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor, pair: Pair) -> 
     """(d, p, q, (m_s, rest_s, m_t, rest_t, hi, lo)): the shift is the sum of the last two."""
     # The maxima and sums of both rows give the shift to a few ulp of lse, too coarse for two rows that are next to each
     # other. But sum_j (p_j - q_j) is 0: what it comes out as is the shift's error, to the last digits of the terms.
-    _, e_s, m_s, rest_s = _exponentials(s, pair.dim)
-    _, e_t, m_t, rest_t = _exponentials(t, pair.dim)
+    _, e_s, m_s, rest_s = exponentials(s, pair.dim)
+    _, e_t, m_t, rest_t = exponentials(t, pair.dim)
     p, q = e_s / (1.0 + rest_s), e_t / (1.0 + rest_t)
     unit = pair.scale if pair.alike else 1.0
     hi = ((m_s - m_t) + (torch.log1p(rest_s) - torch.log1p(rest_t))) / unit
@@ -128,7 +128,7 @@ def _met(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor, pair: Pair) -> 
 
 
 def _probabilities(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:
-    return _shifted(z, m)[1] / (1.0 + rest)
+    return shifted(z, m)[1] / (1.0 + rest)
 
 
 def _difference(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor, hi: Tensor, lo: Tensor, pair: Pair) -> Tensor:

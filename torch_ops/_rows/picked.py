@@ -17,8 +17,8 @@ from torch import Tensor
 
 from torch_ops._modes import is_plain
 from torch_ops._rows import native
+from torch_ops._rows.arithmetic import compute
 from torch_ops._rows.classes import IGNORED
-from torch_ops._rows.plain import compute
 
 # Bytes of rows of W that stand side by side where no kernel serves.
 _WORKSPACE = 1 << 26

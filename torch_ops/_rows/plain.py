@@ -15,7 +15,20 @@ import torch
 from torch import Tensor
 
 from torch_ops._modes import is_none
-from torch_ops._rows.classes import IGNORED, INVALID, MASKED, of_rows
+from torch_ops._rows.arithmetic import (
+    capped,
+    class_row,
+    compute,
+    dot,
+    each_nll,
+    entropy_of,
+    exponentials,
+    nll_gradient,
+    pick,
+    shifted,
+    slope,
+)
+from torch_ops._rows.classes import IGNORED, INVALID, of_rows
 from torch_ops._rows.mean import centred
 
 # In-place gradients are formed in slices of this many elements: the only workspace they need.
@@ -24,7 +37,7 @@ _SLICE = 1 << 20
 
 def softmax_fwd(x: Tensor, *, dim: int) -> Tensor:
     """y_i = exp(x_i) / sum_j exp(x_j), in the type of x."""
-    _, e, _, rest = _exponentials(compute(x), dim)
+    _, e, _, rest = exponentials(compute(x), dim)
     return (e / (1.0 + rest)).to(x.dtype)
 
 
@@ -39,7 +52,7 @@ def softmax_bwd(dy: Tensor, y: Tensor, *, dim: int) -> Tensor:
 
 def log_softmax_fwd(x: Tensor, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, m, rest), log p in the type of x."""
-    d, _, m, rest = _exponentials(compute(x), dim)
+    d, _, m, rest = exponentials(compute(x), dim)
     y = d - torch.log1p(rest)
     return y.to(x.dtype), m.squeeze(dim), rest.squeeze(dim)
 
@@ -49,7 +62,7 @@ def log_softmax_bwd(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, *, dim: int)
     # formula: d log p_i / dx_j = delta_ij - p_j (Kurbiel's logarithmic derivative), contracted with dy
     # p comes from the input: from a half-precision log p it would be off by |log p| units of roundoff.
     # At a confident row's maximum dy_m - p_m sum(dy) would leave 0: there dy_m (1 - p_m) - p_m (the others' sum).
-    d, e = _shifted(compute(x), m.unsqueeze(dim))
+    d, e = shifted(compute(x), m.unsqueeze(dim))
     rest = rest.unsqueeze(dim)
     total, g = 1.0 + rest, compute(dy)
     top = (d == 0) & (rest < 1)
@@ -75,21 +88,21 @@ def cross_entropy_fwd(
     smooth = -sum_j w_j log p_j; entropy = -sum_j p_j log p_j. With K class indices a row, along `dim`, nll has their
     shape: 0 at IGNORED, MASKED where it is infinite.
     """
-    d, e, m, rest = _exponentials(capped(logits, scale, softcap), dim)
+    d, e, m, rest = exponentials(capped(logits, scale, softcap), dim)
     log_total = torch.log1p(rest)
     w = class_row(weight, d, dim)
     if target.is_floating_point():
         mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
-        nll = _dot(mass, log_total - d, dim) if not is_none(d.shape[dim]) else rest.squeeze(dim)
+        nll = dot(mass, log_total - d, dim) if not is_none(d.shape[dim]) else rest.squeeze(dim)
     elif target.dim() == d.dim():
-        nll = _each_nll(d, log_total, target, dim)
+        nll = each_nll(d, log_total, target, dim)
     else:
-        nll = (log_total - _pick(d, target, dim)).squeeze(dim)
+        nll = (log_total - pick(d, target, dim)).squeeze(dim)
     rows = [nll, (m + log_total).squeeze(dim)]
     if smooth:
-        rows.append((log_total - d).sum(dim) if w is None else _dot(w, log_total - d, dim))
+        rows.append((log_total - d).sum(dim) if w is None else dot(w, log_total - d, dim))
     if entropy:
-        rows.append(_entropy(d, e, rest, dim).squeeze(dim))
+        rows.append(entropy_of(d, e, rest, dim).squeeze(dim))
     if not target.is_floating_point():
         nothing = of_rows(target, d.dim(), dim) == IGNORED
         rows = [row.masked_fill(target == IGNORED if row is nll else nothing, 0.0) for row in rows]
@@ -121,7 +134,7 @@ def cross_entropy_bwd(
     # formula: dL/dz_j = d_nll (S p_j - Y_j) + d_lse p_j + d_smooth (W p_j - w_j)
     #                    - d_entropy p_j (log p_j + H)
     # source:  Kurbiel's s * sum(y) - y, with S not assumed to be 1; docs/derivation.md
-    d, e = _shifted(capped(logits, scale, softcap), m.unsqueeze(dim))
+    d, e = shifted(capped(logits, scale, softcap), m.unsqueeze(dim))
     rest = rest.unsqueeze(dim)
     total = 1.0 + rest
     p = e / total
@@ -136,10 +149,10 @@ def cross_entropy_bwd(
         dz = dz + p * d_lse.unsqueeze(dim)
     if d_smooth is not None:
         ones = torch.ones_like(d) if w is None else w.expand_as(d)
-        dz = dz + d_smooth.unsqueeze(dim) * _centred(ones, p, q, confident, dim)
+        dz = dz + d_smooth.unsqueeze(dim) * nll_gradient(ones, p, q, confident, dim)
     if d_entropy is not None:
         log_p = (d - torch.log1p(rest)).masked_fill(~(e > 0), 0.0)
-        dz = dz - d_entropy.unsqueeze(dim) * p * (log_p + _entropy(d, e, rest, dim))
+        dz = dz - d_entropy.unsqueeze(dim) * p * (log_p + entropy_of(d, e, rest, dim))
     marks = target if soft else of_rows(target, d.dim(), dim)
     if d_nll is not None and not soft and target.dim() == d.dim():
         index = target.clamp(min=0)
@@ -150,7 +163,7 @@ def cross_entropy_bwd(
         c = d_nll.unsqueeze(dim)
         if soft:
             mass = target.to(d.dtype) if w is None else target.to(d.dtype) * w
-            dz = dz + c * _centred(mass, p, q, confident, dim)
+            dz = dz + c * nll_gradient(mass, p, q, confident, dim)
         elif not is_none(d.shape[dim]):
             index = target.clamp(0, d.shape[dim] - 1).unsqueeze(dim)
             at_target = dz.gather(dim, index) - c * q.gather(dim, index)  # p_t - 1 = -q_t
@@ -192,95 +205,6 @@ def cross_entropy_mass_bwd(
         others = [i for i in range(terms.dim()) if i != dim]
         d_weight = terms.sum(others) if others else terms
     return d_target, d_weight
-
-
-def compute(x: Tensor) -> Tensor:
-    """x in the type the arithmetic is done in."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """z = softcap tanh(scale logits / softcap), or scale logits; a -inf logit stays -inf."""
-    z = compute(logits)
-    if scale != 1.0:
-        z = z * scale
-    if softcap is None:
-        return z
-    return torch.where(logits == -math.inf, z, softcap * torch.tanh(z / softcap))
-
-
-def slope(logits: Tensor, scale: float, softcap: float | None) -> Tensor | float:
-    """dz/dlogits = scale (1 - tanh^2), written 4q / (1 + q)^2 with q = exp(-2|.|): no cancellation."""
-    if softcap is None:
-        return scale
-    u = compute(logits) * scale / softcap
-    # Not abs: its derivative at 0 is 0, which is right once but not twice.
-    q = torch.exp(2.0 * torch.where(u > 0, -u, u))
-    return scale * (4.0 * q / (1.0 + q).square())
-
-
-def class_row(weight: Tensor | None, like: Tensor, dim: int) -> Tensor | None:
-    """Class weights (V,) shaped to broadcast along `dim`."""
-    if weight is None:
-        return None
-    return weight.reshape([-1 if i == dim else 1 for i in range(like.dim())])
-
-
-def _exponentials(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(z - m, exp(z - m), m, rest); rest is NaN where m is not finite, and so is then the whole row."""
-    if is_none(z.shape[dim]):
-        m = z.sum(dim, keepdim=True) + math.nan
-        return z, z, m, m
-    m, top = z.max(dim, keepdim=True)
-    d, e = _shifted(z, m)
-    rest = e.scatter(dim, top, 0.0).sum(dim, keepdim=True)
-    return d, e, m, rest.masked_fill(~m.isfinite(), math.nan)
-
-
-def _shifted(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """(z - m, exp(z - m)), the exponential with the rounding error of the difference put back."""
-    d = z - m
-    back = d - z
-    error = (z - (d - back)) - (m + back)  # exact (Knuth's TwoSum); NaN where z or d is infinite
-    e = torch.exp(d)
-    return d, e + e * torch.nan_to_num(error, 0.0, 0.0, 0.0)
-
-
-def _centred(mass: Tensor, p: Tensor, q: Tensor, confident: Tensor, dim: int) -> Tensor:
-    """S p - mass for S = sum(mass), in the form that does not cancel: a confident row keeps its gradient."""
-    s = mass.sum(dim, keepdim=True)
-    return torch.where(confident, (s - mass) - s * q, s * p - mass)
-
-
-def _entropy(d: Tensor, e: Tensor, rest: Tensor, dim: int) -> Tensor:
-    """log(total) - sum p (z - m), keeping `dim`: both terms are >= 0."""
-    weighted = (e * d).masked_fill(~(e > 0), 0.0).sum(dim, keepdim=True)
-    return torch.log1p(rest) - weighted / (1.0 + rest)
-
-
-def _dot(mass: Tensor, minus_log_p: Tensor, dim: int) -> Tensor:
-    """sum_j mass_j (-log p_j), where a mass of 0 on a -log p of +inf counts 0."""
-    free = (mass == 0) & (minus_log_p == math.inf)
-    return (mass * minus_log_p.masked_fill(free, 0.0)).sum(dim)
-
-
-def _pick(d: Tensor, target: Tensor, dim: int) -> Tensor:
-    """d at the target, NaN where the target names no class (keeping `dim`)."""
-    t = target.unsqueeze(dim)
-    if is_none(d.shape[dim]):
-        return torch.full_like(t, math.nan, dtype=d.dtype)
-    picked = d.gather(dim, t.clamp(0, d.shape[dim] - 1))
-    return picked.masked_fill((t < 0) | (t >= d.shape[dim]), math.nan)
-
-
-def _each_nll(d: Tensor, log_total: Tensor, target: Tensor, dim: int) -> Tensor:
-    """-log p at K classes a row."""
-    if d.shape[dim] == 0:
-        return torch.full_like(target, math.nan, dtype=d.dtype)
-    picked = d.gather(dim, target.clamp(0, d.shape[dim] - 1))
-    masked = (picked == -math.inf) & log_total.isfinite()
-    nll = (log_total - picked).masked_fill(masked, MASKED)
-    return nll.masked_fill((target < 0) | (target >= d.shape[dim]), math.nan)
 
 
 def _in_slices(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from torch_ops._modes import is_plain
 from torch_ops._rows import native
+from torch_ops._rows.arithmetic import capped
 from torch_ops._rows.classes import IGNORED
-from torch_ops._rows.plain import capped
 
 
 def points(
