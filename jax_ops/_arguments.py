@@ -1,4 +1,4 @@
-"""What the ops share about arrays: their facts for the contract, and one set of varying mesh axes."""
+"""What a door asks of its arguments first: the arrays they stand for, and their facts for the contract."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import ShapedArray
 
 from softmax_ext.contract import Array
 
@@ -40,28 +39,3 @@ def describe(x: Any) -> Array:
         dtype = jax.dtypes.canonicalize_dtype(dtype)  # NumPy's float64 is float32 to JAX unless x64 is on
     kind = "float" if jnp.issubdtype(dtype, jnp.floating) else _KINDS.get(getattr(dtype, "kind", ""), "other")
     return Array(tuple(x.shape), str(dtype), kind)
-
-
-def same_axes(*arrays: Any, but: tuple[str, ...] = ()) -> tuple[Any, ...]:
-    """The arrays, varying over the same mesh axes: inside shard_map a derivative has its argument's type.
-
-    Of the axes `but` each keeps what it has.
-    """
-    axes = [frozenset() if x is None else varying(x) for x in arrays]
-    joint = frozenset().union(*axes) - set(but)
-    return tuple(
-        x if x is None or joint <= has else jax.lax.pcast(x, tuple(joint - has), to="varying")
-        for x, has in zip(arrays, axes, strict=True)
-    )
-
-
-def varying(x: Any) -> frozenset[Any]:
-    """The mesh axes x, or a type, varies over, as far as a shard_map checks it."""
-    kind: Any = x if isinstance(x, ShapedArray) else jax.typeof(x)
-    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # renamed between releases
-
-
-def varying_as(x: jax.Array, kind: Any) -> jax.Array:
-    """x, varying over more mesh axes, or over those of a type: examples of a batch may share what others do not."""
-    missing = tuple((kind if isinstance(kind, frozenset) else varying(kind)) - varying(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -5,7 +5,7 @@ Plain differentiable framework code: what autodiff does here is exact and costs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,14 +90,26 @@ def reduce(total: Array, by: Coefficients, options: LossOptions) -> Array:
     return jnp.where(some, total / jnp.where(some, count, 1.0), 0.0 if zero else jnp.nan)
 
 
-def statistics(rows: dict[str, Array], target: Array, options: LossOptions) -> dict[str, Array]:
+def finish(
+    rows: dict[str, Array], argmax: Callable[[], Array], target: Array, by: Coefficients, options: LossOptions
+) -> tuple[Array, dict[str, Array]]:
+    """(loss, statistics) from the rows' numbers; `argmax()` is each row's largest class."""
+    loss = combine(rows, target, by)
+    if options.reduction != "none":
+        loss = reduce(loss.sum(), by, options)
+    return loss, statistics(rows, argmax, target, options)
+
+
+def statistics(
+    rows: dict[str, Array], argmax: Callable[[], Array], target: Array, options: LossOptions
+) -> dict[str, Array]:
     """The statistics asked for, of the target's row shape; ignored rows hold 0 (argmax -1)."""
     out: dict[str, Array] = {}
     for name in options.stats:
         if name == "logprob":
             out[name] = 0.0 - rows["nll"]
         elif name == "argmax":
-            out[name] = rows[name] if is_soft(target) else jnp.where(target == IGNORED, -1, rows[name])
+            out[name] = argmax() if is_soft(target) else jnp.where(target == IGNORED, -1, argmax())
         else:
             out[name] = rows[name]
     return out

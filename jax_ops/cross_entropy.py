@@ -1,10 +1,10 @@
-"""Fused softmax cross-entropy for JAX: a custom_vjp (and jvp) with analytic derivatives of every order."""
+"""Fused softmax cross-entropy for JAX."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, overload
 
 import jax
@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_ops._arguments import describe, same_axes, unwrap_all
+from jax_ops._arguments import describe, unwrap_all
 from jax_ops._lowering import as_typed
-from jax_ops._parallel import logits as sharded
-from jax_ops._parallel.mesh import as_rows, lies_otherwise, spread_of, under_auto_axes
+from jax_ops._parallel.logits import sharded_row
+from jax_ops._parallel.mesh import lies_otherwise, spread_of, under_auto_axes
 from jax_ops._parallel.shard import Shard, shard_of
-from jax_ops._reduction import as_asked, coefficients, combine, reduce, statistics
-from jax_ops._rows import dispatch as rows
+from jax_ops._reduction import as_asked, coefficients, finish
+from jax_ops._rows.dispatch import capped, is_soft
 from jax_ops._rows.targets import canonical
-from jax_ops._rules.autodiff import analytic
+from jax_ops._rules.cross_entropy import row
+from jax_ops._rules.plan import Plan
 from softmax_ext import contract
 
 
@@ -169,73 +170,20 @@ def _loss(
     """The loss, and its statistics; targets are soft, canonical, or `raw` class indices."""
     if raw:
         t = canonical(t, shard.total, options.ignored)
-    limits, stats = jnp.finfo(jnp.promote_types(logits.dtype, jnp.float32)), options.stats
-    scale, cap = options.fitted(float(limits.tiny), float(limits.max))
-    names = ("nll",)
-    names += ("lse",) * (options.z_loss > 0.0 or "lse" in stats)
-    names += ("smooth",) * (options.label_smoothing > 0.0) + ("entropy",) * ("entropy" in stats)
-    per_row = row(logits, t, w, shard=shard, axis=axis, scale=scale, softcap=cap, names=names)
-    by = coefficients(jnp.ones_like(per_row["nll"]), t, w, tokens, options, shard)
-    loss = combine(per_row, t, by)
-    if options.reduction != "none":
-        loss = reduce(loss.sum(), by, options)
-    if not stats:
-        return loss
-    if "argmax" in stats:
-        per_row["argmax"] = argmax(logits, shard=shard, axis=axis, scale=scale, softcap=cap)
-    return loss, statistics(per_row, t, options)
-
-
-def row(
-    logits: jax.Array,
-    target: jax.Array,
-    weight: jax.Array | None,
-    *,
-    shard: Shard | None = None,
-    axis: int,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    names: tuple[str, ...] = ("nll",),
-) -> dict[str, jax.Array]:
-    """The numbers asked for of each row, differentiable; targets canonical or soft."""
-    if not rows.is_soft(target) and "smooth" not in names:
-        weight = None  # nothing in the row depends on it
-    if weight is not None:
-        weight = weight.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    if shard is not None and shard.names:
-        layout: dict[str, Any] = {"axis": axis, "scale": scale, "softcap": softcap}
-        out = sharded.per_row(logits, target, weight, shard=shard, **layout, names=names)
+    plan = Plan.of(options, logits.dtype)
+    of_class = plan.class_weight(w, logits.dtype, soft=is_soft(t))
+    if shard.names:
+        per_row = sharded_row(logits, t, of_class, axis, plan, shard)
     else:
-        target = as_rows(target, logits, axis)
-        out = _row(axis, scale, softcap, names)(*same_axes(logits, target, weight))
-    return dict(zip(names, out, strict=True))
+        per_row = row(logits, t, of_class, axis, plan)
+    by = coefficients(jnp.ones_like(per_row[plan.names[0]]), t, w, tokens, options, shard)
+    loss, found = finish(per_row, lambda: _argmax(logits, axis, plan, shard), t, by, options)
+    return (loss, found) if options.stats else loss
 
 
-def argmax(logits: jax.Array, *, shard: Shard, axis: int, scale: float, softcap: float | None) -> jax.Array:
+def _argmax(logits: jax.Array, axis: int, plan: Plan, shard: Shard) -> jax.Array:
     """The first class with the largest logit of each row; -1 where there are no classes."""
-    z = rows.capped(jax.lax.stop_gradient(logits), scale, softcap)
+    z = capped(jax.lax.stop_gradient(logits), plan.scale, plan.softcap)
     if isinstance(shard.total, int) and not shard.total:
         return jnp.full(z.sum(axis).shape, -1)
     return shard.first_largest(z.max(axis), z.argmax(axis))
-
-
-@cache
-def _row(axis: int, scale: float, softcap: float | None, names: tuple[str, ...]) -> Any:
-    """The named numbers of each row. Saves logits, target, weight, m and rest."""
-    layout = {"axis": axis, "scale": scale, "softcap": softcap}
-    wanted = {"smooth": "smooth" in names, "entropy": "entropy" in names}
-    computed = ["nll", "lse", *(name for name, on in wanted.items() if on)]
-
-    def fwd(logits: Any, target: Any, weight: Any) -> Any:
-        *values, m, rest = rows.cross_entropy_fwd(logits, target, weight, **layout, **wanted)
-        out = tuple(v for name, v in zip(computed, values, strict=True) if name in names)
-        return out, (logits, target, weight, m, rest)
-
-    def bwd(saved: tuple[Any, Any, Any, Any, Any], cotangents: Any) -> Any:
-        up = dict(zip(names, cotangents, strict=True))
-        d_nll, d_lse, d_smooth, d_entropy = map(up.get, ("nll", "lse", "smooth", "entropy"))
-        d_logits = rows.cross_entropy_bwd(*saved, d_nll, d_lse, d_smooth, d_entropy, **layout)
-        d_target, d_weight = rows.cross_entropy_mass_bwd(*saved, d_nll, d_smooth, **layout)
-        return d_logits, d_target, d_weight
-
-    return analytic(fwd, bwd)

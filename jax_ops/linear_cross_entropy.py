@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, overload
@@ -13,21 +12,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_ops._arguments import describe, unwrap_all
-from jax_ops._head import fast, lean
-from jax_ops._head import sum as sum_
-from jax_ops._head.chunks import cut
-from jax_ops._head.linear import wide
+from jax_ops._head.layout import each_row, largest, lay_out, total
 from jax_ops._lowering import as_typed
 from jax_ops._parallel.mesh import spread_of, under_auto_axes
 from jax_ops._parallel.shard import Shard, shard_of
-from jax_ops._reduction import as_asked, coefficients, combine, reduce, statistics
-from jax_ops._rows.dispatch import IGNORED, is_soft
+from jax_ops._reduction import as_asked, coefficients, finish, reduce
+from jax_ops._rows.dispatch import is_soft
 from jax_ops._rows.targets import canonical
+from jax_ops._rules.plan import Plan
 from softmax_ext import contract
-
-# Bytes of logits that exist at a time, where chunk_size is None; where memory="fast" goes by rows beside a GPU or TPU
-# each chunk reads and writes the float32 dW once, and longer ones do so less often.
-WORKSPACE, WORKSPACE_ON_DEVICE = 2**28, 2**30
 
 
 @overload
@@ -191,80 +184,15 @@ def _loss(
     blocks: int = 1,
 ) -> Any:
     """The loss, and its statistics; targets are canonical or soft, `blocks` of the rows are on devices of their own."""
-    soft, stats = is_soft(t), options.stats
-    x, t, tokens, outside = _shifted(x, t, tokens, shift)
-    lead, classes, inner = x.shape[:-1], w.shape[0], w.shape[1:-1]
-    shape, positions = (*lead, *inner), math.prod(inner)
-    x = x.reshape(math.prod(lead), x.shape[-1])
-    if inner:  # as one dimension, over which the head is mapped
-        w = w.reshape(classes, positions, w.shape[-1])
-        b = None if b is None else b.reshape(classes, positions)
-    flat = (x.shape[0], positions) if inner else x.shape[:1]
-    t = t.reshape((flat[0], classes, *flat[1:]) if soft else flat)
-    tokens = None if tokens is None else tokens.reshape(flat)
-
-    kind = wide(x.dtype)
-    limits = jnp.finfo(kind)
-    scale, cap = options.fitted(float(limits.tiny), float(limits.max))
-    size, others = (x.shape[0], classes) if memory == "fast" else (classes, x.shape[0])
-    room = WORKSPACE_ON_DEVICE if memory == "fast" and jax.default_backend() != "cpu" else WORKSPACE
-    fits = room // max(kind.itemsize * others * positions, 1) if isinstance(others, int) else 4096
-    chunks = cut(size, int(chunk_size or fits), strided=memory == "fast", blocks=blocks if memory == "fast" else 1)
-    given = {"cut": chunks, "shard": shard, "scale": scale, "softcap": cap}
-
-    by = coefficients(jnp.ones_like(x, shape=flat, dtype=kind), t, class_weight, tokens, options, shard)
-    # Nothing in the rows depends on the class weights of integer targets.
-    mixed = class_weight.astype(kind) if class_weight is not None and (soft or by.smooth is not None) else None
-    over = partial(_over_positions, bool(inner), 1 if not soft else 2)
-    if options.reduction != "none" and not stats and memory == "fast":
-        vectors = [None if c is None else jnp.broadcast_to(c, flat).astype(kind) for c in by[:3]]
-        total = over(partial(sum_.total, **given), x, w, b, t, mixed, *vectors)
-        return reduce(total.sum(), by, options)
-
-    module: Any = fast if memory == "fast" else lean
-    wanted = {
-        "nll": by.nll is not None or "logprob" in stats,
-        "lse": options.z_loss > 0.0 or "lse" in stats,
-        "smooth": options.label_smoothing > 0.0,
-        "entropy": "entropy" in stats,
-    }
-    names = tuple(name for name, on in wanted.items() if on)
-    rows = dict(zip(names, over(partial(module.per_row, names=names, **given), x, w, b, t, mixed), strict=True))
-    loss = combine(rows, t, by)
-    if "argmax" in stats:
-        rows["argmax"] = over(partial(module.argmax, **given), x, w, b) if _some(shard.total) else jnp.full(flat, -1)
-    out = {name: value.reshape(shape)[outside] for name, value in statistics(rows, t, options).items()}
-    loss = loss.reshape(shape)[outside] if options.reduction == "none" else reduce(loss.sum(), by, options)
-    return (loss, out) if stats else loss
-
-
-def _some(total: Any) -> bool:
-    """Whether there are classes: as far as an export leaves their number open, there are."""
-    return not isinstance(total, int) or total > 0
-
-
-def _shifted(x: jax.Array, t: jax.Array, tokens: jax.Array | None, shift: int) -> tuple[Any, ...]:
-    """Each row beside the target `shift` further on, and which rows of the results are asked for."""
-    if not shift:
-        return x, t, tokens, ...
-    length = x.shape[-2]
-    shift = min(shift, length) if isinstance(length, int) else shift  # exported for any length
-    if t.ndim == x.ndim:
-        tokens = None if tokens is None else tokens[..., shift:]
-        return x[..., : length - shift, :], t[..., shift:, :], tokens, ...
-    # The last rows stay, ignored: without them the input would be copied, and a batch spread over devices cut
-    # at other places than its blocks.
-    lead = [(0, 0)] * (t.ndim - 1)
-    t = jnp.pad(t[..., shift:], [*lead, (0, shift)], constant_values=IGNORED)
-    tokens = None if tokens is None else jnp.pad(tokens[..., shift:], [*lead, (0, shift)])
-    return x, t, tokens, (..., slice(length - shift))
-
-
-def _over_positions(mapped: bool, target_axis: int, fn: Callable[..., Any], x: Any, w: Any, b: Any, *rest: Any) -> Any:
-    """fn, mapped over the positions of a K-dimensional linear weight: as a batch, the input is not repeated."""
-    if not mapped:
-        return fn(x, w, b, *rest)
-    axes = [None, 1, 1, target_axis, None, 1, 1, 1][: 3 + len(rest)]
-    args = (x, w, b, *rest)
-    axes = [None if a is None else axis for a, axis in zip(args, axes, strict=True)]
-    return jax.vmap(fn, in_axes=axes, out_axes=-1)(*args)
+    lean, plan = memory == "lean", Plan.of(options, x.dtype, memory == "lean")
+    of = lay_out(x, w, b, t, tokens, shift=shift)
+    how = (of.cut(lean, chunk_size, blocks), shard, plan)
+    by = coefficients(
+        jnp.ones_like(of.x, shape=of.rows, dtype=of.kind), of.target, class_weight, of.token_weight, options, shard
+    )
+    of_class = plan.class_weight(class_weight, x.dtype, soft=is_soft(t))
+    if options.reduction != "none" and not options.stats and not lean:
+        return reduce(total(of, of_class, by, *how), by, options)
+    loss, found = finish(each_row(of, of_class, *how), lambda: largest(of, *how), of.target, by, options)
+    loss = of.as_given(loss) if options.reduction == "none" else loss
+    return (loss, {name: of.as_given(value) for name, value in found.items()}) if options.stats else loss

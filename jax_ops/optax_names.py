@@ -14,7 +14,8 @@ from jax_ops._arguments import describe, unwrap
 from jax_ops._axes import Axis, as_one, broadcast, dimensions, leave_out, mask_of
 from jax_ops._lowering import as_typed
 from jax_ops._rows.targets import canonical
-from jax_ops.cross_entropy import row
+from jax_ops._rules.cross_entropy import row
+from jax_ops._rules.plan import Plan
 from softmax_ext import contract
 
 
@@ -79,7 +80,7 @@ def _dense(
         mask = jnp.broadcast_to(mask, shape)
         x, y = leave_out(x, mask, axes), jnp.where(mask, y, jnp.zeros((), y.dtype))
     (x, at), (y, _) = as_one(x, axes), as_one(y, axes)
-    return row(x, y, None, axis=at)["nll"].astype(dtype)
+    return row(x, y, None, at, Plan())["nll"].astype(dtype)
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -147,9 +148,9 @@ def _labelled(x: jax.Array, t: jax.Array, mask: jax.Array | None, *, axes: tuple
     full, at = as_one(x, axes)
     t = canonical(t, full.shape[at], None) if raw else t
     if mask is None:
-        return row(full, t, None, axis=at)["nll"].astype(x.dtype)
+        return row(full, t, None, at, Plan())["nll"].astype(x.dtype)
     mask, _ = as_one(mask, axes)
-    per_row = row(leave_out(full, mask, (at,)), t, None, axis=at, names=("nll", "lse"))
+    per_row = row(leave_out(full, mask, (at,)), t, None, at, Plan(names=("nll", "lse")))
     loss = per_row["nll"]
     if not isinstance(full.shape[at], int) or full.shape[at]:
         # A label that is itself left out still names a logit: optax measures it against the others' lse.

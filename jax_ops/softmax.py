@@ -1,8 +1,7 @@
-"""softmax and log_softmax for JAX, each a custom_vjp (and jvp) with its analytic derivative."""
+"""Softmax and log-softmax for JAX."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import jax
@@ -11,8 +10,8 @@ from jax.typing import ArrayLike
 
 from jax_ops._arguments import describe, unwrap
 from jax_ops._axes import Axis, as_before, as_one, dimensions, leave_out, mask_of
-from jax_ops._rows import dispatch as rows
-from jax_ops._rules.autodiff import analytic
+from jax_ops._rules.softmax import log_softmax as log_softmax_rule
+from jax_ops._rules.softmax import softmax as softmax_rule
 from softmax_ext import contract
 
 
@@ -49,7 +48,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
         >>> [round(v, 3) for v in p.tolist()]
         [0.224, 0.672, 0.091, 0.014]
     """
-    return _along(_softmax, "softmax", x, axis, where, 0.0)
+    return _along(softmax_rule, "softmax", x, axis, where, 0.0)
 
 
 def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
@@ -84,7 +83,7 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
         >>> jax_ops.log_softmax(jnp.array([20.0, 0.0]))[0].item()
         -2.06115369216775e-09
     """
-    return _along(_log_softmax, "log_softmax", x, axis, where, -jnp.inf)
+    return _along(log_softmax_rule, "log_softmax", x, axis, where, -jnp.inf)
 
 
 def _along(op: Any, name: str, x: Any, axis: Axis, where: ArrayLike | None, left_out: float) -> jax.Array:
@@ -99,33 +98,5 @@ def _along(op: Any, name: str, x: Any, axis: Axis, where: ArrayLike | None, left
         mask = mask_of(name, where, x)
     axes = dimensions(name, axis, x.ndim)
     z, at = as_one(x if mask is None else leave_out(x, mask, axes), axes)
-    y = as_before(op(at)(z), axes, x.shape)
+    y = as_before(op(z, at), axes, x.shape)
     return y if mask is None else jnp.where(mask, y, left_out)
-
-
-@cache
-def _softmax(axis: int) -> Any:
-    """y = softmax(x). Saves y."""
-
-    def fwd(x: Any) -> Any:
-        y = rows.softmax_fwd(x, axis=axis)
-        return y, y
-
-    def bwd(y: Any, dy: Any) -> Any:
-        return (rows.softmax_bwd(dy, y, axis=axis),)
-
-    return analytic(fwd, bwd)
-
-
-@cache
-def _log_softmax(axis: int) -> Any:
-    """log p. Saves x and the row statistics m, rest."""
-
-    def fwd(x: Any) -> Any:
-        y, m, rest = rows.log_softmax_fwd(x, axis=axis)
-        return y, (x, m, rest)
-
-    def bwd(saved: Any, dy: Any) -> Any:
-        return (rows.log_softmax_bwd(dy, *saved, axis=axis),)
-
-    return analytic(fwd, bwd)

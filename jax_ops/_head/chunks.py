@@ -13,6 +13,10 @@ from jax import Array, lax
 
 Part = Array | int  # which chunk
 
+# Bytes of logits that exist at a time, where chunk_size is None; where memory="fast" goes by rows beside a GPU or TPU
+# each chunk reads and writes the float32 dW once, and longer ones do so less often.
+WORKSPACE, WORKSPACE_ON_DEVICE = 2**28, 2**30
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -101,6 +105,15 @@ def cut(size: int, largest: int, *, strided: bool = False, blocks: int = 1) -> C
             return Cut(size, size // count, count, strided)
     each = -(-size // fewest)
     return Cut(size, each, -(-size // each))
+
+
+def that_fit(chunk_size: int | None, other: Any, itemsize: int, *, by_rows: bool) -> int:
+    """The chunk size asked for, or the most lines of `other` entries that fit the workspace."""
+    if chunk_size is not None:
+        return int(chunk_size)
+    room = WORKSPACE_ON_DEVICE if by_rows and jax.default_backend() != "cpu" else WORKSPACE
+    # of a number that an export leaves open: some
+    return room // max(itemsize * other, 1) if isinstance(other, int) else 4096
 
 
 def _along(fresh: Array, chunk: Array, axis: int) -> Array:

@@ -1,126 +1,163 @@
-"""The rows' numbers of a linear layer by chunks of the rows; the backward pass forms each chunk's logits again."""
+"""A head's rows by chunks of the rows: matmuls around the row functions."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_ops._arguments import same_axes
-from jax_ops._head import linear
 from jax_ops._head.chunks import Cut, Part
-from jax_ops._parallel import slices
+from jax_ops._head.linear import Linear, Sums, ignored_rows, wide, without, zeros
 from jax_ops._parallel.shard import Shard
 from jax_ops._rows import dispatch as rows
-from jax_ops._rules.autodiff import selective
+from jax_ops._rows import slices
+from jax_ops._rules.plan import Plan
 
 
-def per_row(
+def fwd(
+    x: Array, head: Linear, target: Array, weight: Array | None, cut: Cut, shard: Shard, plan: Plan
+) -> slices.State:
+    """Each row's numbers by name, m and rest; sharded also the mass of soft targets and e."""
+
+    def step(out: slices.State, part: Part) -> slices.State:
+        t = cut.take(target, part)
+        z = head.logits(without(cut.take(x, part), ignored_rows(t)))
+        if shard.names:
+            found = slices.of(z, *shard.local(t), weight, names=plan.names, layout=plan.row())
+        else:
+            found = dict(zip(plan.computed, rows.cross_entropy_fwd(z, t, weight, **plan.wanted()), strict=True))
+        return {name: cut.put(out[name], found[name], part) for name in out}
+
+    kind = wide(x.dtype)
+    if shard.names:
+        start = slices.nothing(x, x.shape[:1], kind, plan.names, soft=rows.is_soft(target))
+        return slices.numbers(shard.joined(cut.loop(step, start)), target)
+    kept = {*plan.names, "m", "rest"}
+    return cut.loop(step, {name: jnp.zeros_like(x, shape=x.shape[:1], dtype=kind) for name in kept})
+
+
+def bwd(
     x: Array,
-    w: Array,
-    b: Array | None,
+    head: Linear,
     target: Array,
     weight: Array | None,
-    *,
+    whole: Sequence[Any],
+    upstream: Sequence[Array | None],
+    wanted: tuple[bool, ...],
     cut: Cut,
     shard: Shard,
-    scale: float,
-    softcap: float | None,
-    names: tuple[str, ...],
-) -> tuple[Array, ...]:
-    """The numbers asked for of each row, differentiable in all floats. Four matmuls with first derivatives."""
-    arrays = shard.own(*same_axes(shard.wide(x), w, b, target, weight, but=shard.names))
-    return _per_row(cut, shard, scale, softcap, names)(*arrays)
+    plan: Plan,
+) -> Sums:
+    """The gradients wanted of x, the head, target and weight by name; `whole` are the rows' m, rest, mass and e."""
+    weights = 0.0 if upstream[2] is None else shard.weight_sum(weight)
+
+    def step(sums: Sums, part: Part) -> Sums:
+        t, m, rest, mass, e = (cut.take(a, part) for a in (target, *whole))
+        ups = [cut.take_fresh(a, part) for a in upstream]
+        ignored, inside, masses = ignored_rows(t), None, None
+        xi = without(cut.take(x, part), ignored)
+        z = head.logits(xi)
+        if shard.names:
+            (t, inside), masses = shard.local(t), (mass, weights, e)
+        found = slices.bwd(z, t, inside, weight, m, rest, masses, ups, wanted, plan.row())
+        return _added(sums, cut, part, head, xi, ignored, *found)
+
+    return cut.loop(step, zeros(wanted, x, head, target, weight))
 
 
-def argmax(
-    x: Array, w: Array, b: Array | None, *, cut: Cut, shard: Shard, scale: float, softcap: float | None
-) -> Array:
-    """The first class with the largest logit of each row (the logits must have classes)."""
-    x, w, b = jax.lax.stop_gradient(shard.own(*same_axes(x, w, b, but=shard.names)))
+def fwd_bwd(
+    x: Array,
+    head: Linear,
+    target: Array,
+    weight: Array | None,
+    nll: Array | None,
+    smooth: Array | None,
+    square: Array | None,
+    wanted: tuple[bool, ...],
+    cut: Cut,
+    shard: Shard,
+    plan: Plan,
+) -> Sums:
+    """Of the rows' weighted sum the gradients wanted, and the nll, smooth and lse that have a coefficient."""
+    weights = 0.0 if smooth is None else shard.weight_sum(weight)
+
+    def step(sums: Sums, part: Part) -> Sums:
+        t, (a, s, c) = cut.take(target, part), (cut.take_fresh(v, part) for v in (nll, smooth, square))
+        ignored, inside, masses = ignored_rows(t), None, None
+        xi = without(cut.take(x, part), ignored)
+        z = head.logits(xi)
+        found, grads = _visit(z, t, weight, a, s, c, wanted, shard, plan)
+        if smooth is not None and ignored is not None:
+            found["smooth"] = jnp.where(t == rows.INVALID, jnp.nan, found["smooth"])
+        sums = sums | {name: cut.put(sums[name], found[name], part) for name in found if name in sums}
+        if grads is None:
+            m, rest = shard.own(found["m"], found["rest"])
+            # d(c lse^2) = 2 c lse dlse
+            ups = [*shard.own(a, None if c is None else 2.0 * c * found["lse"], s), None]
+            if shard.names:
+                (t, inside), masses = shard.local(t), (found.get("mass"), weights, None)
+            grads = slices.bwd(z, t, inside, weight, m, rest, masses, ups, wanted, plan.row())
+        return _added(sums, cut, part, head, xi, ignored, *grads)
+
+    sums = zeros(wanted, x, head, target, weight)
+    if "target" in sums:  # by the factor that all have in common it is multiplied later
+        sums["target"] = sums["target"].astype(wide(x.dtype))
+    by = {"nll": nll, "smooth": smooth, "lse": square}
+    return cut.loop(step, sums | {name: jnp.zeros_like(c) for name, c in by.items() if c is not None})
+
+
+def _visit(
+    z: Array,
+    t: Array,
+    weight: Array | None,
+    a: Array | None,
+    s: Array | None,
+    c: Array | None,
+    wanted: tuple[bool, ...],
+    shard: Shard,
+    plan: Plan,
+) -> tuple[slices.State, tuple[Array, None, None] | None]:
+    """The numbers of a chunk's rows, and where one visit of them gives it their gradient (of a sum without lse)."""
+    if shard.names:
+        state = shard.joined(slices.of(z, *shard.local(t), weight, names=plan.names, layout=plan.row()))
+        return slices.numbers(state, t), None
+    if c is None and any(wanted[:3]) and not any(wanted[3:5]):
+        dz, *values = rows.cross_entropy_fwd_bwd(z, t, weight, a, None, s, None, **plan.wanted())
+        return dict(zip(plan.computed, values, strict=True)), (dz, None, None)
+    return dict(zip(plan.computed, rows.cross_entropy_fwd(z, t, weight, **plan.wanted()), strict=True)), None
+
+
+def largest(x: Array, head: Linear, cut: Cut, plan: Plan) -> tuple[Array, Array]:
+    """Each row's largest logit, scaled and capped, and its first class."""
 
     def step(best: tuple[Array, Array], part: Part) -> tuple[Array, Array]:
-        z = rows.capped(linear.logits(cut.take(x, part), w, b), scale, softcap)
+        z = rows.capped(head.logits(cut.take(x, part)), plan.scale, plan.softcap)
         return cut.put(best[0], z.max(1), part), cut.put(best[1], z.argmax(1), part)
 
-    kinds = linear.wide(x.dtype), jnp.argmax(jnp.zeros(1)).dtype
-    top, at = cut.loop(step, tuple(jnp.zeros_like(x, shape=x.shape[:1], dtype=kind) for kind in kinds))
-    return shard.first_largest(top, at)
+    kinds = wide(x.dtype), jnp.argmax(jnp.zeros(1)).dtype
+    return cut.loop(step, tuple(jnp.zeros_like(x, shape=x.shape[:1], dtype=kind) for kind in kinds))
 
 
-@cache
-def _per_row(cut: Cut, shard: Shard, scale: float, softcap: float | None, names: tuple[str, ...]) -> Any:
-    """The named numbers of each row. Saves the arguments, m and rest; sharded also the mass of soft targets and e."""
-    layout: dict[str, Any] = {"axis": 1, "scale": scale, "softcap": softcap}
-    wished = {"smooth": "smooth" in names, "entropy": "entropy" in names}
-    computed = ["nll", "lse", *(name for name, on in wished.items() if on), "m", "rest"]
-
-    def rules(wanted: tuple[bool, ...]) -> Any:
-        def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any) -> Any:
-            x = x.astype(w.dtype)
-
-            def step(out: dict[str, Array], part: Part) -> dict[str, Array]:
-                t = cut.take(target, part)
-                z = linear.logits(linear.kept_rows(cut.take(x, part), _kept(t)), w, b)
-                if shard.names:
-                    found = slices.of(z, *shard.local(t), weight, names=names, layout=layout)
-                else:
-                    found = dict(zip(computed, rows.cross_entropy_fwd(z, t, weight, **layout, **wished), strict=True))
-                return {name: cut.put(out[name], found[name], part) for name in out}
-
-            kind = linear.wide(x.dtype)
-            if shard.names:
-                start = slices.nothing(x, x.shape[:1], kind, names, soft=rows.is_soft(target))
-                state = slices.over(cut.loop(step, start), shard)
-                out = slices.numbers(state, target)
-            else:
-                state, kept = {}, {*names, "m", "rest"}
-                out = cut.loop(step, {name: jnp.zeros_like(x, shape=x.shape[:1], dtype=kind) for name in kept})
-            sums = (state.get("mass"), state.get("e"))
-            return tuple(out[name] for name in names), (x, w, b, target, weight, out["m"], out["rest"], *sums)
-
-        def bwd(saved: Any, cotangents: Any) -> Any:
-            x, w, b, target, weight, *whole = saved
-            whole = shard.own(*whole)
-            up = dict(zip(names, shard.cotangents(*cotangents, like=x), strict=True))
-            ups = [up.get(name) for name in ("nll", "lse", "smooth", "entropy")]
-            weights = 0.0 if ups[2] is None else shard.weight_sum(weight)
-
-            def step(sums: dict[str, Array], part: Part) -> dict[str, Array]:
-                t, mi, ri, mass, e = (cut.take(a, part) for a in (target, *whole))
-                d = [cut.take_fresh(a, part) for a in ups]
-                kept = _kept(t)
-                xi = linear.kept_rows(cut.take(x, part), kept)
-                z, d_here = linear.logits(xi, w, b), d[:2]
-                if shard.names:
-                    t, inside = shard.local(t)
-                    masses = (mass, weights, e)
-                    d_here = slices.upstream(z, t, inside, weight, mi, ri, masses, *d, layout=layout)
-                if wanted[3] or wanted[4]:
-                    d_target, d_weight = rows.cross_entropy_mass_bwd(z, t, weight, mi, ri, d[0], d[2], **layout)
-                    if wanted[3] and d_target is not None:
-                        sums = sums | {"target": cut.put(sums["target"], d_target, part)}
-                    if wanted[4]:
-                        sums = sums | {"weight": sums["weight"] + d_weight}
-                if any(wanted[:3]):
-                    dz = rows.cross_entropy_bwd_over(z, t, weight, mi, ri, *d_here, *d[2:], **layout)
-                    sums = linear.add(sums, cut, part, dz, xi, w, kept)
-                return sums
-
-            sums = linear.zeros(wanted[:3], x, w, b)
-            more = zip(("target", "weight"), (target, weight), wanted[3:], strict=True)
-            sums |= {name: jnp.zeros_like(a) for name, a, on in more if on}
-            sums = cut.loop(step, sums)
-            arrays = zip(("x", "w", "b", "target", "weight"), (shard.wide(x), *saved[1:5]), strict=True)
-            return tuple(sums[name].astype(a.dtype) if name in sums else None for name, a in arrays)
-
-        return fwd, bwd
-
-    return selective(rules)
-
-
-def _kept(target: Array) -> Array | None:
-    return None if rows.is_soft(target) else target != rows.IGNORED
+def _added(
+    sums: Sums,
+    cut: Cut,
+    part: Part,
+    head: Linear,
+    x: Array,
+    ignored: Array | None,
+    dz: Array | None,
+    d_target: Array | None,
+    d_weight: Array | None,
+) -> Sums:
+    """The gradients with those of a chunk of the rows, whose inputs are x, added."""
+    if d_target is not None:
+        sums = sums | {"target": cut.put(sums["target"], d_target, part)}
+    if d_weight is not None:
+        sums = sums | {"weight": sums["weight"] + d_weight}
+    if dz is None:
+        return sums
+    if "x" in sums:  # rows that are ignored hold zeros in x and dz, but W may not be finite
+        sums = sums | {"x": cut.put(sums["x"], without(head.input_bwd(dz), ignored), part)}
+    return head.add(sums, dz, x)

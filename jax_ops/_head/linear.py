@@ -1,4 +1,4 @@
-"""The linear layer of a chunk: its logits, and what a chunk's dlogits add to the gradients.
+"""The linear layer as one value: its logits, and what a chunk's dlogits add to the gradients.
 
 Matmuls of half-precision operands accumulate, and come out, in float32.
 """
@@ -6,7 +6,7 @@ Matmuls of half-precision operands accumulate, and come out, in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from jax_ops._head.chunks import Cut, Part, cut
 from jax_ops._lowering import when_alone
+from jax_ops._rows.dispatch import IGNORED, is_soft
 from jax_ops._rules.autodiff import analytic
 from softmax_ext import machine
 
@@ -27,41 +28,68 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def logits(x: Array, w: Array, b: Array | None, fresh: Array | None = None) -> Array:
-    """x wT + b; with a bias, -inf for classes that are not `fresh`."""
-    z = _half_logits(x, w) if _is_half(x) else _dot(x, w, 1, 1)
-    return z if b is None else _biased(z, b.astype(z.dtype), fresh)
+class Linear(NamedTuple):
+    """z = x wT + b.
 
-
-def zeros(wanted: Sequence[bool], x: Array, w: Array, b: Array | None) -> Sums:
-    """Accumulators of the gradients wanted of (x, w, b)."""
-    arrays = zip("xwb", (x, w, b), wanted, strict=True)
-    return {name: jnp.zeros_like(a, dtype=wide(a.dtype)) for name, a, on in arrays if a is not None and on}
-
-
-def add(sums: Sums, rows: Cut, part: Part, dz: Array, x: Array, w: Array, kept: Array | None) -> Sums:
-    """The gradients with those of a chunk of the rows, whose inputs are x, added.
-
-    dX = dz W,  dW = dzT X,  db = sum_i dz_i. Rows not `kept` hold zeros in x and dz, but W may not be finite.
+    Anything with the same operations is a head: a part of its classes, logits of some rows, what their gradient makes
+    of the input's, and gradients of its own parameters that grow chunk by chunk.
     """
-    sums = dict(sums)
-    if "x" in sums:
-        sums["x"] = rows.put(sums["x"], _kept(input_bwd(dz, w), kept), part)
-    if "w" in sums:
-        sums["w"] = weight_bwd(sums["w"], dz, x, 0)
-    if "b" in sums:
-        sums["b"] = sums["b"] + dz.sum(0)
+
+    weight: Array  # (V, D)
+    bias: Array | None  # (V,)
+
+    def part(self, cut: Cut, part: Part) -> Linear:
+        """The layer of a slice of the classes."""
+        return Linear(cut.take(self.weight, part), cut.take(self.bias, part))
+
+    def logits(self, x: Array, fresh: Array | None = None) -> Array:
+        """x wT + b; -inf for classes that are not `fresh`."""
+        w, b = self
+        if b is None and fresh is not None:
+            b = jnp.zeros_like(w, shape=w.shape[:1])
+        z = _half_logits(x, w) if _is_half(x) else _dot(x, w, 1, 1)
+        return z if b is None else _biased(z, b.astype(z.dtype), fresh)
+
+    def input_bwd(self, dz: Array) -> Array:
+        """dX = dz W."""
+        return _input_bwd(dz, self.weight)
+
+    def gradient(self, weight: bool, bias: bool) -> Sums:
+        """Zeros in the place of the gradients wanted of the parameters."""
+        sums = {"w": jnp.zeros_like(self.weight, dtype=wide(self.weight.dtype))} if weight else {}
+        if bias and self.bias is not None:
+            sums["b"] = jnp.zeros_like(self.bias, dtype=wide(self.bias.dtype))
+        return sums
+
+    def add(self, sums: Sums, dz: Array, x: Array, start: Part = 0) -> Sums:
+        """dW += dzT X, db += sum_i dz_i, of the classes from `start` on."""
+        if "w" in sums:
+            sums = sums | {"w": weight_bwd(sums["w"], dz, x, start)}
+        if "b" in sums:
+            db = dz.sum(0)
+            sums = sums | {"b": sums["b"] + db if db.shape == sums["b"].shape else _plus(sums["b"], db, start)}
+        return sums
+
+
+def zeros(wanted: Sequence[bool], x: Array, head: Linear, target: Array, weight: Array | None) -> Sums:
+    """Zeros in the place of the gradients wanted of (x, *head, target, weight)."""
+    sums = {"x": jnp.zeros_like(x, dtype=wide(x.dtype))} if wanted[0] else {}
+    sums |= head.gradient(*wanted[1:3])
+    if wanted[3]:
+        sums["target"] = jnp.zeros_like(target)
+    if wanted[4] and weight is not None:
+        sums["weight"] = jnp.zeros_like(weight)
     return sums
 
 
-def kept_rows(x: Array, kept: Array | None) -> Array:
-    """x with 0 in the rows that reach no result: a NaN there would, by 0 * NaN."""
-    return _kept(x, kept)
+def ignored_rows(target: Array) -> Array | None:
+    """Which rows reach no result; None where all do."""
+    return None if is_soft(target) else target == IGNORED
 
 
-def input_bwd(dz: Array, w: Array) -> Array:
-    """dz W."""
-    return _half_input_bwd(dz, w) if _is_half(w) else _dot(dz, w, 1, 0)
+def without(x: Array, ignored: Array | None) -> Array:
+    """x with 0 in ignored rows: a NaN there would reach the others' gradients, by 0 * NaN."""
+    return x if ignored is None else jnp.where(ignored[:, None], jnp.zeros((), x.dtype), x)
 
 
 def weight_bwd(total: Array, dz: Array, x: Array, start: Part) -> Array:
@@ -70,8 +98,8 @@ def weight_bwd(total: Array, dz: Array, x: Array, start: Part) -> Array:
     return _weight(total, dz, x, jnp.asarray(start))
 
 
-def _kept(x: Array, kept: Array | None) -> Array:
-    return x if kept is None else jnp.where(kept[:, None], x, jnp.zeros((), x.dtype))
+def _input_bwd(dz: Array, w: Array) -> Array:
+    return _half_input_bwd(dz, w) if _is_half(w) else _dot(dz, w, 1, 0)
 
 
 def _dot(a: Array, b: Array, i: int, j: int) -> Array:
@@ -121,7 +149,7 @@ def _half_logits_fwd(x: Array, w: Array) -> Any:
 def _half_logits_bwd(saved: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     x, w = saved
     d_w = weight_bwd(jnp.zeros_like(w, dtype=ct.dtype), ct, x, 0)
-    return input_bwd(ct, w).astype(x.dtype), d_w.astype(w.dtype)
+    return _input_bwd(ct, w).astype(x.dtype), d_w.astype(w.dtype)
 
 
 def _half_input_bwd_pieces(dz: Array, w: Array) -> Array:
@@ -220,7 +248,7 @@ def _weight_whole(total: Array, dz: Array, x: Array, start: Array) -> Array:
     return total + product if product.shape == total.shape else _plus(total, product, start)
 
 
-def _plus(total: Array, product: Array, at: Array) -> Array:
+def _plus(total: Array, product: Array, at: Part) -> Array:
     product = product + lax.dynamic_slice_in_dim(total, at, product.shape[0])
     return lax.dynamic_update_slice_in_dim(total, product, at, 0)
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, auto_axes, reshard
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, auto_axes
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,6 @@ def lies_otherwise(axis: int, logits: jax.Array, *others: jax.Array | None) -> b
     known = {logits.ndim: whole, logits.ndim - 1: rows}
     given = [a for a in others if a is not None]
     return whole[axis] is not None or any(spec(a) != known.get(a.ndim, (None,) * a.ndim) for a in given)
-
-
-def as_rows(target: jax.Array, logits: jax.Array, axis: int) -> jax.Array:
-    """Class indices on the devices of their rows, where Explicit axes cut the rows and not the indices."""
-    kind = jax.typeof(logits).sharding
-    whole = (*kind.spec, *[None] * logits.ndim)[: logits.ndim]
-    rows = PartitionSpec(*whole[:axis], *whole[axis + 1 :])
-    if target.ndim == logits.ndim or not any(rows) or any(jax.typeof(target).sharding.spec):
-        return target
-    return reshard(target, NamedSharding(kind.mesh, rows))
 
 
 def under_auto_axes(fn: Callable[..., Any], *arrays: jax.Array | None, spread: Spread, out: Any, **how: Any) -> Any:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_ops._arguments import varying
+from jax_ops._rows import slices
 from jax_ops._rows.dispatch import is_soft
+from jax_ops._rules.varying import varying
 from softmax_ext import contract
 
 
@@ -42,6 +43,10 @@ class Shard:
     def largest(self, x: Array) -> Array:
         """The maximum over the devices, held constant; whether it is NaN where a device has one is not said."""
         return lax.pmax(self._cast(lax.stop_gradient(x)), self.names) if self.names else lax.stop_gradient(x)
+
+    def joined(self, state: slices.State) -> slices.State:
+        """What the devices' slices say together."""
+        return slices.over(state, self.largest, self.sum) if self.names else state
 
     def first_largest(self, top: Array, at: Array) -> Array:
         """The first class whose logit is largest, or NaN, from the largest of each device and its class there."""

@@ -14,17 +14,9 @@ import numpy as np
 from jax import Array
 
 from jax_ops._rows import plain
-from jax_ops._rows.plain import (
-    IGNORED,
-    INVALID,
-    alive,
-    capped,
-    class_row,
-    compute,
-    cross_entropy_mass_bwd,
-    is_soft,
-    slope,
-)
+from jax_ops._rows.arithmetic import capped, class_row, compute, slope
+from jax_ops._rows.classes import IGNORED, INVALID, alive, is_soft
+from jax_ops._rows.plain import cross_entropy_mass_bwd
 from jax_ops._rows.primitive import Row, transposable
 
 __all__ = [

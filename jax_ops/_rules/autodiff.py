@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from jax_ops._arguments import varying, varying_as
 from jax_ops._lowering import as_typed, mapped, outputs_mapped
+from jax_ops._rules.varying import varying, varying_as
 
 
 def analytic(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., Any]:

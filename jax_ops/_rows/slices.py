@@ -15,18 +15,17 @@ all sums of terms of one sign, so a confident row keeps its loss and gradient. A
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_ops._parallel.shard import Shard
 from jax_ops._rows import dispatch as rows
+from jax_ops._rows.arithmetic import LOWEST
 
 State = dict[str, Array]
-
-_LOWEST = -1000.0  # exp of this is 0
 
 
 def nothing(like: Array, shape: tuple[int, ...], kind: Any, names: tuple[str, ...], *, soft: bool) -> State:
@@ -96,11 +95,9 @@ def merge(a: State, b: State) -> State:
     return out
 
 
-def over(state: State, shard: Shard) -> State:
+def over(state: State, largest: Callable[[Array], Array], sum_of: Callable[[Array], Array]) -> State:
     """What the slices of all devices say together, in two messages: a maximum and one sum, of a few numbers a row."""
-    if not shard.names:
-        return state
-    m = shard.largest(state["m"])  # with or without the NaN of one slice: its row's sums carry that
+    m = largest(state["m"])  # with or without the NaN of one slice: its row's sums carry that
     more, e, by = _moved(state, m)
     top = state["m"] == m
     # Among ties for the maximum all but one count in full: adding their number less 1 is exact.
@@ -113,13 +110,13 @@ def over(state: State, shard: Shard) -> State:
         parts["mass"] = state["mass"]
     if "e" in state:
         parts["e"] = e
-    out = dict(zip(parts, shard.sum(jnp.stack(list(parts.values()))), strict=True))
+    out = dict(zip(parts, sum_of(jnp.stack(list(parts.values()))), strict=True))
     out["rest"] = out["rest"] + (out.pop("top") - 1.0)
     return out | {"m": m}
 
 
 def numbers(state: State, target: Array) -> State:
-    """The rows' lse, and nll, smooth and entropy where the state has their sums; m and rest."""
+    """The rows' lse, and nll, smooth and entropy where the state has their sums; m, rest, mass and e."""
     m, rest = state["m"], jnp.where(jnp.isfinite(state["m"]), state["rest"], jnp.nan)
     log_total = jnp.log1p(rest)
     out = {"lse": m + log_total}
@@ -130,7 +127,7 @@ def numbers(state: State, target: Array) -> State:
         if "nll" in out:
             out["nll"] = jnp.where(target <= rows.INVALID, jnp.nan, out["nll"])
         out = {name: jnp.where(target == rows.IGNORED, 0.0, value) for name, value in out.items()}
-    return out | {"m": m, "rest": rest}
+    return out | {"m": m, "rest": rest} | {name: state[name] for name in ("mass", "e") if name in state}
 
 
 def upstream(
@@ -167,9 +164,35 @@ def upstream(
         others.append(d_smooth * (weights - here))
     if d_entropy is not None:
         d = rows.capped(z, layout["scale"], layout["softcap"]) - jnp.expand_dims(m, axis)
-        here = (jnp.exp(d) * jnp.maximum(d, _LOWEST)).sum(axis)
+        here = (jnp.exp(d) * jnp.maximum(d, LOWEST)).sum(axis)
         others.append(d_entropy * ((e - here) / (1.0 + rest)))
     return d_nll, functools.reduce(jnp.add, others) if others else None
+
+
+def bwd(
+    z: Array,
+    t: Array,
+    inside: Any,
+    weight: Array | None,
+    m: Array,
+    rest: Array,
+    masses: tuple[Any, Any, Any] | None,
+    ups: Sequence[Array | None],
+    wanted: Sequence[bool],
+    layout: dict[str, Any],
+) -> tuple[Array | None, Array | None, Array | None]:
+    """(dL/dz, dL/dtarget, dL/dweight) of a slice, those that the gradients `wanted` of a head need, dL/dz over z.
+
+    `masses` as in `upstream`, None where the slice is all of its rows; `ups` are the whole rows'.
+    """
+    here = ups[:2] if masses is None else upstream(z, t, inside, weight, m, rest, masses, *ups, layout=layout)
+    dz = d_target = d_weight = None
+    if any(wanted[3:5]):
+        found = rows.cross_entropy_mass_bwd(z, t, weight, m, rest, ups[0], ups[2], **layout)
+        d_target, d_weight = (value if on else None for value, on in zip(found, wanted[3:5], strict=True))
+    if any(wanted[:3]):
+        dz = rows.cross_entropy_bwd_over(z, t, weight, m, rest, *here, *ups[2:], **layout)
+    return dz, d_target, d_weight
 
 
 def _masses(target: Array, weight: Array | None, kind: Any, axis: int) -> Array:
@@ -183,7 +206,7 @@ def _moved(state: State, m: Array) -> tuple[Array, Array, Array]:
     """(the slice's sum of exp(z - m), its e, its maximum - m) for an m that is not below its maximum."""
     by = jnp.where(state["m"] == m, 0.0, state["m"] - m)
     f, total = jnp.exp(by), 1.0 + state["rest"]
-    e = f * (state["e"] + jnp.maximum(by, _LOWEST) * total) if "e" in state else f
+    e = f * (state["e"] + jnp.maximum(by, LOWEST) * total) if "e" in state else f
     return f * total, e, by
 
 

@@ -1,0 +1,58 @@
+"""Rows by their targets: how those without a class are marked, and what reaches their results and derivatives."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+IGNORED = -1  # canonical target of a row that reaches no result
+INVALID = -2  # canonical target of a row whose class index names no class
+
+
+def is_soft(target: Array) -> bool:
+    """Whether targets are probabilities rather than class indices."""
+    return jnp.issubdtype(target.dtype, jnp.floating)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def alive(axis: int, z: Array, dead: Array, *others: Array | None) -> Array:
+    """z. Where it or `others` are differentiated, 0 in dead rows: of -inf or NaN there comes NaN, even times 0.
+
+    Values of dead rows are left out at the end: here all logits would become as many as the targets (a row of them for
+    many targets, under vmap).
+    """
+    return z
+
+
+@alive.defjvp
+def _alive_jvp(axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    z, dead, *_ = primals
+    gone, zero = dead if z.ndim == dead.ndim else jnp.expand_dims(dead, axis), jnp.zeros((), z.dtype)
+    return jnp.where(gone, zero, z), jnp.where(gone, zero, tangents[0])
+
+
+def without_ignored(logits: Array, target: Array, axis: int) -> Array:
+    """The logits with ignored rows at 0: not even through 0 * NaN do they reach a derivative."""
+    if is_soft(target):
+        return logits
+    return jnp.where(jnp.expand_dims(target == IGNORED, axis), jnp.zeros((), logits.dtype), logits)
+
+
+def alive_rows(axis: int, target: Array, *arrays: Array | None) -> tuple[Any, Any, Any]:
+    """The first three arrays, of logits or rows, `alive` but for ignored rows whichever of all is differentiated."""
+    if is_soft(target):
+        return arrays[:3]  # pyright: ignore[reportReturnType]
+    ignored = target == IGNORED
+    return tuple(alive(axis, a, ignored, *arrays) for a in arrays[:3])  # pyright: ignore[reportReturnType]
+
+
+def upstream_of(upstream: Array, target: Array, axis: int | None) -> Array:
+    """A row's upstream gradient, 0 for an ignored row and NaN for an invalid one (with `axis`, if one is given)."""
+    if not is_soft(target):
+        upstream = jnp.where(target == IGNORED, 0.0, upstream)
+        upstream = upstream * jnp.where(target <= INVALID, jnp.nan, 1.0)
+    return upstream if axis is None else jnp.expand_dims(upstream, axis)
