@@ -17,6 +17,7 @@ from torch import Tensor
 
 from softmax_ext.gpu import cross_entropy as ce
 from softmax_ext.gpu import rows as gpu
+from softmax_ext.gpu import softmax as gpu_softmax
 from softmax_ext.gpu import targets as gpu_targets
 from torch_ops._rows.native import FAKES, describe, rows_like
 
@@ -39,7 +40,7 @@ def softmax_fwd(x: Tensor, dim: int) -> Tensor:
     """y = softmax(x)."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _launch(gpu.softmax_fwd_kernel, (x, y), x, dim, gpu.HOLDS_ONE, FAST=_fast(x))
+    _launch(gpu_softmax.softmax_fwd_kernel, (x, y), x, dim, gpu.HOLDS_ONE, FAST=_fast(x))
     return y
 
 
@@ -47,7 +48,7 @@ def softmax_bwd(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     """dx = y (dy - sum(y dy))."""
     dy, y = dy.contiguous(), y.contiguous()
     dx = torch.empty_like(y)
-    _launch(gpu.softmax_bwd_kernel, (dy, y, dx), y, dim, gpu.HOLDS_TWO, ROUNDED=_fast(y) > 0)
+    _launch(gpu_softmax.softmax_bwd_kernel, (dy, y, dx), y, dim, gpu.HOLDS_TWO, ROUNDED=_fast(y) > 0)
     return dx
 
 
@@ -55,7 +56,7 @@ def log_softmax_fwd(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, m, rest)."""
     x = x.contiguous()
     y, m, rest = torch.empty_like(x), *rows_like(x, dim, 2)
-    _launch(gpu.log_softmax_fwd_kernel, (x, y, m, rest), x, dim, gpu.HOLDS_TWO, FAST=_fast(x))
+    _launch(gpu_softmax.log_softmax_fwd_kernel, (x, y, m, rest), x, dim, gpu.HOLDS_TWO, FAST=_fast(x))
     return y, m, rest
 
 
@@ -64,7 +65,12 @@ def log_softmax_bwd(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, dim: int) ->
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     _launch(
-        gpu.log_softmax_bwd_kernel, (dy, x, m.contiguous(), rest.contiguous(), dx), x, dim, gpu.HOLDS_TWO, FAST=_fast(x)
+        gpu_softmax.log_softmax_bwd_kernel,
+        (dy, x, m.contiguous(), rest.contiguous(), dx),
+        x,
+        dim,
+        gpu.HOLDS_TWO,
+        FAST=_fast(x),
     )
     return dx
 
