@@ -76,7 +76,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-Cell = Callable[[], Iterable[list[gpu_lines.Line]]]
+Cell = Callable[[], Iterable[list[gpu_lines.DeviceLine]]]
 
 
 def cells(options: argparse.Namespace) -> Iterator[tuple[str, Cell]]:

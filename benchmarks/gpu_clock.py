@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-Call = Callable[[], tuple[torch.Tensor, ...]]
+DeviceCall = Callable[[], tuple[torch.Tensor, ...]]
 
 
 class _HostMark:
@@ -37,7 +37,7 @@ def wait(device: str) -> None:
 
 
 def take_turns(
-    calls: Mapping[str, Call], device: str, *, seconds: float, least: int = 5, batch: int = 1
+    calls: Mapping[str, DeviceCall], device: str, *, seconds: float, least: int = 5, batch: int = 1
 ) -> dict[str, list[float]]:
     """Milliseconds of each call in each round; the calls take turns, every second round backwards.
 
@@ -66,7 +66,7 @@ def take_turns(
     return found
 
 
-def workspace_bytes(call: Call, device: str) -> int | None:
+def workspace_bytes(call: DeviceCall, device: str) -> int | None:
     """The most bytes a call has alive beyond what there was and what it returns; None where nobody counts."""
     if device != "cuda":
         return None

@@ -17,8 +17,8 @@ from torch import Tensor
 import torch_ops
 from benchmarks import torch_heads
 from benchmarks.check import WrongAnswer
-from benchmarks.gpu_clock import Call, take_turns, workspace_bytes
-from benchmarks.gpu_lines import MATMULS, OURS, WRONG, Line, lines
+from benchmarks.gpu_clock import DeviceCall, take_turns, workspace_bytes
+from benchmarks.gpu_lines import MATMULS, OURS, WRONG, DeviceLine, lines
 from benchmarks.gpu_rows import Settings
 from benchmarks.heads import BLOCK, HEAD_OPS, HeadCase
 from benchmarks.torch_heads import Inputs, Loss, gradients
@@ -44,16 +44,16 @@ class OnDevice(Inputs):
         self.linear_weight = self.linear_weight.detach().to(device).requires_grad_()
         self.target = self.target.to(device)
 
-    def call(self, loss: Loss) -> Call:
+    def call(self, loss: Loss) -> DeviceCall:
         """The loss and its gradients."""
         return partial(gradients, loss, self)
 
-    def limit(self) -> Call:
+    def limit(self) -> DeviceCall:
         """The yardstick: logits, dX and dW by bare matmuls into memory that was there before."""
         run = torch_heads.limit(self)
         return lambda: run() or ()
 
-    def check(self, call: Call, *, ours: bool) -> None:
+    def check(self, call: DeviceCall, *, ours: bool) -> None:
         """Raise WrongAnswer unless loss and gradients are the truth's: benchmarks.check, where the answers are.
 
         A gigabyte on its way to the host, and there in float32, would take longer than all that is timed.
@@ -76,7 +76,7 @@ class OnDevice(Inputs):
                 due = float(truth[lines][tuple(at)])
                 raise WrongAnswer(f"{name}{where} is {float(block[tuple(at)]):.9g}, in truth {due:.9g}")
 
-    def check_sampled(self, call: Call) -> None:
+    def check_sampled(self, call: DeviceCall) -> None:
         """Raise WrongAnswer unless the loss is the truth's and the gradients are what K points a row can tell.
 
         A row of dX is off by the points' noise, about 1 / sqrt(K) of it; the rows of dW sum to 0, as those of the
@@ -109,7 +109,7 @@ class OnDevice(Inputs):
         return found
 
 
-def measure(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevice) -> list[Line]:
+def measure(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevice) -> list[DeviceLine]:
     """One case's lines: every call judged, timed in turns, its memory counted."""
     calls, remarks = judged(on, {name: on.call(loss) for name, loss in ours(case.rows).items()})
     remarks |= missing()
@@ -132,7 +132,7 @@ def measure(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDev
     return lines(cell, times, ours=OURS, limit=MATMULS, work=work, chunks=chunks, memory=memory, remarks=remarks)
 
 
-def sweep(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevice) -> list[Line]:
+def sweep(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevice) -> list[DeviceLine]:
     """Time and memory against chunk_size in both memory modes, the default among them."""
     calls, chunks, work = {}, {}, {MATMULS: 1.0}
     head: Any = torch_ops.linear_cross_entropy
@@ -152,7 +152,7 @@ def sweep(about: dict[str, str], settings: Settings, case: HeadCase, on: OnDevic
     )
 
 
-def judged(on: OnDevice, calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+def judged(on: OnDevice, calls: dict[str, DeviceCall]) -> tuple[dict[str, DeviceCall], dict[str, str]]:
     """(our calls that fit the device and are right, why others do not or are not)."""
     fit, remarks = {}, {}
     for name, call in calls.items():
@@ -206,7 +206,7 @@ def missing() -> dict[str, str]:
     return found | ({"F.linear_cross_entropy": why} if why else {})
 
 
-def judgement(on: OnDevice, call: Call) -> tuple[str, bool]:
+def judgement(on: OnDevice, call: DeviceCall) -> tuple[str, bool]:
     """(what is to be said of a rival, whether it ran). One that answers wrongly is timed, with a remark.
 
     Cut Cross-Entropy leaves out gradients below its type's roundoff, by design.

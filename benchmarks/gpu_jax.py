@@ -9,13 +9,13 @@ import os
 
 import torch
 
-from benchmarks.gpu_clock import Call, take_turns
+from benchmarks.gpu_clock import DeviceCall, take_turns
 from benchmarks.gpu_heads import LINEAR_MATMULS, OP, OnDevice, judged, judgement
-from benchmarks.gpu_lines import MATMULS, OURS, Line, lines
+from benchmarks.gpu_lines import MATMULS, OURS, DeviceLine, lines
 from benchmarks.gpu_rows import Settings
 
 
-def measure(about: dict[str, str], settings: Settings, on: OnDevice) -> list[Line]:
+def measure(about: dict[str, str], settings: Settings, on: OnDevice) -> list[DeviceLine]:
     """One case's lines."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is on the device, too
     import jax
@@ -27,7 +27,7 @@ def measure(about: dict[str, str], settings: Settings, on: OnDevice) -> list[Lin
     arrays.append(jnp.from_dlpack(on.target.int()))
     memory: dict[str, int | None] = {}
 
-    def call(name: str, loss: jax_heads.Loss) -> Call:
+    def call(name: str, loss: jax_heads.Loss) -> DeviceCall:
         program = jax_heads.compiled(loss, *arrays)
         memory[name] = jax_heads.workspace_bytes(program)
         return lambda: _answers(jax.block_until_ready(program(*arrays)))

@@ -14,14 +14,14 @@ from rich.table import Table
 from benchmarks import records
 from benchmarks.table import OURS
 
-__all__ = ["COPY", "LIMITS", "MATMULS", "OURS", "WRONG", "Line", "keep", "lines", "show", "summary"]
+__all__ = ["COPY", "LIMITS", "MATMULS", "OURS", "WRONG", "DeviceLine", "keep", "lines", "show", "summary"]
 
 WRONG = "not timed, its answer is wrong"
 COPY, MATMULS = LIMITS = "copy", "three matmuls"
 
 
 @dataclass(frozen=True)
-class Line:
+class DeviceLine:
     """One call's figures: medians over the rounds, each quotient taken within its round."""
 
     device: str
@@ -50,7 +50,7 @@ def lines(
     chunks: Mapping[str, int | None] | None = None,
     memory: Mapping[str, int | None] | None = None,
     remarks: Mapping[str, str] | None = None,
-) -> list[Line]:
+) -> list[DeviceLine]:
     """A cell's lines from its rounds, `work` in units of the limit's; then remarks on calls that could not be made."""
     found, remarks = [], remarks or {}
     for name, these in times.items() if ours in times else ():  # or ours had no room, and says so
@@ -59,22 +59,25 @@ def lines(
         chunk = (chunks or {}).get(name)
         figures = (_short(statistics.median(these)), _short(_quotient(these, times[ours])), _short(limits))
         found.append(
-            Line(**about, call=name, chunk=chunk, **_figures(*figures, size, len(these)), remark=remarks.get(name, ""))
+            DeviceLine(
+                **about, call=name, chunk=chunk, **_figures(*figures, size, len(these)), remark=remarks.get(name, "")
+            )
         )
     for name, why in remarks.items():
         if name not in times or ours not in times:
-            found.append(Line(**about, call=name, chunk=None, **_figures(None, None, None, None, 0), remark=why))
+            found.append(DeviceLine(**about, call=name, chunk=None, **_figures(None, None, None, None, 0), remark=why))
     return found
 
 
-def keep(new: Sequence[Line], file: Path) -> None:
+def keep(new: Sequence[DeviceLine], file: Path) -> None:
     """Put the lines in the file; what was measured of the same part, op, type and shape before is replaced."""
     replaced = {_cell(line) for line in new}
-    known = [] if not file.exists() else [line for line in records.read(Line, file) if _cell(line) not in replaced]
-    records.write(Line, [*known, *new], file)
+    old = records.read(DeviceLine, file) if file.exists() else []
+    known = [line for line in old if _cell(line) not in replaced]
+    records.write(DeviceLine, [*known, *new], file)
 
 
-def show(cell: Sequence[Line]) -> Table | str:
+def show(cell: Sequence[DeviceLine]) -> Table | str:
     """A head's cell as a table, a call a row; a row op's as one line."""
     first = cell[0]
     title = f"{first.part}: {first.op} {first.dtype} {first.shape}"
@@ -100,7 +103,7 @@ def show(cell: Sequence[Line]) -> Table | str:
     return table
 
 
-def summary(found: Sequence[Line]) -> Table:
+def summary(found: Sequence[DeviceLine]) -> Table:
     """A line for each cell but the sweeps': our calls, each beside the fastest of the others' whose answer is right."""
     table = Table(title="ours", title_justify="left", header_style="", box=None)
     for name in ("part", "op", "type", "shape", "call"):
@@ -127,8 +130,8 @@ def summary(found: Sequence[Line]) -> Table:
     return table
 
 
-def _cells(found: Iterable[Line]) -> list[list[Line]]:
-    by: dict[tuple[str, ...], list[Line]] = {}
+def _cells(found: Iterable[DeviceLine]) -> list[list[DeviceLine]]:
+    by: dict[tuple[str, ...], list[DeviceLine]] = {}
     for line in found:
         by.setdefault(_cell(line), []).append(line)
     return list(by.values())
@@ -146,7 +149,7 @@ def _figures(
     }
 
 
-def _cell(line: Line) -> tuple[str, ...]:
+def _cell(line: DeviceLine) -> tuple[str, ...]:
     return line.device, line.part, line.op, line.dtype, line.shape
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import torch_ops
 from benchmarks.check import WrongAnswer
-from benchmarks.gpu_clock import Call, take_turns, wait, workspace_bytes
-from benchmarks.gpu_lines import COPY, OURS, WRONG, Line, lines
+from benchmarks.gpu_clock import DeviceCall, take_turns, wait, workspace_bytes
+from benchmarks.gpu_lines import COPY, OURS, WRONG, DeviceLine, lines
 
 DTYPES = ("bfloat16", "float32")
 # (rows, classes) of calls whose two arrays of logits outgrow any cache: those told first, and the sweep over classes.
@@ -41,7 +41,9 @@ class Settings:
     backend: str  # of torch.compile
 
 
-def measure(about: dict[str, str], settings: Settings, shape: tuple[int, int], dtype: str) -> Iterator[list[Line]]:
+def measure(
+    about: dict[str, str], settings: Settings, shape: tuple[int, int], dtype: str
+) -> Iterator[list[DeviceLine]]:
     """The lines of every op, one after the other."""
     (rows, v), device = shape, settings.device
     generator = torch.Generator(device).manual_seed(0)
@@ -81,7 +83,7 @@ def _ops(t: Tensor) -> dict[str, tuple[_Op, _Op, bool, int]]:
     }
 
 
-def _whole(op: _Op, backward: bool, inputs: list[Tensor], up: Tensor) -> Call:
+def _whole(op: _Op, backward: bool, inputs: list[Tensor], up: Tensor) -> DeviceCall:
     """The call that is timed, its inputs taking turns."""
     turns = itertools.cycle(inputs)
     return lambda: (_once(op, next(turns), up, backward),)

@@ -31,14 +31,14 @@ def one_thread() -> Iterator[None]:
 ROWS = ("ours", "eager", "compiled", "copy")
 
 
-def _key(line: gpu_lines.Line) -> tuple[str, ...]:
+def _key(line: gpu_lines.DeviceLine) -> tuple[str, ...]:
     return line.part, line.op, line.dtype, line.shape, line.call
 
 
-def _run(folder: Path, *given: str) -> tuple[int, list[gpu_lines.Line]]:
+def _run(folder: Path, *given: str) -> tuple[int, list[gpu_lines.DeviceLine]]:
     status = gpu.main([*SMALL, "--results", str(folder), *given])
     file = folder / "cpu.csv"
-    return status, records.read(gpu_lines.Line, file) if file.exists() else []
+    return status, records.read(gpu_lines.DeviceLine, file) if file.exists() else []
 
 
 def test_a_rehearsal_writes_every_line(
@@ -106,7 +106,7 @@ def test_a_wrong_head_is_not_timed(part: str, tmp_path: Path, monkeypatch: pytes
 def test_a_cell_that_fails_is_told_and_the_next_one_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> list[gpu_lines.Line]:
+    def broken(*_: object) -> list[gpu_lines.DeviceLine]:
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(gpu_heads, "measure", broken)
