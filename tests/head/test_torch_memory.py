@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -11,46 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_ops
+from examples.torch_memory import Alive
 from tests.head.torch_arrays import IN, MEMORY, func
 from tests.rules.test_torch_transforms import _same
 from torch_ops._head import chunks, rounding
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the storages that ops have made and that are still alive, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if _is(a)}
-        for t in tree_leaves(out):
-            if _is(t):
-                storage = t.untyped_storage()
-                key = storage._cdata
-                if key not in self.known and key not in given:
-                    self.known.add(key)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._gone, key, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-
-def _is(x: Any) -> bool:
-    return isinstance(x, Tensor)
-
 
 ROWS, WIDTH, CLASSES = 256, 16, 4096
 LOGITS = ROWS * CLASSES * 4
@@ -60,7 +26,7 @@ def _peak(memory: Any, step: Callable[[Callable[..., Tensor], Tensor, Tensor], A
     g = torch.Generator().manual_seed(0)
     x, w = (torch.randn(*s, generator=g).requires_grad_() for s in ((ROWS, WIDTH), (CLASSES, WIDTH)))
     t = torch.randint(CLASSES, (ROWS,), generator=g)
-    with Live() as live:
+    with Alive(x, w, t) as live:
         step(lambda x, w: torch_ops.linear_cross_entropy(x, w, t, memory=memory, chunk_size=chunk, **options), x, w)
     return live.peak
 
@@ -86,7 +52,7 @@ def test_the_counter_sees_the_builtins_logits() -> None:
     """The peak without fusion, counted the same way: above the logits, or the counter counts nothing."""
     g = torch.Generator().manual_seed(0)
     x, w = (torch.randn(*s, generator=g).requires_grad_() for s in ((ROWS, WIDTH), (CLASSES, WIDTH)))
-    with Live() as live:
+    with Alive(x, w) as live:
         _first(lambda x, w: F.cross_entropy(x @ w.T, torch.zeros(ROWS, dtype=torch.int64)), x, w)
     assert live.peak >= 2 * LOGITS
 
@@ -168,7 +134,7 @@ def test_shift_reads_no_copy_of_the_input() -> None:
     """Nothing of the input's size is made but its gradient."""
     x, w = torch.randn(2, 256, 512).requires_grad_(), torch.randn(8, 512).requires_grad_()
     t = torch.randint(8, (2, 256))
-    with Live() as live:
+    with Alive(x, w, t) as live:
         loss = torch_ops.linear_cross_entropy(x, w, t, shift=1, chunk_size=16)
     assert live.peak < 1.25 * x.nbytes
     loss.backward()

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 tf = pytest.importorskip("transformers")
+
+from tests.storages import Largest  # noqa: E402
 
 B, L, V, D = 2, 32, 384, 16
 LLAMA: dict[str, Any] = {
@@ -71,19 +71,6 @@ def make(name: str = "Llama") -> Any:
     return model
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of a storage that operations under it made."""
-
-    most = 0
-
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                self.most = max(self.most, t.untyped_storage().nbytes() // t.itemsize)
-        return out
-
-
 def train(model: Any, **options: Any) -> tuple[Any, dict[str, Tensor], int]:
     """(what a call with labels returns, the gradients by name, the largest array in elements)."""
     model.zero_grad()
@@ -91,7 +78,7 @@ def train(model: Any, **options: Any) -> tuple[Any, dict[str, Tensor], int]:
     with Largest() as largest:
         out = model(input_ids=TOKENS, labels=LABELS, **options)
         out["loss"].backward()
-    return out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, largest.most
+    return out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, largest.bytes // 4
 
 
 def same(ours: tuple[Any, dict[str, Tensor], int], theirs: tuple[Any, dict[str, Tensor], int]) -> None:

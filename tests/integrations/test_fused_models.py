@@ -10,8 +10,9 @@ import torch
 
 tf = pytest.importorskip("transformers")
 
-from tests.integrations.models import LLAMA, D, L, Largest, V, same  # noqa: E402
+from tests.integrations.models import LLAMA, D, L, V, same  # noqa: E402
 from tests.integrations.test_transformers import steps  # noqa: E402
+from tests.storages import Largest  # noqa: E402
 from torch_ops.integrations.transformers import fuse_loss  # noqa: E402
 
 B = 2
@@ -80,7 +81,7 @@ def train(model: Any, name: str) -> tuple[Any, dict[str, torch.Tensor], int]:
     with Largest() as largest:
         out = model(**MODELS[name][1])
         out["loss"].backward()
-    return out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, largest.most
+    return out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, largest.bytes // 4
 
 
 @pytest.mark.filterwarnings("error:fuse_loss")

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import torch_ops
 from softmax_ext import reference
 from tests.judging import checks
+from tests.storages import Largest
 from torch_ops._rows import native
 from torch_ops._rows import picked as rows
 
@@ -202,21 +202,6 @@ def test_autocast():
         got = OPS.linear_at(x, w, ids, linear_bias=b)
     half = [a.bfloat16() for a in (x, w, b)]
     assert torch.equal(got, OPS.linear_at(half[0], half[1], ids, linear_bias=half[2]))
-
-
-class Largest(TorchDispatchMode):
-    """The most bytes any one result takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
-        return out
 
 
 @pytest.mark.parametrize("native_too", [True, False])

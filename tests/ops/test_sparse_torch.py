@@ -11,7 +11,7 @@ import torch
 import torch_ops
 from softmax_ext import reference
 from tests.judging import checks
-from tests.ops.test_linear_at_torch import Largest
+from tests.storages import Largest
 from torch_ops._rows import native
 
 OPTIONS: list[dict[str, Any]] = [
