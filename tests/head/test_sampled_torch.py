@@ -21,7 +21,7 @@ OPS: Any = torch_ops
 def served(request, monkeypatch):
     if request.param == "plain":
         monkeypatch.setattr(native, "serves", lambda *_: False)
-        monkeypatch.setattr(picked, "_serves", lambda *_: False)
+        monkeypatch.setattr(picked, "_serving", lambda *_: None)
     return request.param
 
 

@@ -26,7 +26,7 @@ def served(request, monkeypatch):
     if request.param == "native":
         assert not native.missing, native.missing
     else:
-        monkeypatch.setattr(rows, "_serves", lambda *_: False)
+        monkeypatch.setattr(rows, "_serving", lambda *_: None)
     if request.param == "plain by pieces":
         monkeypatch.setattr(rows, "_WORKSPACE", 150)
     return request.param
@@ -207,7 +207,7 @@ def test_autocast():
 @pytest.mark.parametrize("native_too", [True, False])
 def test_no_array_of_rows_times_classes_times_features(native_too, monkeypatch):
     if not native_too:
-        monkeypatch.setattr(rows, "_serves", lambda *_: False)
+        monkeypatch.setattr(rows, "_serving", lambda *_: None)
         monkeypatch.setattr(rows, "_WORKSPACE", 1 << 16)
     N, K, D, V = 64, 32, 96, 50  # all rows at all classes: 768 KiB
     x, w, _, ids = problem("float32", (N,), D, V, K)

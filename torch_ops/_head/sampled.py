@@ -191,6 +191,10 @@ def _backward(
 
 def _on_targets(targets: Tensor, nll: Tensor, d_nll: Tensor, a: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(each class of S once, its exact dz without entropy's part, its p), (n, E); elsewhere IGNORED, 0, 0."""
+    if targets.shape[1] == 1:
+        p = torch.exp(-nll).masked_fill((nll < 0) | (targets < 0), 0.0)
+        dz = a.unsqueeze(1) * p - d_nll * q.unsqueeze(1)
+        return targets.clamp(min=rows.IGNORED), dz.masked_fill(targets < 0, 0.0), p
     at, order = targets.sort(1)
     first = torch.ones_like(at, dtype=torch.bool)
     first[:, 1:] = at[:, 1:] != at[:, :-1]

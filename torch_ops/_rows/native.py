@@ -48,14 +48,12 @@ def limit_instruction_set(level: int) -> int:
 
 def serves(x: Tensor, dim: int) -> bool:
     """Whether the native kernels take x; exported programs hold no op of ours, so that they run anywhere."""
-    return (
-        _library is not None
-        and x.is_cpu
-        and x.dtype in FLOATS
-        and not is_none(x.shape[dim])
-        and is_plain(x)
-        and not torch.compiler.is_exporting()
-    )
+    return serves_matrix(x) and not is_none(x.shape[dim])
+
+
+def serves_matrix(x: Tensor) -> bool:
+    """The same where no dimension need have a class."""
+    return _library is not None and x.is_cpu and x.dtype in FLOATS and is_plain(x) and not torch.compiler.is_exporting()
 
 
 def serves_directly(x: Any) -> bool:
@@ -114,7 +112,7 @@ def describe(namespace: str, fakes: dict[str, Callable[..., Any]], library: Any)
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
 
-# The native ops alone.
+# The same of K classes a row.
 CLASSES: dict[str, Callable[..., Any]] = {
     "points": lambda z, m, rest, excepted, u, *_: (u.new_empty(u.shape, dtype=torch.int32), m.new_empty(m.shape[0], 2)),
     "picked_fwd": lambda x, w, ids: _matrix(x, ids.shape[0], ids.shape[1], torch.promote_types(x.dtype, torch.float32)),

@@ -1,4 +1,4 @@
-"""x . W[id] for K classes a row, and the two products that are its derivatives: native kernels or plain PyTorch ops.
+"""x . W[id] for K classes a row, and the two products that are its derivatives: kernels, or plain PyTorch ops.
 
 legend:  x (N, D), W (V, D), ids (N, K): a class, IGNORED (no class at all) or INVALID (a row of NaN that takes nothing)
 formula: z_ik = x_i . W[id_ik];  dX_i = sum_k c_ik W[id_ik];  dW[v] = sum of c_ik x_i over id_ik = v
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_ops._modes import is_plain
-from torch_ops._rows import native
+from torch_ops._rows import native, triton
 from torch_ops._rows.arithmetic import compute
 from torch_ops._rows.classes import IGNORED
 
@@ -26,8 +26,8 @@ _WORKSPACE = 1 << 26
 
 def picked_fwd(x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
     """z (N, K), in the compute type: 0 at IGNORED, NaN at INVALID."""
-    if _serves(x, w, ids):
-        return native.ops.picked_fwd(x, w, ids)
+    if (ops := _serving(x, w, ids)) is not None:
+        return ops.picked_fwd(x, w, ids)
     out = []
     for i, j, rows, some in _pieces(w, ids):
         z = torch.bmm(rows, compute(_cut(x, i, j)).unsqueeze(-1)).squeeze(-1)
@@ -45,8 +45,8 @@ def picked_input_bwd(
     wide: bool = False,
 ) -> Tensor:
     """dX (N, D), in W's type or the compute type."""
-    if _serves(w, c, ids, by, of_all):
-        return native.ops.picked_input_bwd(c, w, ids, by, of_all, wide)
+    if (ops := _serving(w, c, ids, by, of_all)) is not None:
+        return ops.picked_input_bwd(c, w, ids, by, of_all, wide)
     c = _each(c, ids.shape[1]).masked_fill(ids < 0, 0.0)
     dx = c.new_zeros(ids.shape[0], w.shape[1]) if by is None or of_all is None else torch.outer(by, of_all)
     parts: dict[tuple[int, int], Tensor] = {}
@@ -69,8 +69,8 @@ def picked_weight_bwd(
     wide: bool = False,
 ) -> Tensor:
     """dW (V, D), in x's type or the compute type: the same bits for any number of threads."""
-    if _serves(x, c, ids, by, of_all):
-        return native.ops.picked_weight_bwd(c, x, ids, classes, by, of_all, wide)
+    if (ops := _serving(x, c, ids, by, of_all)) is not None:
+        return ops.picked_weight_bwd(c, x, ids, classes, by, of_all, wide)
     c = _each(c, ids.shape[1]).masked_fill(ids < 0, 0.0)
     dw = c.new_zeros(classes, x.shape[1]) if by is None or of_all is None else torch.outer(by, of_all)
     if classes:
@@ -83,15 +83,11 @@ def picked_weight_bwd(
     return dw if wide else dw.to(x.dtype)
 
 
-def _serves(x: Tensor, *more: Tensor | None) -> bool:
-    """Whether the native kernels take these matrices."""
-    return (
-        not native.missing
-        and x.is_cpu
-        and x.dtype in native.FLOATS
-        and all(a is None or is_plain(a) for a in (x, *more))
-        and not torch.compiler.is_exporting()
-    )
+def _serving(x: Tensor, *more: Tensor | None) -> Any:
+    """The ops whose kernels take these matrices, or None."""
+    if not all(a is None or is_plain(a) for a in more):
+        return None
+    return native.ops if native.serves_matrix(x) else triton.ops if triton.serves_matrix(x) else None
 
 
 def _each(c: Tensor, k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""K stratified points of each row's distribution without its targets: native kernels or plain PyTorch ops."""
+"""K stratified points of each row's distribution without its targets: kernels, or plain PyTorch ops."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_ops._modes import is_plain
-from torch_ops._rows import native
+from torch_ops._rows import native, triton
 from torch_ops._rows.arithmetic import capped
 from torch_ops._rows.classes import IGNORED
 
@@ -19,8 +19,9 @@ def points(
     Point k is the first class where the off-target sum passes (k + u_k) / K of its whole. Where q is 0, and in a row
     whose targets are all ignored, the ids are IGNORED; in a row without a distribution they are 0 and q is NaN.
     """
-    if native.serves(logits, 1) and all(map(is_plain, (m, rest, excepted, u))):
-        ids, mass = native.ops.points(logits, m, rest, excepted, u, None, scale, softcap)
+    ops = native.ops if native.serves(logits, 1) else triton.ops if triton.serves(logits, 1) else None
+    if ops is not None and all(map(is_plain, (m, rest, excepted, u))):
+        ids, mass = ops.points(logits, m, rest, excepted, u, None, scale, softcap)
         return ids, mass.sum(1) / (1.0 + rest)
     e = torch.exp((capped(logits, scale, softcap) - m.unsqueeze(1)).double())
     classes = logits.shape[1]

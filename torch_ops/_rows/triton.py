@@ -25,10 +25,14 @@ ops: Any = torch.ops.softmax_ext_triton
 
 def serves(x: Tensor, dim: int) -> bool:
     """Whether the Triton kernels take x; exported programs hold no op of ours, so that they run anywhere."""
+    return serves_matrix(x) and not is_none(x.shape[dim])
+
+
+def serves_matrix(x: Tensor) -> bool:
+    """The same where no dimension need have a class."""
     return (
         x.device.type in DEVICES
         and x.dtype in FLOATS
-        and not is_none(x.shape[dim])
         and is_plain(x)
         and not torch.compiler.is_exporting()
         and not why_not(x.device)
@@ -63,7 +67,7 @@ def why_not(device: torch.device) -> str:
         if capability < (8, 0):
             return f"Triton needs compute capability 8.0; this device has {capability[0]}.{capability[1]}"
     try:
-        importlib.import_module("torch_ops._rows.triton_ops")
+        importlib.import_module("torch_ops._rows.triton_classes")  # and with it triton_ops
     except (ImportError, OSError) as error:  # a Triton built for another system
         return f"Triton does not load ({error})"
     return ""

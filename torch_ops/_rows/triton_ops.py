@@ -30,9 +30,8 @@ def canonical(target: Tensor, classes: int, ignored: int) -> Tensor:
     out = torch.empty_like(target, dtype=torch.int64)
     if target.numel():
         count, block = target.numel(), gpu_targets.BLOCK
-        with _current(target.device):
-            launch: Any = gpu_targets.canonical_kernel[(-(-count // block),)]
-            launch(target, out, count, classes, ignored, BLOCK=block)
+        args = (target, out, count, classes, ignored)
+        launch(gpu_targets.canonical_kernel, -(-count // block), args, BLOCK=block)
     return out
 
 
@@ -165,8 +164,14 @@ def _launch(
     if "LANES" not in kernel.arg_names:
         del layout["LANES"], layout["VECTOR"]
     kind = tl.float64 if x.dtype == torch.float64 else tl.float32
-    with _current(x.device):
-        kernel[(programs,)](*arrays, outer, classes, inner, *options, F=kind, **constants, **layout)
+    launch(kernel, programs, (*arrays, outer, classes, inner, *options), F=kind, **constants, **layout)
+
+
+def launch(kernel: Any, grid: int | tuple[int, ...], args: tuple[Any, ...], **constants: Any) -> None:
+    """Launch a kernel on the device of its first argument, a tensor."""
+    with _current(args[0].device):
+        # fusion would undo what arithmetic.py does about rounding: see rows.plan
+        kernel[grid if isinstance(grid, tuple) else (grid,)](*args, **{"enable_fp_fusion": False, **constants})
 
 
 def _lanes(x: Tensor) -> int:
@@ -182,13 +187,14 @@ def _current(device: torch.device) -> Any:
 
 
 def _options(x: Tensor, target: Tensor, scale: float, softcap: float | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    values, constants = transform(x, scale, softcap)
+    return values, {"SOFT": target.is_floating_point(), **constants}
+
+
+def transform(x: Tensor, scale: float, softcap: float | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a kernel is told of scale and soft cap: values, and constants of its compilation."""
     cap = softcap or 1.0
-    constants = {
-        "SOFT": target.is_floating_point(),
-        "FAST": _fast(x, scale == 1.0 and not softcap),
-        "SCALED": scale != 1.0,
-        "CAPPED": bool(softcap),
-    }
+    constants = {"FAST": _fast(x, scale == 1.0 and not softcap), "SCALED": scale != 1.0, "CAPPED": bool(softcap)}
     return (float(scale), _bits(scale), float(cap), _bits(cap)), constants
 
 

@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from torch_ops._rows import triton_classes as classes
 from torch_ops._rows import triton_ops as ops
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -55,6 +56,25 @@ def indices() -> None:
     ops.canonical(torch.empty(3000, dtype=torch.int64, device="meta"), 128256, -100)
 
 
+def points(dtype: torch.dtype, v: int, excepted: int, options: tuple[float, float | None], spanned: bool) -> None:
+    """K points a row."""
+    x, rows = torch.empty(64, v, dtype=dtype, device="meta"), torch.empty(64, dtype=compute(dtype), device="meta")
+    left_out, u = torch.empty(64, excepted, dtype=torch.int64, device="meta"), torch.empty(64, 64, device="meta")
+    span = torch.empty(64, 3, 2, dtype=compute(dtype), device="meta") if spanned else None
+    classes.points(x, rows, rows, left_out, u, span, *options)
+
+
+def picked(dtype: torch.dtype, k: int, d: int, v: int, outer: bool) -> None:
+    """K classes a row and the two products' gradients; `outer`: begun with an outer product."""
+    x, w = (torch.empty(n, d, dtype=dtype, device="meta") for n in (512, v))
+    ids = torch.empty(512, k, dtype=torch.int32, device="meta")
+    c = torch.empty(512, k, dtype=compute(dtype), device="meta")
+    by, by_class, of_all = (torch.empty(n, dtype=c.dtype, device="meta") if outer else None for n in (512, v, d))
+    classes.picked_fwd(x, w, ids)
+    classes.picked_input_bwd(c, w, ids, by, of_all, False)
+    classes.picked_weight_bwd(c, x, ids, v, by_class, of_all, not outer)
+
+
 def compute(dtype: torch.dtype) -> torch.dtype:
     return F64 if dtype == F64 else F32
 
@@ -65,6 +85,9 @@ FEW: dict[str, Callable[[], None]] = {
     "softmax bfloat16 32768": lambda: softmax(BF16, 32768),
     "loss bfloat16 32768": lambda: loss(BF16, (64, 32768), (1.0, None), False),
     "loss of everything float32 4096": lambda: loss(F32, (64, 4096), ALL, True),
+    "points bfloat16 128256": lambda: points(BF16, 128256, 1, (1.0, None), False),
+    "points of everything float32 4096": lambda: points(F32, 4096, 5, ALL, True),
+    "picked bfloat16 4096": lambda: picked(BF16, 65, 4096, 128256, True),
 }
 MANY: dict[str, Callable[[], None]] = {
     **FEW,
@@ -78,6 +101,11 @@ MANY: dict[str, Callable[[], None]] = {
     "loss of everything bfloat16 21, middle axis": lambda: loss(BF16, (2, 21, 64, 64), ALL, True),
     "softmax float64 2048": lambda: softmax(F64, 2048),
     "loss of everything float64 2048": lambda: loss(F64, (64, 2048), ALL, True),
+    "points float32 128256": lambda: points(F32, 128256, 1, (1.0, None), False),
+    "points of everything float64 4096": lambda: points(F64, 4096, 5, ALL, True),
+    "picked float32 576": lambda: picked(F32, 64, 576, 49152, False),
+    "picked float64 4096": lambda: picked(F64, 5, 4096, 1000, True),
+    "picked bfloat16 1": lambda: picked(BF16, 64, 1, 128256, True),
 }
 
 
@@ -89,14 +117,14 @@ def compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], targ
         value = given.get(name)
         if name in constants or value is None:
             signature[name], values[(i,)] = "constexpr", constants.get(name)
-        elif name == "inner" and value == 1:  # the launcher makes a 1 a constant
+        elif name in ("inner", "D", "E", "K", "C") and value == 1:  # the launcher makes a 1 a constant
             signature[name], values[(i,)] = "constexpr", 1
         elif isinstance(value, torch.Tensor):
-            kind = {BF16: "bf16", F32: "fp32", F64: "fp64", torch.int64: "i64"}[value.dtype]
+            kind = {BF16: "bf16", F32: "fp32", F64: "fp64", torch.int64: "i64", torch.int32: "i32"}[value.dtype]
             signature[name], aligned[(i,)] = f"*{kind}", [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i64" if value >= 2**31 else "i32"
-            if name in ("V", "inner") and value % 16 == 0:
+            if name in ("V", "D", "inner") and value % 16 == 0:
                 aligned[(i,)] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, values, aligned), target=target, options=options)
 

@@ -39,28 +39,28 @@ def interpreted() -> Iterator[list[str]]:
     triton: Any = importlib.import_module("torch_ops._rows.triton")
     ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
     builder: Any = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
-    launch, cast, serves, cpu = ops._launch, builder.cast_impl, triton.serves, native.serves
-    fma = builder.create_fma
-    directly = native.serves_directly
+    importlib.import_module("torch_ops._rows.triton_classes")
+    launch, cast, fma = ops.launch, builder.cast_impl, builder.create_fma
+    directly, cpu, serves = native.serves_directly, native.serves_matrix, triton.serves_matrix
     ran: list[str] = []
 
-    def counted(kernel: Any, *args: Any, **constants: Any) -> None:
+    def counted(kernel: Any, grid: Any, args: Any, **constants: Any) -> None:
         ran.append(kernel.__name__ if hasattr(kernel, "__name__") else kernel.fn.__name__)
         with np.errstate(all="ignore"):
-            launch(kernel, *args, **constants)
+            launch(kernel, grid, args, **constants)
 
-    ops._launch = counted
+    ops.launch = counted
     builder.cast_impl = _rounded(cast)
     if not _rounds_once(fma):
         builder.create_fma = _fused
-    triton.serves = lambda x, dim: cpu(x, dim)
-    native.serves = native.serves_directly = lambda *_: False
+    triton.serves_matrix = cpu
+    native.serves_matrix = native.serves_directly = lambda *_: False
     checks.FAST_HALVES = checks.FAST
     try:
         yield ran
     finally:
-        ops._launch, builder.cast_impl, triton.serves, native.serves = launch, cast, serves, cpu
-        native.serves_directly, builder.create_fma = directly, fma
+        ops.launch, builder.cast_impl, triton.serves_matrix = launch, cast, serves
+        native.serves_matrix, native.serves_directly, builder.create_fma = cpu, directly, fma
         checks.FAST_HALVES = 0.0
 
 

@@ -52,6 +52,8 @@ def test_kernels_fit(target: str) -> None:
     assert kernels == {
         "canonical_kernel",
         *(f"{op}_{way}_kernel" for op in ("softmax", "log_softmax", "cross_entropy") for way in ("fwd", "bwd")),
+        *(f"points{part}_kernel" for part in ("_mass", "_except", "_sums", "")),
+        *(f"picked_{part}_kernel" for part in ("fwd", "input_bwd", "parts", "weight_bwd")),
     }
     for (name, kernel), bound in INSTRUCTIONS.items() if target == "sm_90" else ():
         mine = [one for one in found if (one["case"], one["kernel"]) == (name, kernel)]
