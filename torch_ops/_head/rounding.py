@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_ops._head.chunks import lines, spans
 from torch_ops._modes import is_traced, may_write
+from torch_ops._rows import triton
 
 
 def levelled(
@@ -63,5 +64,7 @@ def _at_once(x: Tensor, factor: Tensor | None, out: Tensor) -> Tensor:
     """x * factor in one kernel, which converts on its way in and out; on a CPU temporaries would do that."""
     if factor is None:
         return out.copy_(x)
+    if triton.scaled(x, factor, out):
+        return out
     # With as many dimensions as x it keeps its type: a half-precision x would round a 0-d factor.
     return torch.mul(x, factor.reshape([1] * x.dim()), out=out)

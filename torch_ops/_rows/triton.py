@@ -57,6 +57,14 @@ def cross_entropy_mean(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     return nll.sum() / kept, m, rest, kept
 
 
+def scaled(x: Tensor, factor: Tensor, out: Tensor) -> bool:
+    """Whether the kernels wrote x * factor to `out`: PyTorch's own, which converts, takes three times a copy's time."""
+    if not (x.device.type in DEVICES and x.is_contiguous() and out.is_contiguous()) or why_not(x.device):
+        return False
+    importlib.import_module("torch_ops._rows.triton_ops").scaled(x, factor, out)
+    return True
+
+
 @functools.cache
 def why_not(device: torch.device) -> str:
     """Why the kernels do not serve a device, or "" if they do."""
