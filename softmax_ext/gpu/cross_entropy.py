@@ -28,13 +28,13 @@ from softmax_ext.gpu.rows import HOLDS_FEW, HOLDS_MANY, HOLDS_ONE, HOLDS_TWO, cl
 from softmax_ext.gpu.visit import kinds, number, option, results, visit
 
 
-def widest(half, both, capped, many):
-    """The widest row that is one block; `many`: soft targets, smoothing or entropy are part of the call."""
+def widest(half, way, capped, many):
+    """The widest block of "fwd", "bwd" or "both"; `many`: soft targets, smoothing or entropy are part of the call."""
     if many:
         return HOLDS_MANY
-    if capped:
+    if capped or way == "bwd":
         return HOLDS_FEW
-    return HOLDS_ONE if both and half else HOLDS_TWO
+    return HOLDS_ONE if way == "both" and half else HOLDS_TWO
 
 
 @triton.jit(do_not_specialize=["outer", "scale_bits", "cap_bits"])
@@ -77,7 +77,7 @@ def cross_entropy_fwd_kernel(
     target_z = capped(target_z, scale, cap, F, SCALED, CAPPED)
     m, top, rest, ed, wd, ws, ad, asum, _, _ = visit(
         x, target, weight, first, real & (ignored == 0), V, inner, scale, cap,
-        SOFT, SMOOTH, ENTROPY, F, FAST, SCALED, CAPPED, INNER, ONE, ROWS, COLS, LANES, VECTOR,
+        SOFT, SMOOTH, ENTROPY, F, FAST, SCALED, CAPPED, INNER, ONE, ROWS, COLS, LANES, VECTOR, False,
     )  # fmt: skip
     results(
         row, real, counts, ignored, target_z, m, top, rest, ed, wd, ws, ad, asum,
@@ -135,7 +135,7 @@ def cross_entropy_bwd_kernel(
         m, top, rest, ed, wd, ws, ad, asum, raw, e = visit(
             x, target, weight, first, alive, V, inner, scale, cap,
             SOFT, smooth_out is not None, ENTROPY or entropy_out is not None,
-            F, FAST, SCALED, CAPPED, INNER, ONE, ROWS, COLS, LANES, VECTOR,
+            F, FAST, SCALED, CAPPED, INNER, ONE, ROWS, COLS, LANES, VECTOR, True,
         )  # fmt: skip
         results(
             row, real, counts, ignored, target_z, m, top, rest, ed, wd, ws, ad, asum,

@@ -157,7 +157,7 @@ def write_block(
         d_nll, d_smooth, d_entropy, log_shift, ent_high, ent_low, confident, scale, cap,
         SOFT, WEIGHTED, SMOOTH, ENTROPY, F, SCALED, CAPPED,
     )  # fmt: skip
-    tl.store(dx + at, tl.where(ignored, tl.zeros_like(out), out), mask=mask)
+    tl.store(dx + at, tl.where(ignored, tl.zeros_like(out), out), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -205,7 +205,7 @@ def write_blocks(
     for begin in range(0, V, COLS):
         cols = begin + tl.arange(0, COLS)[None, :]
         at, mask = first + step(cols, inner, INNER), real & (cols < V)
-        raw = tl.load(x + at, mask=mask & alive, other=-float("inf")).to(F)
+        raw = tl.load(x + at, mask=mask & alive, other=-float("inf"), eviction_policy="evict_first").to(F)
         e = exp(capped(raw, scale, cap, F, SCALED, CAPPED), big, floor, magic, F, FAST)
         write_block(
             dx, target, weight, at, mask, alive, cols, t, ignored, raw, e, at_target, m, excess, lost, high, low,

@@ -1,4 +1,7 @@
-"""Triton kernel of a gradient by one number: read once, rounded once, written in another type."""
+"""Triton kernel of a gradient by one number: read once, rounded once, written in another type.
+
+`count` is a number that Triton looks at: where 16 divides it the mask is known to hold for whole vectors.
+"""
 
 # Compile-time values are not what Python takes them for:
 # pyright: reportArgumentType=false
@@ -9,7 +12,7 @@ import triton.language as tl
 BLOCK, WARPS = 4096, 8
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def scaled_kernel(x, factor, out, count, F: tl.constexpr, BLOCK: tl.constexpr):
     """out = x * factor, formed in F."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

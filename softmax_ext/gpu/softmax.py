@@ -53,16 +53,17 @@ def softmax_fwd_kernel(
         m, top, rest = no_rows(ROWS, F, LANES)
         for begin in range(0, V, COLS):
             mask = real & (begin + cols < V)
-            z = tl.load(x + first + step(begin + cols, inner, INNER), mask=mask, other=-float("inf")).to(F)
+            at = first + step(begin + cols, inner, INNER)
+            z = tl.load(x + at, mask=mask, other=-float("inf"), eviction_policy="evict_last").to(F)
             m, top, rest, _e, _c = seen(dealt(z, LANES, VECTOR), m, top, rest, F, FAST, LANES)
         m, top, rest, _c = joined(m, top, rest, F, FAST, LANES)
         high, low = over(tl.full([1, 1], 1.0, F), top, closed(m, rest), F)
         big, floor, magic = origin(finite(m), F, FAST)
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
-            z = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
+            z = tl.load(x + at, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(F)
             e = exp(z, big, floor, magic, F, FAST)
-            tl.store(y + at, e * high if FAST else tl.fma(e, high, e * low), mask=mask)
+            tl.store(y + at, e * high if FAST else tl.fma(e, high, e * low), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -122,8 +123,8 @@ def softmax_bwd_kernel(
         size, whole, top, at_top = s, s, s - 1.0, s
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
-            g = dealt(tl.load(dy + at, mask=mask, other=0.0).to(F), LANES, VECTOR)
-            a = dealt(tl.load(y + at, mask=mask, other=0.0).to(F), LANES, VECTOR)
+            g = dealt(tl.load(dy + at, mask=mask, other=0.0, eviction_policy="evict_last").to(F), LANES, VECTOR)
+            a = dealt(tl.load(y + at, mask=mask, other=0.0, eviction_policy="evict_last").to(F), LANES, VECTOR)
             p, block = a * g, largest(a, LANES)
             s += total(p, LANES)
             size += total(tl.abs(p), LANES)
@@ -141,13 +142,15 @@ def softmax_bwd_kernel(
             rest = nothing(ROWS, F, LANES)  # of another shape than s now
             for begin in range(0, V, COLS):
                 at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
-                h = tl.load(dy + at, mask=mask, other=0.0).to(F) - c
-                rest += total(dealt(tl.load(y + at, mask=mask, other=0.0).to(F) * h, LANES, VECTOR), LANES)
+                h = tl.load(dy + at, mask=mask, other=0.0, eviction_policy="evict_last").to(F) - c
+                a = tl.load(y + at, mask=mask, other=0.0, eviction_policy="evict_last").to(F)
+                rest += total(dealt(a * h, LANES, VECTOR), LANES)
             mean = of_row(rest, LANES) / whole
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
-            g = tl.load(dy + at, mask=mask, other=0.0).to(F) - c
-            tl.store(dx + at, tl.load(y + at, mask=mask, other=0.0).to(F) * (g - mean), mask=mask)
+            g = tl.load(dy + at, mask=mask, other=0.0, eviction_policy="evict_first").to(F) - c
+            a = tl.load(y + at, mask=mask, other=0.0, eviction_policy="evict_first").to(F)
+            tl.store(dx + at, a * (g - mean), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["outer"])
@@ -181,15 +184,16 @@ def log_softmax_fwd_kernel(
         m, top, rest = no_rows(ROWS, F, LANES)
         for begin in range(0, V, COLS):
             mask = real & (begin + cols < V)
-            z = tl.load(x + first + step(begin + cols, inner, INNER), mask=mask, other=-float("inf")).to(F)
+            at = first + step(begin + cols, inner, INNER)
+            z = tl.load(x + at, mask=mask, other=-float("inf"), eviction_policy="evict_last").to(F)
             m, top, rest, _e, _c = seen(dealt(z, LANES, VECTOR), m, top, rest, F, FAST, LANES)
         m, top, rest, _c = joined(m, top, rest, F, FAST, LANES)
         rest = ratio(closed(m, rest), top, F)
         less = log1p(rest, F)
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
-            z = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
-            tl.store(y + at, (z - m) - less, mask=mask)
+            z = tl.load(x + at, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(F)
+            tl.store(y + at, (z - m) - less, mask=mask, eviction_policy="evict_first")
     tl.store(m_out + row, m, mask=real)
     tl.store(rest_out + row, rest, mask=real)
 
@@ -235,9 +239,10 @@ def log_softmax_bwd_kernel(
         own = tl.zeros([ROWS, COLS], F)
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
-            g = tl.load(dy + at, mask=mask, other=0.0).to(F)
+            g = tl.load(dy + at, mask=mask, other=0.0, eviction_policy="evict_last").to(F)
             # only a confident row is read here
-            is_top = confident & (tl.load(x + at, mask=mask & confident, other=-float("inf")).to(F) == m)
+            z = tl.load(x + at, mask=mask & confident, other=-float("inf"), eviction_policy="evict_last").to(F)
+            is_top = confident & (z == m)
             s += tl.where(is_top, tl.zeros_like(g), g)
             own += tl.where(is_top, g, tl.zeros_like(g))
         others, own = total(s, 1), total(own, 1)
@@ -245,8 +250,8 @@ def log_softmax_bwd_kernel(
         mine = (own * rest - others) / (1.0 + rest)
         for begin in range(0, V, COLS):
             at, mask = first + step(begin + cols, inner, INNER), real & (begin + cols < V)
-            g = tl.load(dy + at, mask=mask, other=0.0).to(F)
-            z = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
+            g = tl.load(dy + at, mask=mask, other=0.0, eviction_policy="evict_first").to(F)
+            z = tl.load(x + at, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(F)
             e = exp(z, big, floor, magic, F, FAST)
             dz = tl.fma(e, high, tl.fma(e, low, g))
-            tl.store(dx + at, tl.where(confident & (z == m), mine, dz), mask=mask)
+            tl.store(dx + at, tl.where(confident & (z == m), mine, dz), mask=mask, eviction_policy="evict_first")

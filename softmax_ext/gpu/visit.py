@@ -91,8 +91,9 @@ def visit(
     COLS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
-    """What one read of a row leaves: (m, top, rest, sums, its only block's x and exps if ONE).
+    """What one read of a row leaves: (m, top, rest, sums, its only block's x and exps if ONE). AGAIN: another follows.
 
     sums = (sum e_j d_j, sum w_j d_j, sum w_j, sum a_j d_j, sum a_j) with d_j = z_j - m; those not asked for are 0.
     """
@@ -104,7 +105,7 @@ def visit(
     else:
         return _by_blocks(
             x, target, weight, first, alive, V, inner, scale, cap,
-            SOFT, SMOOTH, ENTROPY, F, FAST, SCALED, CAPPED, INNER, ROWS, COLS, LANES, VECTOR,
+            SOFT, SMOOTH, ENTROPY, F, FAST, SCALED, CAPPED, INNER, ROWS, COLS, LANES, VECTOR, AGAIN,
         )  # fmt: skip
 
 
@@ -174,6 +175,7 @@ def _by_blocks(
     COLS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """`visit` of a longer row: sums so far move to each new origin."""
     cols = tl.arange(0, COLS)[None, :]
@@ -182,7 +184,11 @@ def _by_blocks(
     ed, wd, ws, ad, asum = zero, zero, zero, zero, zero
     for begin in range(0, V, COLS):
         at, mask = first + step(begin + cols, inner, INNER), alive & (begin + cols < V)
-        raw = dealt(tl.load(x + at, mask=mask, other=-float("inf")), LANES, VECTOR).to(F)
+        if AGAIN:
+            raw = tl.load(x + at, mask=mask, other=-float("inf"), eviction_policy="evict_last")
+        else:
+            raw = tl.load(x + at, mask=mask, other=-float("inf"))
+        raw = dealt(raw, LANES, VECTOR).to(F)
         z = capped(raw, scale, cap, F, SCALED, CAPPED)
         old, old_top, old_rest = m, top, rest
         m, top, rest, e, carry = seen(z, m, top, rest, F, FAST, LANES)

@@ -299,6 +299,16 @@ def test_cublas_sums_products_unrounded(dtype: str) -> None:
 
 
 @on_cuda
+@pytest.mark.parametrize("size", [(1001, 129), (4096, 4096)])
+def test_a_gradient_by_a_number_is_rounded_once(size: tuple[int, int]) -> None:
+    rounding: Any = importlib.import_module("torch_ops._head.rounding")
+    x, factor = torch.randn(size, device="cuda"), torch.tensor(1 / 3, device="cuda")
+    for given in (x, x.bfloat16()):
+        for kind in (torch.bfloat16, torch.float16):
+            assert torch.equal(rounding.scaled(given, factor, kind), (given.float() * factor).to(kind))
+
+
+@on_cuda
 @pytest.mark.parametrize("memory", MODES)
 def test_more_than_two_to_the_31_logits(memory: Any) -> None:
     """All in one chunk: rows at both ends against the reference."""

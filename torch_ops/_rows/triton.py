@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from torch_ops._modes import is_direct, is_none, is_plain
-from torch_ops._rows.classes import IGNORED
 from torch_ops._rows.native import FLOATS
 
 # ROCm calls itself "cuda". Everything else (MPS, TPU, private devices) has the plain path.
@@ -53,8 +52,8 @@ def serves_indices(target: Tensor) -> bool:
 def cross_entropy_mean(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """(loss, m, rest, how many rows are kept) of logits (N, V) and canonical indices, 0 / 0 where none is kept."""
     nll, _, m, rest = ops.cross_entropy_fwd(logits, target, None, 1, 1.0, None, False, False)
-    kept = (target != IGNORED).sum()
-    return nll.sum() / kept, m, rest, kept
+    loss, kept = ops.kept_mean(nll, target)
+    return loss, m, rest, kept
 
 
 def scaled(x: Tensor, factor: Tensor, out: Tensor) -> bool:

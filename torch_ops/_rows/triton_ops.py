@@ -2,7 +2,7 @@
 
 Ops with a fake kernel, not `triton_op`: what the compiler could do with a look inside (fusing a neighbour into a
 row kernel) it does not do, and an op looks the same to every PyTorch and every Triton. Same names and schemas as
-the native CPU ops, but for `canonical`, which a CPU need not have.
+the native CPU ops, but for `canonical` and `kept_mean`, which a CPU need not have.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from softmax_ext.gpu import cross_entropy as ce
 from softmax_ext.gpu import rows as gpu
-from softmax_ext.gpu import softmax as gpu_softmax
 from softmax_ext.gpu import scaled as gpu_scaled
+from softmax_ext.gpu import softmax as gpu_softmax
 from softmax_ext.gpu import targets as gpu_targets
+from torch_ops._rows.classes import IGNORED
 from torch_ops._rows.native import FAKES, describe, rows_like
 
 tl: Any = gpu.tl  # as they are, Triton's types are not Python's
@@ -34,6 +35,19 @@ def canonical(target: Tensor, classes: int, ignored: int) -> Tensor:
         args = (target, out, count, classes, ignored)
         launch(gpu_targets.canonical_kernel, -(-count // block), args, BLOCK=block)
     return out
+
+
+def kept_mean(nll: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(the mean of the rows that are not ignored, 0 / 0 of none; how many there are), of canonical class indices."""
+    if nll.numel() > gpu_targets.FEW_ROWS:
+        kept = (target != IGNORED).sum()
+        return nll.sum() / kept, kept
+    loss, kept = nll.new_empty(()), nll.new_empty((), dtype=torch.int64)
+    kind = tl.float64 if nll.dtype == torch.float64 else tl.float32
+    with _current(nll.device):
+        launch: Any = gpu_targets.kept_mean_kernel[(1,)]
+        launch(nll, target, loss, kept, nll.numel(), F=kind, BLOCK=gpu_targets.BLOCK, num_warps=8)
+    return loss, kept
 
 
 def scaled(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
@@ -66,7 +80,7 @@ def log_softmax_fwd(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, m, rest)."""
     x = x.contiguous()
     y, m, rest = torch.empty_like(x), *rows_like(x, dim, 2)
-    _launch(gpu_softmax.log_softmax_fwd_kernel, (x, y, m, rest), x, dim, gpu.HOLDS_TWO, FAST=_fast(x))
+    _launch(gpu_softmax.log_softmax_fwd_kernel, (x, y, m, rest), x, dim, gpu.HOLDS_ONE, FAST=_fast(x))
     return y, m, rest
 
 
@@ -101,7 +115,7 @@ def cross_entropy_fwd(
     options, constants = _options(x, target, scale, softcap)
     many = target.is_floating_point() or smooth or entropy
     arrays = (x, target, weight, *_optional(out, smooth, entropy))
-    widest = ce.widest(_fast(x) > 0, False, bool(softcap), many)
+    widest = ce.widest(_fast(x) > 0, "fwd", bool(softcap), many)
     _launch(ce.cross_entropy_fwd_kernel, arrays, x, dim, widest, *options, once=not many, **constants)
     return out
 
@@ -154,7 +168,7 @@ def _backward(
     options, constants = _options(logits, target, scale, softcap)
     many = target.is_floating_point() or smoothed or d_entropy is not None or any(r is not None for r in results[2:4])
     arrays = (logits, target, weight, weight_sum, *results, *upstream, dx)
-    widest = ce.widest(_fast(logits) > 0, both, bool(softcap), many)
+    widest = ce.widest(_fast(logits) > 0, "both" if both else "bwd", bool(softcap), many)
     _launch(ce.cross_entropy_bwd_kernel, arrays, logits, dim, widest, *options, BOTH=both, **constants)
 
 
@@ -237,6 +251,7 @@ _UPSTREAM = "Tensor? d_nll, Tensor? d_lse, Tensor? d_smooth, Tensor? d_entropy"
 _INPUTS = "logits, Tensor target, Tensor? weight"
 _SCHEMAS: dict[Any, str] = {
     canonical: "(Tensor target, int classes, int ignored) -> Tensor",
+    kept_mean: "(Tensor nll, Tensor target) -> (Tensor, Tensor)",
     softmax_fwd: "(Tensor x, int dim) -> Tensor",
     softmax_bwd: "(Tensor dy, Tensor y, int dim) -> Tensor",
     log_softmax_fwd: "(Tensor x, int dim) -> (Tensor, Tensor, Tensor)",
@@ -252,8 +267,14 @@ def _canonical_fake(target: Tensor, classes: int, ignored: int) -> Tensor:
     return torch.empty_like(target, dtype=torch.int64).contiguous()
 
 
+def _kept_mean_fake(nll: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return nll.new_empty(()), nll.new_empty((), dtype=torch.int64)
+
+
 _library = torch.library.Library("softmax_ext_triton", "DEF")
 for _op, _schema in _SCHEMAS.items():
     _library.define(_op.__name__ + _schema)
     _library.impl(_op.__name__, _op, "CompositeExplicitAutograd")
-describe("softmax_ext_triton", {**FAKES, "canonical": _canonical_fake}, _library)
+
+
+describe("softmax_ext_triton", {**FAKES, "canonical": _canonical_fake, "kept_mean": _kept_mean_fake}, _library)

@@ -52,8 +52,15 @@ def loss(dtype: torch.dtype, shape: tuple[int, ...], options: tuple[float, float
 
 
 def indices() -> None:
-    """Class indices to the canonical form."""
-    ops.canonical(torch.empty(3000, dtype=torch.int64, device="meta"), 128256, -100)
+    """Class indices to the canonical form, and the mean of those kept."""
+    target = ops.canonical(torch.empty(3000, dtype=torch.int64, device="meta"), 128256, -100)
+    ops.kept_mean(torch.empty(3000, dtype=F32, device="meta"), target)
+
+
+def scaled() -> None:
+    """float32 sums to a bfloat16 gradient."""
+    x = torch.empty(16, 4096, dtype=F32, device="meta")
+    ops.scaled(x, torch.empty((), dtype=F32, device="meta"), torch.empty_like(x, dtype=BF16))
 
 
 def points(dtype: torch.dtype, v: int, excepted: int, options: tuple[float, float | None], spanned: bool) -> None:
@@ -82,6 +89,9 @@ def compute(dtype: torch.dtype) -> torch.dtype:
 # The widest row held in one block, the loop beyond it, a middle axis, float64.
 FEW: dict[str, Callable[[], None]] = {
     "class indices": indices,
+    "a gradient by a number": scaled,
+    "softmax bfloat16 16384": lambda: softmax(BF16, 16384),
+    "loss bfloat16 16384": lambda: loss(BF16, (64, 16384), (1.0, None), False),
     "softmax bfloat16 32768": lambda: softmax(BF16, 32768),
     "loss bfloat16 32768": lambda: loss(BF16, (64, 32768), (1.0, None), False),
     "loss of everything float32 4096": lambda: loss(F32, (64, 4096), ALL, True),
@@ -91,6 +101,7 @@ FEW: dict[str, Callable[[], None]] = {
 }
 MANY: dict[str, Callable[[], None]] = {
     **FEW,
+    "softmax float32 16384": lambda: softmax(F32, 16384),
     "softmax float32 32768": lambda: softmax(F32, 32768),
     "loss bfloat16 128256": lambda: loss(BF16, (64, 128256), (1.0, None), False),
     "loss float32 128256": lambda: loss(F32, (64, 128256), (1.0, None), False),
@@ -124,7 +135,7 @@ def compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], targ
             signature[name], aligned[(i,)] = f"*{kind}", [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i64" if value >= 2**31 else "i32"
-            if name in ("V", "D", "inner") and value % 16 == 0:
+            if name in ("V", "D", "inner", "count") and value % 16 == 0:
                 aligned[(i,)] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, values, aligned), target=target, options=options)
 

@@ -290,25 +290,25 @@ CHECKS: dict[str, Callable[[], None]] = {
     "nan": lambda: test_a_row_of_nan_alone_is_told_from_one_of_masks("one", ONE),
     "confident": lambda: test_ops.test_confident_row_keeps_its_loss_and_gradient(FW, "float32", 0, "hard"),
 }
-KERNELS = ("arithmetic", "rows", "visit", "factors", "gradient", "cross_entropy")
+KERNELS = ("arithmetic", "rows", "softmax", "visit", "factors", "gradient", "cross_entropy")
 # A mutant of the kernels: what is replaced, and by what; the check that must fail, and the widest block it is run with.
 # Each is a mistake that was made somewhere.
 MUTANTS: dict[str, tuple[str, str, str, str, int]] = {
-    "padding enters the sums": ("rows", 'other=-float("inf")', "other=0.0", "accuracy", WIDE),
+    "padding enters the sums": ("softmax", 'other=-float("inf")', "other=0.0", "accuracy", WIDE),
     "older tiles keep their origin": ("rows", "(rest + top) * carry", "(rest + top)", "accuracy", 32),
     "ties counted once": ("rows", "(ties(total(e, 1), less, top) - 1.0)", "0.0", "accuracy", WIDE),
     "ties of a lane counted once": ("rows", "(times - 1.0) * new_top", "0.0 * new_top", "accuracy", 32),
     "ties of lanes counted once": ("rows", "(ties(everything, less, new_top) - 1.0)", "0.0", "accuracy", 32),
     "lanes keep their origin": ("rows", "tl.sum(rest * carry, axis=2", "tl.sum(rest, axis=2", "accuracy", 32),
     "one lane is the row": ("rows", "tl.reshape(most, ", "tl.reshape(tl.min(m, 2), ", "accuracy", 32),
-    "last block unread": ("rows", "range(0, V, COLS)", "range(0, V - COLS, COLS)", "accuracy", 32),
-    "sum term dropped": ("rows", "total(a * g, 1)", "0.0", "accuracy", WIDE),
-    "no pivot": ("rows", "tl.where(c == 0.0, mean, total(a * g, 1) / whole)", "mean - c", "accuracy", WIDE),
-    "no pivot in blocks": ("rows", "mean = of_row(rest, LANES) / whole", "mean -= c", "accuracy", 32),
-    "pivot of another lane": ("rows", "tl.where(top == highest, at_top, none)", "at_top", "accuracy", 32),
-    "upstream's sum dropped": ("rows", "over(-(others + own), top", "over(0.0 * m, top", "accuracy", WIDE),
-    "log_softmax's maximum as all": ("rows", "confident = rest < 1.0", "confident = rest < 0.0", "sure", WIDE),
-    "the same in blocks": ("rows", "confident = rest < 1.0", "confident = rest < 0.0", "sure", 32),
+    "last block unread": ("softmax", "range(0, V, COLS)", "range(0, V - COLS, COLS)", "accuracy", 32),
+    "sum term dropped": ("softmax", "total(a * g, 1)", "0.0", "accuracy", WIDE),
+    "no pivot": ("softmax", "tl.where(c == 0.0, mean, total(a * g, 1) / whole)", "mean - c", "accuracy", WIDE),
+    "no pivot in blocks": ("softmax", "mean = of_row(rest, LANES) / whole", "mean -= c", "accuracy", 32),
+    "pivot of another lane": ("softmax", "tl.where(top == highest, at_top, none)", "at_top", "accuracy", 32),
+    "upstream's sum dropped": ("softmax", "over(-(others + own), top", "over(0.0 * m, top", "accuracy", WIDE),
+    "log_softmax's maximum as all": ("softmax", "confident = rest < 1.0", "confident = rest < 0.0", "sure", WIDE),
+    "the same in blocks": ("softmax", "confident = rest < 1.0", "confident = rest < 0.0", "sure", 32),
     "1 + rest instead of log1p": ("arithmetic", "ratio(lost, u, F)", "0.0 * u", "accuracy", WIDE),
     "scale forgotten in the slope": ("arithmetic", "(1.0 + e)) * scale)", "(1.0 + e)))", "hard", WIDE),
     "soft cap's derivative missing": ("arithmetic", "return dz * (4.0 * e", "return dz + 0.0 * (4.0 * e", "hard", WIDE),
@@ -388,6 +388,7 @@ def test_no_mutant_passes(name: str | None, tmp_path: Path, monkeypatch: pytest.
         (tmp_path / tag / f"{stem}.py").write_text(text.replace("softmax_ext.gpu.", f"{tag}."))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(ops, "gpu", importlib.import_module(f"{tag}.rows"))
+    monkeypatch.setattr(ops, "gpu_softmax", importlib.import_module(f"{tag}.softmax"))
     monkeypatch.setattr(ops, "ce", importlib.import_module(f"{tag}.cross_entropy"))
     plan = ops.gpu.plan
     monkeypatch.setattr(ops.gpu, "plan", lambda o, v, i, widest, *rest: plan(o, v, i, min(widest, width), *rest))

@@ -81,6 +81,32 @@ def test_schema_and_fake() -> None:
     op = torch.ops.softmax_ext_triton.canonical.default
     torch.library.opcheck(op, (FEW, 9, -100), test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(op, (FEW.int()[::2], 9, 2), test_utils=("test_schema", "test_faketensor"))
+    op = torch.ops.softmax_ext_triton.kept_mean.default
+    torch.library.opcheck(op, (torch.rand(3), torch.tensor([2, -1, 0])), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [0, 1, 5, 1024, 2500])
+def test_mean_of_the_rows_kept(n: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
+    g = torch.Generator().manual_seed(n)
+    target = torch.randint(-2, 3, (n,), generator=g)
+    nll = torch.rand(n, generator=g, dtype=dtype).masked_fill(target == -1, 0.0)
+    due = nll.double().sum() / (target != -1).sum()
+    for few in (1 << 15, 3):  # by one program, and by several kernels
+        monkeypatch.setattr(ops.gpu_targets, "FEW_ROWS", few)
+        loss, kept = ops.kept_mean(nll, target)
+        assert (loss.dtype, kept.dtype, kept.item()) == (dtype, torch.int64, int((target != -1).sum()))
+        torch.testing.assert_close(loss.double(), due, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_gradient_by_a_number_is_rounded_once(dtype: Any) -> None:
+    ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
+    x, factor = torch.randn(37, 129).to(dtype), torch.tensor(1 / 3, dtype=torch.promote_types(dtype, torch.float32))
+    for kind in (torch.float16, torch.float32):  # the interpreter cuts off what a bfloat16 rounds
+        out = ops.scaled(x, factor, torch.full_like(x, torch.nan, dtype=kind))
+        assert torch.equal(out, (x.to(factor.dtype) * factor).to(kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
