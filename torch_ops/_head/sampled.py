@@ -26,6 +26,7 @@ from torch_ops._head.row_map import pushed_forward
 from torch_ops._rows import dispatch as rows
 from torch_ops._rows.picked import picked_fwd, picked_input_bwd, picked_weight_bwd
 from torch_ops._rows.points import points
+from torch_ops._rows.sparse import by_class
 from torch_ops._rules.function import forward_rule, in_graph
 from torch_ops._rules.plan import Plan
 
@@ -180,7 +181,7 @@ def _backward(
             log_p = rows.capped(raw[:, :samples], plan.scale, plan.softcap) - lse.unsqueeze(1)
             c = -d_entropy.unsqueeze(1)
             off = off + c * (q / samples).unsqueeze(1) * (log_p + h.unsqueeze(1))
-            on = on + c * surprise * (h.unsqueeze(1) - _shown(nll, targets, at)) if targets.shape[1] else on
+            on = on + c * surprise * (h.unsqueeze(1) - nll.masked_fill(at < 0, 0.0).clamp(min=0.0))
         slope = rows.slope(raw, plan.scale, plan.softcap)
         c = torch.cat([off.expand(n, samples), on], 1) * slope
     else:
@@ -195,27 +196,10 @@ def _on_targets(targets: Tensor, nll: Tensor, d_nll: Tensor, a: Tensor, q: Tenso
         p = torch.exp(-nll).masked_fill((nll < 0) | (targets < 0), 0.0)
         dz = a.unsqueeze(1) * p - d_nll * q.unsqueeze(1)
         return targets.clamp(min=rows.IGNORED), dz.masked_fill(targets < 0, 0.0), p
-    at, order = targets.sort(1)
-    first = torch.ones_like(at, dtype=torch.bool)
-    first[:, 1:] = at[:, 1:] != at[:, :-1]
-    place = first.cumsum(1) - 1
-    own = torch.zeros_like(d_nll).scatter_add(1, place, d_nll.gather(1, order)).gather(1, place)
-    some = nll.gather(1, order)
-    first = first & (at >= 0)
-    p = torch.exp(-some).masked_fill((some < 0) | ~first, 0.0)
-    zero = torch.zeros_like(p[:, :1])
-    before = torch.cat([zero, p.cumsum(1)[:, :-1]], 1)
-    after = torch.cat([p.flip(1).cumsum(1).flip(1)[:, 1:], zero], 1)
-    rest = q.unsqueeze(1) + before + after
-    mass = own.masked_fill(~first, 0.0)
-    others = torch.cat([zero, mass.cumsum(1)[:, :-1]], 1) + torch.cat([mass.flip(1).cumsum(1).flip(1)[:, 1:], zero], 1)
-    dz = (others + a.unsqueeze(1)) * p - own * rest
-    return at.masked_fill(~first, rows.IGNORED), dz.masked_fill(~first, 0.0), p
-
-
-def _shown(nll: Tensor, targets: Tensor, at: Tensor) -> Tensor:
-    """nll in the order of _on_targets, 0 where there is no class or no mass."""
-    return nll.gather(1, targets.sort(1)[1]).masked_fill(at < 0, 0.0).clamp(min=0.0)
+    own, others, first = by_class(targets, d_nll)
+    p = torch.exp(-nll).masked_fill((nll < 0) | ~first, 0.0)
+    dz = (others + a.unsqueeze(1)) * p - own * (q.unsqueeze(1) + by_class(targets, p)[1])
+    return targets.masked_fill(~first, rows.IGNORED), dz.to(p.dtype).masked_fill(~first, 0.0), p
 
 
 def _logits_at(x: Tensor, lw: Tensor, lb: Tensor | None, ids: Tensor) -> Tensor:

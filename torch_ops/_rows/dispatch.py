@@ -16,6 +16,7 @@ from torch_ops._rows.arithmetic import capped, class_row, compute, slope
 from torch_ops._rows.classes import IGNORED, INVALID, MASKED, of_rows
 from torch_ops._rows.mean import centred
 from torch_ops._rows.plain import cross_entropy_mass_bwd
+from torch_ops._rows.sparse import Rows
 
 __all__ = [
     "IGNORED",
@@ -71,7 +72,9 @@ def cross_entropy_fwd(
     entropy: bool,
 ) -> tuple[Tensor, ...]:
     """(nll, lse, [smooth], [entropy], m, rest), row-shaped, in nats."""
-    if (ops := _serving(logits, dim, target)) is not None:
+    if _by_one(logits, target, dim):
+        return Rows(triton.ops, logits, target, dim, scale, softcap).fwd(weight, smooth, entropy)
+    if (ops := _serving(logits, dim)) is not None:
         target = _taken(target, logits)
         return tuple(ops.cross_entropy_fwd(logits, target, weight, dim, scale, softcap, smooth, entropy))
     return plain.cross_entropy_fwd(
@@ -99,16 +102,16 @@ def cross_entropy_bwd(
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
     # a lazily negated tensor (the imaginary part of a conjugate) has no memory of its own values to write to
     here = out is None or (out.is_contiguous() and not out.is_neg() and out.data_ptr() == logits.data_ptr())
-    ops = _serving(logits, dim, target)
+    if _by_one(logits, target, dim) and here:
+        dx = Rows(triton.ops, logits, target, dim, scale, softcap).bwd(weight, m, rest, *upstream, out)
+        return dx if out is None else _written(dx)
+    ops = _serving(logits, dim)
     if ops is not None and here:
         args = (_taken(target, logits), weight, m, rest, *upstream, dim, scale, softcap)
         if out is None:
             return ops.cross_entropy_bwd(logits, *args)
         ops.cross_entropy_bwd_(out, *args)
-        # Neither door does this for an op that declares it writes: without it a later use of the
-        # overwritten logits would be a wrong number instead of autograd's error.
-        torch.autograd.graph.increment_version(out)
-        return out
+        return _written(out)
     return plain.cross_entropy_bwd(
         logits, target, weight, m, rest, *upstream, dim=dim, scale=scale, softcap=softcap, out=out
     )
@@ -131,11 +134,16 @@ def cross_entropy_fwd_bwd(
 ) -> tuple[Tensor, ...]:
     """cross_entropy_fwd's values, and cross_entropy_bwd's gradient over the logits, in one visit of each row."""
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
-    ops = _serving(logits, dim, target)
+    if _by_one(logits, target, dim) and logits.is_contiguous():
+        by_one = Rows(triton.ops, logits, target, dim, scale, softcap)
+        values = by_one.fwd_bwd(weight, *upstream, smooth, entropy)
+        _written(logits)
+        return values
+    ops = _serving(logits, dim)
     if ops is not None and logits.is_contiguous():
         args = (weight, *upstream, dim, scale, softcap, smooth, entropy)
         values = ops.cross_entropy_fwd_bwd_(logits, _taken(target, logits), *args)
-        torch.autograd.graph.increment_version(logits)  # as in cross_entropy_bwd
+        _written(logits)
         return tuple(values)
     layout: dict[str, Any] = {"dim": dim, "scale": scale, "softcap": softcap}
     values = plain.cross_entropy_fwd(logits, target, weight, **layout, smooth=smooth, entropy=entropy)
@@ -144,12 +152,26 @@ def cross_entropy_fwd_bwd(
     return values
 
 
-def _serving(x: Tensor, dim: int, target: Tensor | None = None) -> Any:
+def _serving(x: Tensor, dim: int) -> Any:
     """The ops whose kernels take x, or None."""
     if native.serves(x, dim):
         return native.ops
-    classes = target is not None and target.dim() == x.dim() and not target.is_floating_point()  # K a row
-    return triton.ops if triton.serves(x, dim) and not classes else None
+    return triton.ops if triton.serves(x, dim) else None
+
+
+def _by_one(x: Tensor, target: Tensor, dim: int) -> bool:
+    """Whether K class indices a row go to kernels that know one."""
+    return target.dim() == x.dim() and not target.is_floating_point() and triton.serves(x, dim)
+
+
+def _written(x: Tensor) -> Tensor:
+    """x, which an op of ours has written.
+
+    Neither door says so for an op that declares it writes: without it a later use of overwritten logits would be a
+    wrong number instead of autograd's error.
+    """
+    torch.autograd.graph.increment_version(x)
+    return x
 
 
 def _taken(target: Tensor, logits: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
 """Triton kernels of K classes a row as PyTorch ops: points of a distribution, x . W[id] with its derivatives.
 
-Same names and schemas as csrc/torch_classes.cpp.
+The first four have the names and schemas of csrc/torch_classes.cpp; the others are what sparse.py is made of.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from softmax_ext.gpu import classes as gpu_classes
 from softmax_ext.gpu import picked as gpu_picked
 from softmax_ext.gpu import points as gpu_points
 from torch_ops._rows import triton_ops as kernels
@@ -112,6 +114,28 @@ def picked_weight_bwd(
     return dw
 
 
+def by_class(ids: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum over the slots of a slot's own class, over all others, whether it is its class's first), each (N, K)."""
+    ids, a = ids.contiguous(), a.contiguous()
+    (n, k), new = a.shape, a.new_empty
+    own, others, first = (new(a.shape, dtype=t) for t in (torch.float64, torch.float64, torch.bool))
+    if a.numel():
+        slots = min(gpu_classes.SLOTS, 1 << (k - 1).bit_length())
+        args = (ids, a, own, others, first, k)
+        grid = (n, -(-k // slots))
+        kernels.launch(gpu_classes.by_class_kernel, grid, args, SLOTS=slots, num_warps=max(1, slots // 32))
+    return own, others, first
+
+
+def place_(out: Tensor, ids: Tensor, values: Tensor, dim: int) -> None:
+    """out[.., id, ..] = values where an id along `dim` names a class; equal ids of a row have equal values."""
+    ids, values = ids.contiguous(), values.contiguous()
+    count, inner, block = ids.numel(), math.prod(ids.shape[dim + 1 :]), 256
+    if count:
+        args = (values, ids, out, out.shape[dim], ids.shape[dim], inner, count)
+        kernels.launch(gpu_classes.place_kernel, -(-count // block), args, BLOCK=block)
+
+
 def _sorted(c: Tensor, ids: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(class, row, coefficient of each pair, sorted by class; where each class begins); what names none is behind.
 
@@ -150,6 +174,8 @@ _SCHEMAS: dict[Any, str] = {
     picked_fwd: "(Tensor x, Tensor w, Tensor ids) -> Tensor",
     picked_input_bwd: "(Tensor c, Tensor w, Tensor ids, Tensor? by, Tensor? of_all, bool wide) -> Tensor",
     picked_weight_bwd: "(Tensor c, Tensor x, Tensor ids, int classes, Tensor? by, Tensor? of_all, bool wide) -> Tensor",
+    by_class: "(Tensor ids, Tensor a) -> (Tensor, Tensor, Tensor)",
+    place_: "(Tensor(a!) out, Tensor ids, Tensor values, int dim) -> ()",
 }
 
 
@@ -157,4 +183,8 @@ _library = torch.library.Library("softmax_ext_triton", "FRAGMENT")
 for _op, _schema in _SCHEMAS.items():
     _library.define(_op.__name__ + _schema)
     _library.impl(_op.__name__, _op, "CompositeExplicitAutograd")
-describe("softmax_ext_triton", CLASSES, _library)
+_FAKES: dict[str, Any] = {
+    "by_class": lambda ids, a: tuple(torch.empty_like(a, dtype=t) for t in (torch.float64, torch.float64, torch.bool)),
+    "place_": lambda *_: None,
+}
+describe("softmax_ext_triton", {**CLASSES, **_FAKES}, _library)

@@ -82,6 +82,14 @@ def picked(dtype: torch.dtype, k: int, d: int, v: int, outer: bool) -> None:
     classes.picked_weight_bwd(c, x, ids, v, by_class, of_all, not outer)
 
 
+def sparse(dtype: torch.dtype, k: int) -> None:
+    """Sums over the equal of K ids a row, and entries written at them."""
+    ids = torch.empty(64, k, dtype=torch.int64, device="meta")
+    classes.by_class(ids, torch.empty(64, k, dtype=compute(dtype), device="meta"))
+    x = torch.empty(64, 4096, dtype=dtype, device="meta")
+    classes.place_(x, ids, torch.empty(64, k, dtype=dtype, device="meta"), 1)
+
+
 def compute(dtype: torch.dtype) -> torch.dtype:
     return F64 if dtype == F64 else F32
 
@@ -98,6 +106,7 @@ FEW: dict[str, Callable[[], None]] = {
     "points bfloat16 128256": lambda: points(BF16, 128256, 1, (1.0, None), False),
     "points of everything float32 4096": lambda: points(F32, 4096, 5, ALL, True),
     "picked bfloat16 4096": lambda: picked(BF16, 65, 4096, 128256, True),
+    "sparse bfloat16 64": lambda: sparse(BF16, 64),
 }
 MANY: dict[str, Callable[[], None]] = {
     **FEW,
@@ -131,7 +140,9 @@ def compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], targ
         elif name in ("inner", "D", "E", "K", "C") and value == 1:  # the launcher makes a 1 a constant
             signature[name], values[(i,)] = "constexpr", 1
         elif isinstance(value, torch.Tensor):
-            kind = {BF16: "bf16", F32: "fp32", F64: "fp64", torch.int64: "i64", torch.int32: "i32"}[value.dtype]
+            kind = {BF16: "bf16", F32: "fp32", F64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}[
+                value.dtype
+            ]
             signature[name], aligned[(i,)] = f"*{kind}", [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i64" if value >= 2**31 else "i32"

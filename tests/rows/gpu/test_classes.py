@@ -156,6 +156,68 @@ def _native() -> Iterator[None]:
         yield
 
 
+SPARSE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "none": {"reduction": "none", "z_loss": 0.1, "logit_scale": 0.7, "stats": ("logprob", "lse")},
+    "all": {"softcap": 3.0, "label_smoothing": 0.2, "stats": ("entropy",), "reduction": "sum"},
+    "entropy": {"stats": ("entropy", "logprob")},
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_targets_are_the_cpus(name: str, ran: list[str]) -> None:
+    """Along either axis, over the logits, in both heads: K ids a row by kernels that know one."""
+    g = torch.Generator().manual_seed(7)
+    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    ids, mass = torch.randint(20, (6, 5), generator=g), make(6, 5).abs()
+    ids[0, 1:3], ids[1, 0], ids[2] = ids[0, 0], -100, -100
+    x, w = 4 * make(6, 20), make(20).abs()
+    x[3, :19], x[4, ids[4, 0]] = -torch.inf, 40.0
+    hidden, table = make(6, 3), make(20, 3)
+
+    def answers() -> list[Any]:
+        found = []
+        for inplace in (False, True):
+            leaves = [x.clone().requires_grad_(), mass.clone().requires_grad_(), w.clone().requires_grad_()]
+            given = leaves[0] * 1, (ids, leaves[1]), leaves[2]
+            found += _all_of(OPS.cross_entropy(*given, inplace_backward=inplace, **SPARSE[name]), leaves)
+        middle = [a.reshape(2, 3, -1).mT.clone().requires_grad_() for a in (x, mass)]
+        found += _all_of(OPS.cross_entropy(middle[0], (ids.reshape(2, 3, 5).mT, middle[1]), **SPARSE[name]), middle)
+        for memory in ("fast", "lean"):
+            leaves = [a.clone().requires_grad_() for a in (hidden, table, mass)]
+            out = OPS.linear_cross_entropy(
+                *leaves[:2], (ids, leaves[2]), memory=memory, chunk_size=4 if memory == "fast" else 7, **SPARSE[name]
+            )
+            found += _all_of(out, leaves)
+        return found
+
+    ours = answers()
+    assert {"cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel", "by_class_kernel", "place_kernel"} <= {*ran}
+    with _native():
+        for i, (one, other) in enumerate(zip(ours, answers(), strict=True)):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, equal_nan=True, msg=lambda m, i=i: f"{i} {m}")
+
+
+def _all_of(out: Any, leaves: list[Any]) -> list[Any]:
+    loss, stats = out if isinstance(out, tuple) else (out, {})
+    total = loss.sum() + sum(s.nan_to_num(0.0, 0.0, 0.0).square().sum() for s in stats.values())
+    return [loss, *stats.values(), *torch.autograd.grad(total, leaves)]
+
+
+def test_sums_by_class() -> None:
+    """Own, others', the first of equals: in plain ops and in the kernel, against sums by hand."""
+    sparse: Any = importlib.import_module("torch_ops._rows.sparse")
+    ids = torch.tensor([[3, 1, 3, -1, 1, 3], [-2, 5, 4, 5, -1, 0]])
+    a = torch.tensor([[1e-9, 2, 4, 0, 1, 1], [0, 3, 5, 7, 0, 1e9]], dtype=torch.float32)
+    same = ids[:, :, None] == ids[:, None]
+    own, others = ((m.double() * a.double()[:, None]).sum(2) for m in (same, ~same))
+    first = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1]]).bool()
+    for found in (sparse.by_class(ids, a), kernels.by_class(ids, a)):
+        torch.testing.assert_close(found[0].double()[ids >= 0], own[ids >= 0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(found[1].double()[ids >= 0], others[ids >= 0], rtol=1e-6, atol=0)
+        assert torch.equal(found[2], first)
+
+
 def test_linear_at_is_the_cpus(ran: list[str]) -> None:
     x, w, b, _ = _problem()
     ids, up = _pair(3, 40)
@@ -182,6 +244,13 @@ def test_no_value_is_looked_at() -> None:
                 out = OPS.linear_cross_entropy(x, w, target, grad_samples=4, **options)
                 loss, stats = out if isinstance(out, tuple) else (out, {})
                 torch.autograd.grad(loss.sum() + sum(s.sum() for s in stats.values()), (x, w))
+        for options in ({}, {"label_smoothing": 0.1, "stats": ("entropy",)}):
+            for out in (
+                OPS.linear_cross_entropy(x, w, (ids, torch.empty(5, 3)), **options),
+                OPS.cross_entropy(x @ w.T, (ids, torch.empty(5, 3)), inplace_backward=True, **options),
+            ):
+                loss, stats = out if isinstance(out, tuple) else (out, {})
+                torch.autograd.grad(loss + sum(s.sum() for s in stats.values()), (x, w))
         (dx,) = torch.autograd.grad(OPS.linear_at(x, w, ids).sum(), x, create_graph=True)
         torch.autograd.grad(dx.sum(), w)
 
@@ -194,6 +263,8 @@ def test_opcheck() -> None:
         "picked_fwd": (x, w, ids),
         "picked_input_bwd": (c, w, ids, row, torch.ones(7), True),
         "picked_weight_bwd": (c, x.half(), ids, 9, None, None, False),
+        "by_class": (ids, c),
+        "place_": (z, ids, c, 1),
     }
     for name, args in calls.items():
         op = getattr(torch.ops.softmax_ext_triton, name).default

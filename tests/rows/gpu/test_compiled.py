@@ -54,6 +54,8 @@ def test_kernels_fit(target: str) -> None:
         "kept_mean_kernel",
         "scaled_kernel",
         *(f"{op}_{way}_kernel" for op in ("softmax", "log_softmax", "cross_entropy") for way in ("fwd", "bwd")),
+        "by_class_kernel",
+        "place_kernel",
         *(f"points{part}_kernel" for part in ("_mass", "_except", "_sums", "")),
         *(f"picked_{part}_kernel" for part in ("fwd", "input_bwd", "parts", "weight_bwd")),
     }

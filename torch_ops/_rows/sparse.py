@@ -1,0 +1,150 @@
+"""cross_entropy of K class indices a row by kernels that know one, and sums over a row's equal ids.
+
+The row itself is a kernel's, as if it had one target that nothing comes back to; the K entries that have one are
+written after it, from logits that were read before. Formulas as in csrc/cross_entropy_classes.h.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ops._modes import is_plain
+from torch_ops._rows import triton
+from torch_ops._rows.arithmetic import capped, slope
+from torch_ops._rows.classes import IGNORED, MASKED, of_rows
+
+
+def by_class(ids: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of a (N, K) over the slots of this slot's class, over all others, whether it is its class's first).
+
+    `a` is 0 where an id names no class; the sums keep its type or more. No sum is a difference of two.
+    """
+    if a.device.type != "xpu" and triton.serves_matrix(a) and is_plain(ids):
+        return triton.ops.by_class(ids, a)
+    at, order = ids.sort(dim=1, stable=True)
+    begins = torch.ones_like(at, dtype=torch.bool)
+    begins[:, 1:] = at[:, 1:] != at[:, :-1]
+    place = begins.cumsum(1) - 1
+    sums = torch.zeros_like(a).scatter_add(1, place, a.gather(1, order))
+    zero = torch.zeros_like(a[:, :1])
+    before = torch.cat([zero, sums.cumsum(1)[:, :-1]], 1)
+    after = torch.cat([sums.flip(1).cumsum(1).flip(1)[:, 1:], zero], 1)
+    own, others = (torch.empty_like(a).scatter(1, order, s.gather(1, place)) for s in (sums, before + after))
+    return own, others, torch.empty_like(begins).scatter(1, order, begins) & (ids >= 0)
+
+
+class Rows:
+    """Rows of logits and their K targets along `dim`, as the kernels of one target take them."""
+
+    def __init__(self, ops: Any, logits: Tensor, target: Tensor, dim: int, scale: float, softcap: float | None) -> None:
+        self.ops, self.logits, self.target, self.layout = ops, logits, target, (dim, scale, softcap)
+        self.dim, self.marks = dim, of_rows(target, logits.dim(), dim)
+        self.raw = logits.gather(dim, target.clamp(min=0))
+        self.z = capped(self.raw, scale, softcap)
+
+    def nll(self, m: Tensor, rest: Tensor) -> Tensor:
+        """-log p at each id."""
+        d, log_total = self.z - m.unsqueeze(self.dim), torch.log1p(rest).unsqueeze(self.dim)
+        nll = (log_total - d).masked_fill((d == -math.inf) & log_total.isfinite(), MASKED)
+        return nll.masked_fill(self.target < IGNORED, math.nan).masked_fill(self.target == IGNORED, 0.0)
+
+    def fwd(self, weight: Tensor | None, smooth: bool, entropy: bool) -> tuple[Tensor, ...]:
+        """cross_entropy_fwd."""
+        _, *values = self.ops.cross_entropy_fwd(self.logits, self.marks, weight, *self.layout, smooth, entropy)
+        return self.nll(*values[-2:]), *values
+
+    def lse_upstream(self, each: Tensor, d_lse: Tensor | None) -> Tensor:
+        """What multiplies all p_j of a row, without smoothing."""
+        total = each.sum(self.dim, dtype=torch.float64)
+        return (total if d_lse is None else total + d_lse).to(self.z.dtype)
+
+    def bwd(
+        self,
+        weight: Tensor | None,
+        m: Tensor,
+        rest: Tensor,
+        d_nll: Tensor | None,
+        d_lse: Tensor | None,
+        d_smooth: Tensor | None,
+        d_entropy: Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """cross_entropy_bwd, over `out`, which is the logits, or into a new array."""
+        each = self._each(d_nll)
+        h = None
+        if d_entropy is not None:
+            h = self.ops.cross_entropy_fwd(self.logits, self.marks, None, *self.layout, False, True)[2]
+        args = (None, self.lse_upstream(each, d_lse), d_smooth, d_entropy, *self.layout)
+        if out is None:
+            dx = self.ops.cross_entropy_bwd(self.logits, self.marks, weight, m, rest, *args)
+        else:
+            self.ops.cross_entropy_bwd_(out, self.marks, weight, m, rest, *args)
+            dx = out
+        self._write(dx, weight, m, rest, each, d_lse, d_smooth, d_entropy, h)
+        return dx
+
+    def fwd_bwd(
+        self,
+        weight: Tensor | None,
+        d_nll: Tensor | None,
+        d_lse: Tensor | None,
+        d_smooth: Tensor | None,
+        d_entropy: Tensor | None,
+        smooth: bool,
+        entropy: bool,
+    ) -> tuple[Tensor, ...]:
+        """cross_entropy_fwd's values, the gradient over the logits."""
+        each, told = self._each(d_nll), entropy or d_entropy is not None
+        args = (None, self.lse_upstream(each, d_lse), d_smooth, d_entropy, *self.layout, smooth, told)
+        _, *values = self.ops.cross_entropy_fwd_bwd_(self.logits, self.marks, weight, *args)
+        m, rest = values[-2:]
+        h = values[1 + smooth] if told else None
+        self._write(self.logits, weight, m, rest, each, d_lse, d_smooth, d_entropy, h)
+        if told and not entropy:
+            del values[1 + smooth]
+        return self.nll(m, rest), *values
+
+    def _each(self, d_nll: Tensor | None) -> Tensor:
+        return torch.zeros_like(self.z) if d_nll is None else d_nll.masked_fill(self.target < 0, 0.0)
+
+    def _by_row(self, a: Tensor) -> Tensor:
+        return a.movedim(self.dim, -1).reshape(-1, self.target.shape[self.dim])
+
+    def _write(
+        self,
+        dx: Tensor,
+        weight: Tensor | None,
+        m: Tensor,
+        rest: Tensor,
+        each: Tensor,
+        d_lse: Tensor | None,
+        d_smooth: Tensor | None,
+        d_entropy: Tensor | None,
+        h: Tensor | None,
+    ) -> None:
+        """dL/dlogits at the ids of rows that have a gradient."""
+        sums = by_class(self._by_row(self.target), self._by_row(each))[:2]
+        shape = self.target.movedim(self.dim, -1).shape
+        own, others = (s.reshape(shape).movedim(-1, self.dim).double() for s in sums)
+        wide = lambda a: a.unsqueeze(self.dim).double()  # noqa: E731
+        d, total = self.z.double() - wide(m), 1.0 + wide(rest)
+        e = torch.exp(d)
+        p, q = e / total, torch.where(d == 0, wide(rest), total - e) / total
+        if d_lse is not None:
+            others = others + wide(d_lse)
+        if d_smooth is not None:
+            w = None if weight is None else weight.double()
+            others = others + wide(d_smooth) * (self.logits.shape[self.dim] if w is None else w.sum())
+        dz = others * p - own * q
+        if d_smooth is not None:
+            dz = dz - wide(d_smooth) * (1.0 if w is None else w[self.target.clamp(min=0)])
+        if d_entropy is not None and h is not None:
+            log_p = (d - torch.log1p(wide(rest))).masked_fill(~(e > 0), 0.0)
+            dz = dz - wide(d_entropy) * p * (log_p + wide(h))
+        dz = (dz * slope(self.raw, *self.layout[1:])).to(dx.dtype)
+        named = self.target.masked_fill((self.marks < 0).unsqueeze(self.dim), IGNORED)
+        self.ops.place_(dx, named, dz, self.dim)
