@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks import accuracy_plot, overview_plot, page_tables, records, scaling_plot, speed_plot, table
 from benchmarks.accuracy import Error
 from benchmarks.features import Answer
+from benchmarks.gpu_lines import DeviceLine
 from benchmarks.page_tables import TABLES, Kept, Machine
 from benchmarks.scaling import swept
 from benchmarks.table import Line
@@ -29,7 +30,7 @@ from examples import confident
 
 RESULTS = Path("benchmarks", "results")
 README = "README.md"
-PAGES = (README, "docs/index.md", "docs/accuracy.md", "docs/performance.md", "docs/leaderboard.md")
+PAGES = (README, "docs/index.md", "docs/accuracy.md", "docs/performance.md", "docs/leaderboard.md", "docs/gpu.md")
 SHOWN = re.compile(r"<!-- figures of: (\S+) -->")
 
 
@@ -73,15 +74,16 @@ def read(folder: Path, first: str) -> Kept:
         records.read(WeightError, folder / "weight_error.csv"),
         records.read(confident.Point, folder / "confident.csv"),
         records.read(Answer, folder / "features.csv"),
+        [records.read(DeviceLine, file) for file in files(folder, DeviceLine)],
     )
 
 
-def files(folder: Path) -> list[Path]:
-    """The CSVs of `make bench`, told from others by their columns."""
+def files(folder: Path, kind: type[Line | DeviceLine] = Line) -> list[Path]:
+    """The CSVs of `make bench`, or of `python -m benchmarks.gpu`, told from others by their columns."""
     found = []
     for file in sorted(folder.glob("*.csv")):
         with file.open(newline="") as source:
-            if set(next(csv.reader(source), [])) >= {field.name for field in fields(Line)}:
+            if set(next(csv.reader(source), [])) >= {field.name for field in fields(kind)}:
                 found.append(file)
     return found
 

@@ -14,7 +14,20 @@ from rich.table import Table
 from benchmarks import records
 from benchmarks.table import OURS
 
-__all__ = ["COPY", "LIMITS", "MATMULS", "OURS", "WRONG", "DeviceLine", "keep", "lines", "show", "summary"]
+__all__ = [
+    "COPY",
+    "HEAD",
+    "LIMITS",
+    "MATMULS",
+    "OURS",
+    "WRONG",
+    "DeviceLine",
+    "keep",
+    "lines",
+    "show",
+    "summary",
+    "told",
+]
 
 WRONG = "not timed, its answer is wrong"
 COPY, MATMULS = LIMITS = "copy", "three matmuls"
@@ -103,30 +116,34 @@ def show(cell: Sequence[DeviceLine]) -> Table | str:
     return table
 
 
-def summary(found: Sequence[DeviceLine]) -> Table:
-    """A line for each cell but the sweeps': our calls, each beside the fastest of the others' whose answer is right."""
-    table = Table(title="ours", title_justify="left", header_style="", box=None)
-    for name in ("part", "op", "type", "shape", "call"):
-        table.add_column(name, no_wrap=True)
-    for name in ("ms", "of the limit's speed", "MiB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("the fastest of the others")
+HEAD = ("part", "op", "type", "shape", "call", "ms", "of the limit's speed", "MiB", "the fastest of the others, ms")
+
+
+def told(found: Sequence[DeviceLine]) -> list[tuple[str, ...]]:
+    """What HEAD names of each call of ours but the sweeps', the first of a cell beside the fastest right answer."""
+    rows = []
     for cell in _cells(line for line in found if line.part != "chunks"):
         mine = [line for line in cell if line.call.startswith(OURS)]
-        others = [
-            line
-            for line in cell
-            if line.milliseconds and not line.remark and line.call not in LIMITS and line not in mine
-        ]
-        best = min(others, key=lambda line: line.milliseconds or 0.0, default=None)
+        others = [one for one in cell if one.milliseconds and not one.remark and one.call not in LIMITS]
+        best = min((one for one in others if one not in mine), key=lambda one: one.milliseconds or 0.0, default=None)
         for line in mine:
             about = (line.part, line.op, line.dtype, line.shape, line.call)
             if line.milliseconds is None or line.limits is None:
-                table.add_row(*about, "", "", "", escape(line.remark))
+                rows.append((*about, "", "", "", line.remark))
                 continue
             size = "" if line.workspace_bytes is None else f"{line.workspace_bytes / 2**20:.0f}"
             rival = f"{best.milliseconds:.4g} {best.call}" if best and line is mine[0] else ""
-            table.add_row(*about, f"{line.milliseconds:.4g}", f"{1 / line.limits:.3f}", size, rival)
+            rows.append((*about, f"{line.milliseconds:.4g}", f"{1 / line.limits:.3f}", size, rival))
+    return rows
+
+
+def summary(found: Sequence[DeviceLine]) -> Table:
+    """A line for each of our calls."""
+    table = Table(title="ours", title_justify="left", header_style="", box=None)
+    for i, name in enumerate(HEAD):
+        table.add_column(name, no_wrap=i < 8, justify="right" if 5 <= i < 8 else "left")
+    for row in told(found):
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks import leaderboard, table
+from benchmarks import gpu_lines, leaderboard, table
 from benchmarks.accuracy import ALL, CALLS, QUANTITIES, UNITS, Error
 from benchmarks.features import Answer
 from benchmarks.overview_plot import Pair
@@ -55,6 +55,7 @@ class Kept:
     weights: list[WeightError]
     trainings: list[confident.Point]
     answers: list[Answer]
+    devices: list[list[gpu_lines.DeviceLine]]  # each one's of `python -m benchmarks.gpu`
 
     @property
     def shown(self) -> Machine:
@@ -264,8 +265,18 @@ def scaling(kept: Kept) -> str:
     return f"![Time and memory by N, V and D](scaling.png)\n\n{table.machine(kept.scaling)}:\n\n{found}"
 
 
+def gpu(kept: Kept) -> str:
+    """Our calls on each device."""
+    blocks = []
+    for lines in kept.devices:
+        frameworks = ", ".join(dict.fromkeys(line.framework for line in lines))
+        rows = [[f"{part}: {op}" if part == "jax" else op, *rest] for part, op, *rest in gpu_lines.told(lines)]
+        blocks.append(f"{lines[0].device}, {frameworks}:\n\n{markdown(gpu_lines.HEAD[1:], rows)}")
+    return "\n\n".join(blocks)
+
+
 TABLES: dict[str, Callable[[Kept], str]] = {
-    **{f.__name__: f for f in (machine, overview, accuracy, weights, trainings, speed, heads, scaling)},
+    **{f.__name__: f for f in (machine, overview, accuracy, weights, trainings, speed, heads, scaling, gpu)},
     "features": lambda kept: leaderboard.features(kept.answers),
     "refusals": lambda kept: leaderboard.refusals(kept.answers),
     "peers": lambda kept: leaderboard.peers(kept.answers, [one.lines for one in kept.machines]),
