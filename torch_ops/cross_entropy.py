@@ -18,6 +18,7 @@ from torch_ops._rows.dispatch import capped
 from torch_ops._rows.targets import canonical_parts
 from torch_ops._rules.cross_entropy import mean, row
 from torch_ops._rules.plan import Plan
+from torch_ops._rules.scaled import ignored, scaled_row, times
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,7 +33,7 @@ def cross_entropy(
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
@@ -50,7 +51,7 @@ def cross_entropy(
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
@@ -67,7 +68,7 @@ def cross_entropy(
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
@@ -91,7 +92,8 @@ def cross_entropy(
             nothing; a row of such slots reaches no result.
         reduction: "mean" (weighted by class and token weights), "sum" or "none".
         label_smoothing: s in [0, 1]; targets become (1 - s) * target + s / V.
-        logit_scale: finite number > 0 the logits are multiplied by first (1 / temperature).
+        logit_scale: finite number > 0 the logits are multiplied by first (1 / temperature); or a tensor () or of the
+            class indices' shape, any floating type, differentiable, its values not looked at.
         softcap: finite number > 0 or None; then logits become softcap * tanh(logits / softcap).
         z_loss: number >= 0; adds z_loss * lse^2 to each kept row, not multiplied by class weights.
         token_weight: one weight per row, the shape of the class indices.
@@ -110,7 +112,7 @@ def cross_entropy(
         logprob of a pair: at every id).
 
     Raises:
-        TypeError: an argument of the wrong type; options are Python values, never tensors.
+        TypeError: an argument of the wrong type; options but logit_scale are Python values, never tensors.
         ValueError: a shape or value outside its rule.
         IndexError: eager code on the CPU finds a class index outside [0, V) that is not ignore_index
             (elsewhere that row's loss and gradient are NaN).
@@ -127,17 +129,18 @@ def cross_entropy(
         >>> round(torch_ops.cross_entropy(logits, torch.tensor([1])).item(), 4)
         0.3977
     """
+    scale, factor = (logit_scale, 1.0) if isinstance(logit_scale, Tensor) else (None, logit_scale)
     given: tuple[Any, ...] = (
         ignore_index,
         reduction,
         label_smoothing,
-        logit_scale,
+        factor,
         softcap,
         z_loss,
         on_all_ignored,
         stats,
     )
-    arrays = (input, *parts_of(target), weight, token_weight)
+    arrays = (input, *parts_of(target), weight, token_weight, scale)
     if has_torch_function(arrays):
         found = handle_torch_function(
             cross_entropy,
@@ -148,10 +151,10 @@ def cross_entropy(
             token_weight=token_weight,
             inplace_backward=inplace_backward,
             group=group,
-            **dict(zip(_NAMES, given, strict=True)),
+            **{**dict(zip(_NAMES, given, strict=True)), "logit_scale": logit_scale},
         )
         return alike(found)
-    alone = weight is None and token_weight is None and group is None
+    alone = weight is None and token_weight is None and group is None and scale is None
     if alone and type(inplace_backward) is bool and _is_default(given):
         loss = mean(input, target, inplace_backward)
         if loss is not None:
@@ -161,26 +164,32 @@ def cross_entropy(
     if isinstance(input, Tensor) and isinstance(target, Tensor) and input.dim() == 1 and target.shape == (1,):
         whole = input.shape == (1,) and group is None
         target = target if target.is_floating_point() or whole else target[0]  # as F.cross_entropy
-    facts, *weights = [None if a is None else describe(a) for a in (input, weight, token_weight)]
+    facts, *weights, of_scale = [None if a is None else describe(a) for a in (input, weight, token_weight, scale)]
     facts = contract.at_least_1d("cross_entropy", "input", facts)
     dim = 1 if input.dim() > 1 else 0
-    soft = contract.loss("cross_entropy", facts, describe_target(target), *weights, options=options, axis=dim)
+    static: Any = {"options": options, "axis": dim}
+    soft = contract.loss("cross_entropy", facts, describe_target(target), *weights, **static, logit_scale=of_scale)
     contract.flag("cross_entropy", "inplace_backward", inplace_backward)
     if group is not None or is_on_mesh(*arrays):
         from torch_ops._parallel import losses
 
         no_pair("cross_entropy", target)
-        named = {"input": input, "target": target, "weight": weight, "token_weight": token_weight}
+        named = {"input": input, "target": target, "weight": weight, "token_weight": token_weight, "logit_scale": scale}
         return losses.cross_entropy(named, options, group, axis=dim, soft=soft, inplace=inplace_backward)
 
     kind = torch.promote_types(input.dtype, torch.float32)
     plan, classes = Plan.of(options, kind), input.shape[dim]
     target, probabilities = canonical_parts("cross_entropy", target, classes, options.ignored, soft=soft, along=dim)
     of_class = plan.class_weight(weight, kind, soft=soft)
-    values = row(input, target, of_class, dim, *plan[:4], inplace_backward and may_overwrite(input))
+    over = inplace_backward and may_overwrite(input)
+    if scale is None:
+        values = row(input, target, of_class, dim, *plan[:4], over)
+    else:
+        values = scaled_row(input, scale, target, of_class, dim, *plan[1:4], over)
     per_row = dict(zip(plan.names, values, strict=False))
     by = coefficients(per_row["lse"], target, weight, token_weight, options, classes, probabilities, dim)
-    z = lambda: capped(input.detach(), plan.scale, plan.softcap)  # noqa: E731
+    given_to = (lambda: input) if scale is None else lambda: times(input, scale, dim, ignored(input, target, dim))
+    z = lambda: capped(given_to().detach(), plan.scale, plan.softcap)  # noqa: E731
     loss, found = finish(per_row, z, target, by, options, dim)
     return (loss, found) if stats else loss
 

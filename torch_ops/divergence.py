@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
@@ -15,6 +16,7 @@ from torch_ops._arguments import autocast, describe, enter_graph
 from torch_ops._head.divergence import divergence_rows, divergence_sum
 from torch_ops._modes import can_look
 from torch_ops._rules.divergence import divergence_row
+from torch_ops._rules.scaled import times
 
 
 def divergence(
@@ -23,7 +25,7 @@ def divergence(
     *,
     kind: Literal["forward_kl", "reverse_kl", "jsd", "tv"] = "forward_kl",
     beta: float = 0.5,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     teacher_scale: float = 1.0,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -45,7 +47,8 @@ def divergence(
         teacher: logits of the input's shape, any floating type, without a gradient.
         kind: "forward_kl", "reverse_kl", "jsd" or "tv".
         beta: number in (0, 1), the teacher's share of the mixture of "jsd".
-        logit_scale: finite number > 0 the student's logits are multiplied by first (1 / temperature).
+        logit_scale: finite number > 0 the student's logits are multiplied by first (1 / temperature); or a tensor () or
+            of the rows' shape, differentiable.
         teacher_scale: the same for the teacher's logits.
         softcap: finite number > 0 or None; then the student's logits become softcap * tanh(logits / softcap).
         teacher_softcap: the same for the teacher's logits.
@@ -74,17 +77,22 @@ def divergence(
         >>> round(torch_ops.divergence(student, teacher).item(), 4)
         0.2662
     """
-    options = contract.DivergenceOptions(kind, beta, logit_scale, teacher_scale, softcap, teacher_softcap, reduction)
-    arrays = (input, teacher, token_weight, keep)
+    scale, factor = (logit_scale, 1.0) if isinstance(logit_scale, Tensor) else (None, logit_scale)
+    options = contract.DivergenceOptions(kind, beta, factor, teacher_scale, softcap, teacher_softcap, reduction)
+    arrays = (input, teacher, token_weight, keep, scale)
     if has_torch_function(arrays):
         named = {"token_weight": token_weight, "keep": keep, "dim": dim}
-        return handle_torch_function(divergence, arrays, input, teacher, **named, **vars(options))
+        return handle_torch_function(
+            divergence, arrays, input, teacher, **named, **{**vars(options), "logit_scale": logit_scale}
+        )
     enter_graph()
-    facts, *more = [None if a is None else describe(a) for a in arrays]
+    facts, *more, of_scale = [None if a is None else describe(a) for a in arrays]
     facts = contract.at_least_1d("divergence", "input", facts)
     at = contract.dimension("divergence", "dim", dim, len(facts.shape))
-    contract.divergence("divergence", facts, *more, options=options, axis=at)
+    contract.divergence("divergence", facts, *more, options=options, axis=at, logit_scale=of_scale)
     _constant("divergence", teacher=teacher)
+    if scale is not None:
+        input = times(input, scale, at, None if keep is None else ~keep)
     dtype = torch.promote_types(input.dtype, teacher.dtype)
     pair = _pair(options, at, dtype)
     values = divergence_row(input.to(dtype), teacher.to(dtype), keep, *pair)
@@ -103,7 +111,7 @@ def linear_divergence(
     teacher_bias: Tensor | None = None,
     kind: Literal["forward_kl", "reverse_kl", "jsd", "tv"] = "forward_kl",
     beta: float = 0.5,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     teacher_scale: float = 1.0,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -129,14 +137,16 @@ def linear_divergence(
         teacher_bias: (V,), of teacher_input's type, without a gradient.
         kind: "forward_kl", "reverse_kl", "jsd" or "tv".
         beta: number in (0, 1), the teacher's share of the mixture of "jsd".
-        logit_scale: the student's logits are multiplied by this first.
+        logit_scale: the student's logits are multiplied by this first: a number, or a tensor () or of the rows' shape
+            (...), differentiable. It multiplies the input; beside a linear_bias the weight is copied with it.
         teacher_scale: the teacher's logits are multiplied by this first.
         softcap: then the student's are bounded to softcap * tanh(logits / softcap).
         teacher_softcap: the same for the teacher's logits.
         token_weight: one weight per row (...).
         keep: booleans (...): other rows reach no result, even when they are NaN.
         reduction: "mean" (over the kept rows, weighted by token_weight), "sum" or "none".
-        shift: k compares positions [..., :-k, :], by token_weight and keep of [..., k:].
+        shift: k compares positions [..., :-k, :], by token_weight and keep of [..., k:]. A logit_scale of the rows'
+            shape goes with the input.
         memory: "fast" or "lean"; see Memory.
         chunk_size: rows at a time; None takes the most whose logits, of both heads, fit the workspace.
 
@@ -163,20 +173,24 @@ def linear_divergence(
         >>> round(torch_ops.linear_divergence(x, weight, 2.0 * x, weight).item(), 4)
         0.1156
     """
-    options = contract.DivergenceOptions(kind, beta, logit_scale, teacher_scale, softcap, teacher_softcap, reduction)
+    scale, factor = (logit_scale, 1.0) if isinstance(logit_scale, Tensor) else (None, logit_scale)
+    options = contract.DivergenceOptions(kind, beta, factor, teacher_scale, softcap, teacher_softcap, reduction)
     heads: Any = {"linear_bias": linear_bias, "teacher_bias": teacher_bias}
     of_rows: Any = {"token_weight": token_weight, "keep": keep}
     static: Any = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
-    arrays: Any = (input, linear_weight, teacher_input, teacher_weight, *heads.values(), *of_rows.values())
+    arrays: Any = (input, linear_weight, teacher_input, teacher_weight, *heads.values(), *of_rows.values(), scale)
     if has_torch_function(arrays):
-        named = {**heads, **of_rows, **static, **vars(options)}
+        named = {**heads, **of_rows, **static, **vars(options), "logit_scale": logit_scale}
         return handle_torch_function(linear_divergence, arrays, *arrays[:4], **named)
     enter_graph()
     x, lw, lb = autocast(input, linear_weight, linear_bias)
     tx, tw, tb = autocast(teacher_input, teacher_weight, teacher_bias)
     facts = [None if a is None else describe(a) for a in (x, lw, tx, tw, lb, tb, token_weight, keep)]
-    contract.linear_divergence("linear_divergence", *facts, options=options, **static)
+    of_scale = None if scale is None else describe(scale)
+    contract.linear_divergence("linear_divergence", *facts, options=options, **static, logit_scale=of_scale)
     _constant("linear_divergence", teacher_input=tx, teacher_weight=tw, teacher_bias=tb)
+    if scale is not None:
+        x, lw, lb = _scaled(x, lw, lb, scale, keep, int(shift))
     pair = _pair(options, 1, torch.promote_types(x.dtype, tx.dtype))
     x, tx, token_weight, keep, shape = _laid_out(x, tx, token_weight, keep, int(shift))
     some, index = keep, None
@@ -194,6 +208,18 @@ def linear_divergence(
         values = values.new_zeros(math.prod(shape)).index_copy(0, index, values)
     losses = values if token_weight is None else weight * values
     return losses.reshape(shape) if reduction == "none" else _reduced(losses.sum(), weight, keep, reduction)
+
+
+def _scaled(x: Tensor, lw: Tensor, lb: Any, scale: Tensor, keep: Any, shift: int) -> tuple[Tensor, Tensor, None]:
+    """(s x, W), or with a bias (s x, s) and (W, b)."""
+    if keep is not None:  # such a row reaches no result, not even through 0 * NaN
+        counts = F.pad(keep[..., shift:], (0, shift)) if shift else keep
+        x = x.masked_fill(~counts.unsqueeze(-1), 0.0)
+        scale = scale.masked_fill(~counts, 1.0) if scale.dim() else scale
+    if lb is not None:
+        x, lw = torch.cat([x, torch.ones_like(x[..., :1])], -1), torch.cat([lw, lb.unsqueeze(1)], 1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) * (scale.unsqueeze(-1) if scale.dim() else scale)).to(x.dtype), lw, None
 
 
 def _pair(options: contract.DivergenceOptions, dim: int, dtype: torch.dtype) -> tuple[Any, ...]:

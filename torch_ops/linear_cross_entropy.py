@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -13,12 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops._arguments import alike, autocast, describe, describe_target, enter_graph, no_pair, one_row, parts_of
-from torch_ops._head.layout import each_row, lay_out, total
-from torch_ops._head.sampled import sampled_rows
+from torch_ops._head.loss import OP, loss_of
 from torch_ops._parallel.mesh import is_on_mesh
-from torch_ops._reduction import coefficients, finish, reduce
-from torch_ops._rows.targets import canonical_parts
-from torch_ops._rules.plan import Plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,11 +25,12 @@ def linear_cross_entropy(
     target: Tensor | tuple[Tensor, Tensor],
     *,
     linear_bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
@@ -55,11 +50,12 @@ def linear_cross_entropy(
     target: Tensor | tuple[Tensor, Tensor],
     *,
     linear_bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
@@ -78,11 +74,12 @@ def linear_cross_entropy(
     target: Tensor | tuple[Tensor, Tensor],
     *,
     linear_bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
@@ -107,24 +104,28 @@ def linear_cross_entropy(
             (N, d1, .., dK) or (N, V, d1, .., dK) for the K-dimensional form; or a pair of both with K classes a row,
             (ids, probabilities), where probabilities have V.
         linear_bias: linear_weight's shape without D, of the input's type.
+        low_rank: a pair (A, B) of shapes (r, D) and (V, r), of the input's type: (input @ A.T) @ B.T is added to the
+            logits, and nothing of size (V, D) is copied.
         weight: one weight per class (V,), any floating type.
         ignore_index: class index of rows, or of a pair's slots, that reach no result; None means -100.
         reduction: "mean" (weighted by class and token weights), "sum" or "none".
         label_smoothing: share of the target spread over all classes, in [0, 1].
-        logit_scale: the logits are multiplied by this first.
+        logit_scale: the logits are multiplied by this first: a number, or a tensor () or of the rows' shape (...),
+            differentiable. In half precision it multiplies the input, which is rounded once more.
         softcap: then bounded to softcap * tanh(logits / softcap).
         z_loss: adds z_loss * lse^2 to each row.
         token_weight: one weight per row, the shape of the integer target.
         on_all_ignored: what a mean over nothing gives: "nan" or "zero" (with zero gradients).
         stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
-        shift: k judges input[..., :-k, :] by target[..., k:], and by token_weight likewise: 1 for the next token.
+        shift: k judges input[..., :-k, :] by target[..., k:], and by token_weight likewise: 1 for the next token. A
+            logit_scale of the rows' shape goes with the input.
         memory: "fast" works by chunks of rows, "lean" by slices of the vocabulary; see Memory.
         chunk_size: rows (fast) or classes (lean) at a time; None takes the most that fit the workspace.
         grad_samples: K, or None for the exact gradient. Loss and statistics stay exact; off its targets a row's
             gradient is taken at K points drawn from the model's own distribution: unbiased, its variance in any
             direction at most 1/K of that of a label drawn from the model, and one matmul in the place of three.
         generator: draws the points; None is the default generator of the input's device.
-        group: the ranks that `linear_weight`, `linear_bias`, `weight` and soft targets are sharded over by class, in
+        group: the ranks that `linear_weight`, `linear_bias`, B, `weight` and soft targets are sharded over by class, in
             rank order, any number of classes each; class indices are those of the whole vocabulary; input, results
             and the input's gradient are the same on every rank. DTensor arguments need no group: their mesh has it.
 
@@ -134,7 +135,7 @@ def linear_cross_entropy(
         logprob of a pair: at every id).
 
     Raises:
-        TypeError: an argument of the wrong type; options are Python values, never tensors.
+        TypeError: an argument of the wrong type; options but logit_scale are Python values, never tensors.
         ValueError: a shape or value outside its rule.
         IndexError: eager code on the CPU finds a class index outside [0, V) that is not ignore_index
             (elsewhere that row's loss and gradient are NaN, and so are those of linear_weight and linear_bias).
@@ -159,10 +160,11 @@ def linear_cross_entropy(
         >>> round(torch_ops.linear_cross_entropy(x, weight, torch.tensor([2])).item(), 4)
         0.4076
     """
+    scale, factor = (logit_scale, 1.0) if isinstance(logit_scale, Tensor) else (None, logit_scale)
     options = contract.LossOptions(
-        ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss, on_all_ignored, stats
+        ignore_index, reduction, label_smoothing, factor, softcap, z_loss, on_all_ignored, stats
     )
-    arrays = (input, linear_weight, *parts_of(target), linear_bias, weight, token_weight)
+    arrays = (input, linear_weight, *parts_of(target), linear_bias, weight, token_weight, scale, *parts_of(low_rank))
     if has_torch_function(arrays):
         found = handle_torch_function(
             linear_cross_entropy,
@@ -171,6 +173,7 @@ def linear_cross_entropy(
             linear_weight,
             target,
             linear_bias=linear_bias,
+            low_rank=low_rank,
             weight=weight,
             token_weight=token_weight,
             shift=shift,
@@ -179,50 +182,53 @@ def linear_cross_entropy(
             grad_samples=grad_samples,
             generator=generator,
             group=group,
-            **vars(options),
+            **{**vars(options), "logit_scale": logit_scale},
         )
         return alike(found)
     enter_graph()
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    low_rank = autocast(*low_rank) if isinstance(low_rank, tuple | list) and low_rank else low_rank  # pyright: ignore
     target = one_row(input, linear_weight, target, group)
-    arrays = (input, linear_weight, *parts_of(target), linear_bias, weight, token_weight)
-    x, lw, *more = [
+    x, lw, *rest = [
         None if a is None else describe(a) for a in (input, linear_weight, linear_bias, weight, token_weight)
     ]
-    facts = (x, lw, describe_target(target), *more)
-    static = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
-    soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **static, grad_samples=grad_samples)
+    facts = (x, lw, describe_target(target), *rest)
+    static: Any = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
+    more: Any = {"logit_scale": None if scale is None else describe(scale), "low_rank": describe_target(low_rank)}
+    soft = contract.linear_loss(OP, *facts, options=options, **static, grad_samples=grad_samples, **more)
+    given = (input, linear_weight, target, linear_bias, weight, token_weight, scale, *(low_rank or (None, None)))
+    far = group is not None or is_on_mesh(*given[:2], *parts_of(target), *given[3:])
+    sampled = None
     if grad_samples is not None:
-        _check_sampling(input, weight, options, generator, alone=group is None and not is_on_mesh(*arrays))
-    if group is not None or is_on_mesh(*arrays):
+        _check_sampling(input, weight, options, generator, alone=not far)
+        sampled = (int(grad_samples), generator)
+    named: dict[str, Any] = dict(zip(_ARRAYS, given, strict=True))
+    if far:
         from torch_ops._parallel import losses
 
-        no_pair("linear_cross_entropy", target)
-        given = (input, linear_weight, target, linear_bias, weight, token_weight)
-        named: dict[str, Any] = dict(zip(_ARRAYS, given, strict=True))
+        no_pair(OP, target)
         return losses.linear_cross_entropy(named, options, group, soft=soft, **static)
+    return loss_of(named, options, soft=soft, **static, sampled=sampled)
 
-    classes, kind = linear_weight.shape[0], torch.promote_types(input.dtype, torch.float32)
-    plan = Plan.of(options, kind, memory == "lean", chunk_size)
-    along, laid = 1 if linear_weight.dim() > 2 else -1, {"soft": soft, "shift": int(shift)}
-    target, pairs = canonical_parts("linear_cross_entropy", target, classes, options.ignored, soft=soft, along=along)
-    of = lay_out(input, linear_weight, linear_bias, target, token_weight, **laid, probabilities=pairs)
-    w = plan.class_weight(weight, kind, soft=soft)
-    ones = torch.ones((), dtype=kind, device=input.device).expand(of.n, math.prod(linear_weight.shape[1:-1]))
-    by = coefficients(ones, of.target, weight, of.token_weight, options, classes, of.probabilities)
-    if grad_samples is not None:
-        rows = each_row(of, w, plan, partial(sampled_rows, int(grad_samples), generator))
-    elif reduction != "none" and not stats and memory == "fast":
-        return reduce(total(of, w, by, plan), by, options)
-    else:
-        rows = each_row(of, w, plan)
-    loss, found = finish(rows, lambda: rows["argmax"], of.target, by, options, 1)
-    loss = loss.reshape(of.shape) if reduction == "none" else loss
-    return (loss, {name: of.as_given(value) for name, value in found.items()}) if stats else loss
+
+def of_terms(terms: Sequence[tuple[Tensor, Tensor, Tensor | None]], target: Tensor, weight: Any, **options: Any) -> Any:
+    """linear_cross_entropy of the sum of some layers of the same classes, the first the largest, with its options."""
+    (x, lw, lb), *others = terms
+    target = one_row(x, lw, target, None)
+    static: Any = {"shift": 0, "memory": options.pop("memory"), "chunk_size": options.pop("chunk_size")}
+    chosen = contract.LossOptions(**options)
+    facts = [None if a is None else describe(a) for a in (x, lw, target, lb, weight, None)]
+    soft = contract.linear_loss(OP, *facts, options=chosen, **static)
+    enter_graph()
+    biases = [b.to(lw.dtype) for _, _, b in terms if b is not None]
+    beside = [torch.cat([a.to(lw.dtype) for a in side], -1) for side in list(zip(*others, strict=True))[:2]]
+    named = dict.fromkeys(_ARRAYS) | {"input": x, "linear_weight": lw, "target": target, "weight": weight}
+    named["linear_bias"] = sum(biases[1:], biases[0]) if biases else None
+    return loss_of(named, chosen, soft=soft, **static, beside=beside)
 
 
 def _check_sampling(x: Tensor, weight: Any, options: contract.LossOptions, generator: Any, *, alone: bool) -> None:
-    op = "linear_cross_entropy"
+    op = OP
     if generator is not None and not isinstance(generator, torch.Generator):
         contract.fail_type(op, "generator", "be a torch.Generator or None", f"{type(generator).__name__} object")
     if generator is not None and generator.device.type != x.device.type:
@@ -237,4 +243,4 @@ def _check_sampling(x: Tensor, weight: Any, options: contract.LossOptions, gener
         contract.fail_value(op, "grad_samples", rule, "a number")
 
 
-_ARRAYS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight")
+_ARRAYS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight", "logit_scale", "A", "B")

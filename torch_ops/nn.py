@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from softmax_ext import contract
+from torch_ops._arguments import describe
 from torch_ops.cross_entropy import cross_entropy
 from torch_ops.linear_cross_entropy import linear_cross_entropy
 from torch_ops.softmax import log_softmax, softmax
@@ -75,12 +76,28 @@ class _Loss(torch.nn.Module):
             setattr(self, name, value)
         self.register_buffer("weight", weight)
 
+    def _scale(self, logit_scale: Any) -> Any:
+        """The number an option holds: of a tensor 1.0; that is a parameter or a buffer of the module's own."""
+        if not isinstance(logit_scale, Tensor):
+            return logit_scale
+        contract.floating(type(self).__name__, "logit_scale", describe(logit_scale))
+        return 1.0
+
+    def _learn(self, logit_scale: Any) -> None:
+        if isinstance(logit_scale, torch.nn.Parameter):
+            del self.logit_scale
+            self.logit_scale = logit_scale
+        elif isinstance(logit_scale, Tensor):
+            del self.logit_scale
+            self.register_buffer("logit_scale", logit_scale, persistent=False)
+
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*vars(contract.LossOptions()), *self._more)}
 
     def _changed(self) -> dict[str, Any]:
         defaults = {**vars(contract.LossOptions()), **self._more}
-        return {name: value for name, value in self._options().items() if value != defaults[name]}
+        options = {k: v for k, v in self._options().items() if not isinstance(v, Tensor)}
+        return {name: value for name, value in options.items() if value != defaults[name]}
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
@@ -90,7 +107,8 @@ class _Loss(torch.nn.Module):
 class CrossEntropyLoss(_Loss):
     """`torch_ops.cross_entropy` as a module: torch.nn.CrossEntropyLoss's constructor and state_dict, plus our options.
 
-    Options are checked at construction; see `torch_ops.cross_entropy` for each.
+    Options are checked at construction; see `torch_ops.cross_entropy` for each. A logit_scale that is a parameter is
+    learnt with the module's others, under that name.
 
     Example:
         >>> import torch, torch_ops
@@ -108,7 +126,7 @@ class CrossEntropyLoss(_Loss):
         ignore_index: int | None = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        logit_scale: float = 1.0,
+        logit_scale: float | Tensor = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
         on_all_ignored: str = "nan",
@@ -120,7 +138,7 @@ class CrossEntropyLoss(_Loss):
             ignore_index,
             reduction,
             label_smoothing,
-            logit_scale,
+            self._scale(logit_scale),
             softcap,
             z_loss,
             on_all_ignored,
@@ -129,6 +147,7 @@ class CrossEntropyLoss(_Loss):
         options.check("CrossEntropyLoss")
         contract.flag("CrossEntropyLoss", "inplace_backward", inplace_backward)
         self._keep(options, weight, inplace_backward=inplace_backward)
+        self._learn(logit_scale)
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Any:
         """The loss in nats, with (loss, stats) as `torch_ops.cross_entropy` returns them."""
@@ -168,7 +187,7 @@ class LinearCrossEntropyLoss(_Loss):
         ignore_index: int | None = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        logit_scale: float = 1.0,
+        logit_scale: float | Tensor = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
         on_all_ignored: str = "nan",
@@ -183,7 +202,7 @@ class LinearCrossEntropyLoss(_Loss):
             ignore_index,
             reduction,
             label_smoothing,
-            logit_scale,
+            self._scale(logit_scale),
             softcap,
             z_loss,
             on_all_ignored,
@@ -200,6 +219,7 @@ class LinearCrossEntropyLoss(_Loss):
         outputs = math.prod(self.out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
         self._keep(options, weight, shift=shift, memory=memory, chunk_size=chunk_size, grad_samples=grad_samples)
+        self._learn(logit_scale)
 
     def extra_repr(self) -> str:
         """The sizes, and the options that differ from their defaults."""

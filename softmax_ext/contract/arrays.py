@@ -12,6 +12,7 @@ from softmax_ext.contract.sentences import (
     fail_type,
     fail_value,
     sentence,
+    shape_words,
     wrong_type,
 )
 
@@ -78,3 +79,14 @@ def same_device(op: str, name: str, array: Array, input: Array) -> None:
     """Raise unless the array is where the input is."""
     if array.device != input.device:
         fail_value(op, name, f"be on the input's device ({input.device})", str(array.device))
+
+
+def scale_of_rows(op: str, input: Array, rows: tuple[int, ...], logit_scale: Array | None) -> None:
+    """Raise unless a scale that is an array is one number, or one a row."""
+    if logit_scale is None:
+        return
+    floating(op, "logit_scale", logit_scale)
+    if logit_scale.shape not in ((), rows):
+        either = f"() or {shape_words(rows)}" if rows else "()"
+        fail_value(op, "logit_scale", f"be a Python number or have shape {either}", shape_words(logit_scale.shape))
+    same_device(op, "logit_scale", logit_scale, input)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from softmax_ext.contract.arrays import Array, an_array, at_least_1d, floating, same_device, same_type
+from softmax_ext.contract.arrays import (
+    Array,
+    an_array,
+    at_least_1d,
+    floating,
+    same_device,
+    same_type,
+    scale_of_rows,
+)
 from softmax_ext.contract.options import (
     REDUCTIONS,
     fitted,
@@ -68,6 +76,7 @@ def divergence(
     *,
     options: DivergenceOptions,
     axis: int,
+    logit_scale: Array | None = None,
 ) -> None:
     """Check a divergence between two arrays of logits of class dimension `axis` (non-negative)."""
     options.check(op)
@@ -77,7 +86,9 @@ def divergence(
     if teacher.shape != input.shape:
         fail_value(op, "teacher", f"have the input's shape {shape_words(input.shape)}", shape_words(teacher.shape))
     same_device(op, "teacher", teacher, input)
-    _of_rows(op, input, input.shape[:axis] + input.shape[axis + 1 :], token_weight, keep)
+    rows = input.shape[:axis] + input.shape[axis + 1 :]
+    scale_of_rows(op, input, rows, logit_scale)
+    _of_rows(op, input, rows, token_weight, keep)
 
 
 def linear_divergence(
@@ -95,6 +106,7 @@ def linear_divergence(
     shift: Any,
     memory: Any,
     chunk_size: Any,
+    logit_scale: Array | None = None,
 ) -> None:
     """Check a divergence between the logits of two linear layers: input (..., D), linear_weight (V, D)."""
     options.check(op)
@@ -113,6 +125,7 @@ def linear_divergence(
     same_device(op, "teacher_input", teacher_input, input)
     if shift and not lead:
         wrong_value(op, "shift", "be 0 with an input of 1 dimension", shift)
+    scale_of_rows(op, input, lead, logit_scale)
     _of_rows(op, input, lead, token_weight, keep)
 
 

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from softmax_ext.contract.arrays import FLOATS, Array, an_array, at_least_1d, floating, same_device, same_type
+from softmax_ext.contract.arrays import (
+    FLOATS,
+    Array,
+    an_array,
+    at_least_1d,
+    floating,
+    same_device,
+    same_type,
+    scale_of_rows,
+)
 from softmax_ext.contract.options import LossOptions, head_options, sampling
-from softmax_ext.contract.sentences import fail_type, fail_value, shape_words, wrong_value
+from softmax_ext.contract.sentences import fail_type, fail_value, shape_words, words, wrong_value
 
 # Class indices or probabilities; or a pair of both, ids and the probabilities of K classes a row.
 Target = Array | None | tuple[Array | None, ...] | list[Array | None]
@@ -21,11 +30,16 @@ def loss(
     *,
     options: LossOptions,
     axis: int,
+    logit_scale: Array | None = None,
 ) -> bool:
-    """Check a loss on logits of class dimension `axis` (non-negative); True when targets are soft (a pair is not)."""
+    """Check a loss on logits of class dimension `axis` (non-negative); True when targets are soft (a pair is not).
+
+    `logit_scale`: where it is an array.
+    """
     options.check(op)
     floating(op, "input", input)
     rows = input.shape[:axis] + input.shape[axis + 1 :]
+    scale_of_rows(op, input, rows, logit_scale)
     return _targets_and_weights(op, input, input.shape, rows, axis, target, weight, token_weight, options, "input's")
 
 
@@ -43,12 +57,15 @@ def linear_loss(
     memory: Any,
     chunk_size: Any,
     grad_samples: Any = None,
+    logit_scale: Array | None = None,
+    low_rank: Any = None,
 ) -> bool:
     """Check the loss of a linear layer's logits; True when targets are soft (a pair is not).
 
     Shapes: input (..., D), linear_weight (V, D), target (...) or (..., V); or input (N, D),
     linear_weight (V, d1, .., dK, D), target (N, d1, .., dK) or (N, V, d1, .., dK).
-    A pair (ids, probabilities) has K where soft targets have V.
+    A pair (ids, probabilities) has K where soft targets have V. `logit_scale`: where it is an array. `low_rank`: None
+    or a pair of (r, D) and linear_weight's shape with r in the place of D.
     """
     options.check(op)
     head_options(op, shift, memory, chunk_size)
@@ -76,6 +93,12 @@ def linear_loss(
     for name, array in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if array is not None:
             same_device(op, name, array, input)
+    _low_rank(op, input, linear_weight, low_rank)
+    scale_of_rows(op, input, lead + inner, logit_scale)
+    if grad_samples is not None and low_rank is not None:
+        fail_value(op, "grad_samples", "be None with low_rank", "a number")
+    if grad_samples is not None and logit_scale is not None and linear_bias is not None:
+        fail_value(op, "grad_samples", "be None with linear_bias and a logit_scale that is an array", "a number")
     # K-dimensional logits have their classes at dimension 1, as torch's losses; others at the last.
     axis = 1 if inner else len(lead)
     full = (*lead, classes, *inner)
@@ -83,6 +106,24 @@ def linear_loss(
     if soft and grad_samples is not None:
         wrong_value(op, "grad_samples", "be None with class probabilities as targets", grad_samples)
     return soft
+
+
+def _low_rank(op: str, input: Array, linear_weight: Array, low_rank: Any) -> None:
+    if low_rank is None:
+        return
+    if not isinstance(low_rank, tuple | list) or len(low_rank) != 2:
+        fail_type(op, "low_rank", "be a pair of arrays (A, B) or None", words(low_rank))
+    down, up = (an_array(op, "low_rank", array) for array in low_rank)
+    for array in (down, up):
+        same_type(op, "low_rank", array, input)
+    features = input.shape[-1]
+    if len(down.shape) != 2 or down.shape[1] != features:
+        fail_value(op, "low_rank", f"have A of shape (r, {features})", shape_words(down.shape))
+    wanted = (*linear_weight.shape[:-1], down.shape[0])
+    if up.shape != wanted:
+        fail_value(op, "low_rank", f"have B of shape {shape_words(wanted)}", shape_words(up.shape))
+    for array in (down, up):
+        same_device(op, "low_rank", array, input)
 
 
 def linear_at(

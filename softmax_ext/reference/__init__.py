@@ -27,7 +27,7 @@ from softmax_ext.reference.probabilities import (
     softmax_jvp,
     softmax_vjp,
 )
-from softmax_ext.reference.rows import cross_entropy, cross_entropy_grad
+from softmax_ext.reference.rows import cross_entropy, cross_entropy_grad, logit_scale_grad
 
 __all__ = [
     "cross_entropy",
@@ -43,6 +43,7 @@ __all__ = [
     "linear_divergence_grad",
     "log_softmax",
     "log_softmax_vjp",
+    "logit_scale_grad",
     "points",
     "softmax",
     "softmax_jacobian",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,11 +35,15 @@ def _head(
     token_weight: ArrayLike | None,
     shift: int,
     o: LossOptions,
+    low_rank: Any = None,
 ) -> _Head:
-    x, w = wide(input), wide(linear_weight)
+    x, w, s = wide(input), wide(linear_weight), np.asarray(o.logit_scale)
+    if low_rank is not None:  # x WT + (x AT) BT is a head of W + B A
+        w = w + wide(low_rank[1]) @ wide(low_rank[0])
     if shift:  # position i is judged by the target k further on
         x = x[..., : max(x.shape[-2] - shift, 0), :]
         token_weight = None if token_weight is None else np.asarray(token_weight)[..., shift:]
+        s = s[..., : x.shape[-2]] if s.ndim else s
     lead, (classes, *inner, features) = x.shape[:-1], w.shape
     flat = (math.prod(lead), math.prod(inner))
     x, w = x.reshape(flat[0], features), w.reshape(classes, flat[1], features)
@@ -57,6 +62,7 @@ def _head(
     else:
         t = laid_out(np.asarray(target), np.asarray(target).dtype.kind not in "iu")
     tw = None if token_weight is None else wide(token_weight).reshape(flat)
+    o = replace(o, logit_scale=s.reshape(flat) if s.ndim else o.logit_scale)  # pyright: ignore[reportArgumentType]
     return _Head(x, w, rows_of(np.moveaxis(z, 1, -1), t, weight, tw, o), lead, tuple(inner))
 
 
@@ -80,6 +86,7 @@ def linear_cross_entropy(
     target: Any,
     *,
     linear_bias: ArrayLike | None = None,
+    low_rank: Any = None,
     weight: ArrayLike | None = None,
     token_weight: ArrayLike | None = None,
     shift: int = 0,
@@ -95,6 +102,7 @@ def linear_cross_entropy(
         target: (...) integers or (..., V) floating; K-d: (N, d1, .., dK) or (N, V, d1, .., dK); or a pair, ids and
             their probabilities, with K where the floating one has V.
         linear_bias: linear_weight's shape without D.
+        low_rank: (A, B) of shapes (r, D) and (V, r), which add (input AT) BT.
         weight: per class, (V,).
         token_weight: per row, the shape of the integer target.
         shift: k judges input[..., :-k, :] by target[..., k:].
@@ -106,7 +114,7 @@ def linear_cross_entropy(
     Source: document 3's z = x w + b, then document 4.
     """
     o = LossOptions(**options)
-    h = _head(input, linear_weight, target, linear_bias, weight, token_weight, shift, o)
+    h = _head(input, linear_weight, target, linear_bias, weight, token_weight, shift, o, low_rank)
     loss = np.asarray(loss_of(h.rows, o), np.float64)
     loss = loss.reshape((*h.lead, *h.inner)) if o.reduction == "none" else loss
     stats = {name: _as_given(s, h) for name, s in stats_of(h.rows, o).items()}
@@ -120,6 +128,7 @@ def linear_cross_entropy_grad(
     target: Any,
     *,
     linear_bias: ArrayLike | None = None,
+    low_rank: Any = None,
     weight: ArrayLike | None = None,
     token_weight: ArrayLike | None = None,
     shift: int = 0,
@@ -129,7 +138,7 @@ def linear_cross_entropy_grad(
 ) -> tuple[Array, Array, Array | None]:
     """Gradients of linear_cross_entropy at input, linear_weight and linear_bias.
 
-    dX = G W,  dW = GT X,  db = sum_i G_i,  G = dL/dlogits
+    dX = G W,  dW = GT X,  db = sum_i G_i,  G = dL/dlogits; of low_rank dA = BT dW and dB = dW AT
 
     Args:
         input: as in linear_cross_entropy, and so what is not named here.
@@ -142,7 +151,7 @@ def linear_cross_entropy_grad(
     Source: the chain rule in document 3, dE/dw = dE/da da/dz dz/dw.
     """
     o = LossOptions(**options)
-    h = _head(input, linear_weight, target, linear_bias, weight, token_weight, shift, o)
+    h = _head(input, linear_weight, target, linear_bias, weight, token_weight, shift, o, low_rank)
     flat = h.rows.lse.shape
     dloss = np.reshape(dloss, flat) if o.reduction == "none" and np.ndim(dloss) else dloss
     slots = h.rows.slots is not None

@@ -60,11 +60,14 @@ def rows_of(
     else:
         y = wide(target) * w
     # u = scale x, z = C(u) = c tanh(u/c), C'(u) = 1 - tanh^2 = 1/cosh^2
-    u = o.logit_scale * np.where(keep[..., None], x, 0)
-    z, dz = u, np.full_like(u, o.logit_scale)
+    s: Any = wide(o.logit_scale)
+    s = s[..., None] if s.ndim else s
+    with_class = np.where(keep[..., None], x, 0)
+    u = np.where(np.isneginf(with_class), with_class, s * with_class)
+    z, dz = u, np.broadcast_to(s, u.shape)
     if o.softcap is not None:
         z = np.where(np.isneginf(u), u, o.softcap * np.tanh(u / o.softcap))
-        dz = o.logit_scale / np.cosh(u / o.softcap) ** 2
+        dz = s / np.cosh(u / o.softcap) ** 2
     p, q, logp, lse = parts(z)
     nll = np.where(bad, np.nan, -mass_sum(y, logp))
     logprob = -nll
@@ -169,7 +172,7 @@ def cross_entropy(
         weight: per class, (V,).
         axis: the class axis.
         token_weight: per row, the row shape.
-        **options: the fields of contract.LossOptions.
+        **options: the fields of contract.LossOptions; logit_scale may be an array of the row shape too.
 
     Returns:
         The loss, a scalar or (reduction "none") row-shaped; with stats, (loss, {name: array}).
@@ -217,3 +220,25 @@ def cross_entropy_grad(
     if r.slots is not None and "logprob" in ups:
         ups["logprob"] = np.moveaxis(np.asarray(ups["logprob"]), axis, -1)
     return back(gradient_of(r, o, dloss, ups), axis, np.shape(input))
+
+
+@quiet
+def logit_scale_grad(input: ArrayLike, dinput: ArrayLike, logit_scale: ArrayLike, *, axis: int = -1) -> Array:
+    """Gradient of a loss of logit_scale * input at logit_scale, from that at input.
+
+    ds = sum_j x_j dx_j / s
+
+    Args:
+        input: logits; rows of V classes along `axis`. One of -inf has no part.
+        dinput: dL/dinput, the shape of input.
+        logit_scale: a number, or the row shape.
+        axis: the class axis.
+
+    Returns:
+        dL/dlogit_scale, the shape of logit_scale.
+
+    Source: the chain rule, d(s x)/ds = x and d(s x)/dx = s.
+    """
+    x, dx, s = last(input, axis), last(dinput, axis), wide(logit_scale)
+    each = np.sum(np.where(np.isneginf(x) | (dx == 0), 0, x * dx), -1)
+    return np.asarray(each / s if s.ndim else np.sum(each) / s, np.float64)

@@ -66,7 +66,9 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str, str]] = {
     "scale inf": (loss(logit_scale=float("inf")), ValueError, "logit_scale", "inf"),
     "scale beyond every float": (loss(logit_scale=10**400), ValueError, "logit_scale", "an integer of 1329 bits"),
     "z_loss beyond every float": (loss(z_loss=10**5000), ValueError, "z_loss", "an integer of 16610 bits"),
-    "scale array": (loss(logit_scale=OPTION), TypeError, "logit_scale", "an array"),
+    "scale a list": (loss(logit_scale=[1.0]), TypeError, "logit_scale", "[1.0]"),
+    "scale of another shape": (loss(logit_scale=X), ValueError, "logit_scale", "(3, 4)"),
+    "scale of integers": (loss(logit_scale=T.astype(np.int32)), TypeError, "logit_scale", "int32"),
     "softcap negative": (loss(softcap=-1), ValueError, "softcap", "-1"),
     "softcap str": (loss(softcap="1"), TypeError, "softcap", "'1'"),
     "z_loss negative": (loss(z_loss=-1e-4), ValueError, "z_loss", "-0.0001"),
@@ -158,13 +160,13 @@ def test_sparse_and_nested_tensors_are_refused() -> None:
 
 
 def test_traced_options_are_refused_in_the_same_words() -> None:
-    def traced(scale: Any) -> Any:
-        return jax_ops.cross_entropy(jnp.asarray(X), jnp.asarray(T), logit_scale=scale)
+    def traced(cap: Any) -> Any:
+        return jax_ops.cross_entropy(jnp.asarray(X), jnp.asarray(T), softcap=cap)
 
-    with pytest.raises(TypeError, match=r"logit_scale must be a Python number > 0, finite; got an array\."):
+    with pytest.raises(TypeError, match=r"softcap must be a Python number > 0, finite; got an array\."):
         jax.jit(traced)(1.0)
-    with pytest.raises(TypeError, match=r"logit_scale must be a Python number > 0, finite; got an array\."):
-        torch_ops.cross_entropy(torch.from_numpy(X), torch.from_numpy(T), logit_scale=torch.tensor(1.0))  # pyright: ignore
+    with pytest.raises(TypeError, match=r"softcap must be a Python number > 0, finite; got an array\."):
+        torch_ops.cross_entropy(torch.from_numpy(X), torch.from_numpy(T), softcap=torch.tensor(1.0))  # pyright: ignore
 
 
 def test_nothing_is_computed_before_the_contract_holds(monkeypatch: pytest.MonkeyPatch) -> None:

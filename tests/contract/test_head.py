@@ -44,6 +44,14 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str, str]] = {
     "target K-d": (head(X, K, T), ValueError, "target", "(3,)"),
     "class weight": (head(weight=X[0]), ValueError, "weight", "(4,)"),
     "token_weight": (head(token_weight=Y[0]), ValueError, "token_weight", "(5,)"),
+    "scale": (head(logit_scale=Y), ValueError, "logit_scale", "(3, 5)"),
+    "scale of integers": (head(logit_scale=T.astype(np.int32)), TypeError, "logit_scale", "int32"),
+    "low rank of three": (head(low_rank=(X, X, X)), TypeError, "low_rank", "(an array, an array, an array)"),
+    "low rank of one": (head(low_rank=(X, None)), TypeError, "low_rank", "None"),
+    "low rank an array": (head(low_rank=X), TypeError, "low_rank", "an array"),
+    "low rank type": (head(low_rank=(X.astype(np.float16), W)), TypeError, "low_rank", "float16"),
+    "low rank A": (head(low_rank=(X[:, :3], W[:, :3])), ValueError, "low_rank", "(3, 3)"),
+    "low rank B": (head(low_rank=(X, W)), ValueError, "low_rank", "(5, 4)"),
     "shift negative": (head(shift=-1), ValueError, "shift", "-1"),
     "shift type": (head(shift=1.0), TypeError, "shift", "1.0"),
     "shift bool": (head(shift=True), TypeError, "shift", "True"),
@@ -80,7 +88,7 @@ def test_nothing_is_computed_before_the_contract_holds(monkeypatch: pytest.Monke
     def computed(*_: Any, **__: Any) -> Any:
         raise AssertionError("work began before the contract call")
 
-    for name in ("lay_out", "canonical_parts", "coefficients"):
+    for name in ("loss_of", "is_on_mesh"):
         monkeypatch.setitem(torch_ops.linear_cross_entropy.__globals__, name, computed)
     for mistake, kind, *_ in MISTAKES.values():
         with pytest.raises(kind):

@@ -69,7 +69,7 @@ def _pairs(dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_products_are_summed_in_order_and_unrounded(dtype: torch.dtype, calls: list[Any]) -> None:
     weight, pairs = _pairs(dtype)
-    sums = linear.Linear(weight, None).gradient(True, False, summed=True)
+    sums = linear.Linear(weight, None).gradient(True, False, False, summed=True)
     want = torch.full((40, 6), torch.nan)
     for k, (dz, x) in enumerate(pairs):
         sums.add(dz, x)
@@ -91,7 +91,7 @@ def test_a_refusal_is_remembered(refused: str, error: Any, calls: list[Any], mon
 
     monkeypatch.setattr(unrounded, refused, refuse)
     weight, pairs = _pairs(torch.bfloat16)
-    sums = linear.Linear(weight, None).gradient(True, False, summed=True)
+    sums = linear.Linear(weight, None).gradient(True, False, False, summed=True)
     want = torch.zeros(40, 6)
     for dz, x in pairs:
         sums.add(dz, x)
@@ -125,11 +125,13 @@ def _errors(memory: Any, chunk: int) -> list[float]:
     plan = ops.Plan(1.0, None, False, False, False, memory == "lean", chunk)
     ones = torch.ones(n)
     if memory == "fast":
-        _, found = ops.fwd_bwd((x, w, None, target, None, ones, None, None, None), (True, True, False), plan)
+        _, found = ops.fwd_bwd(
+            (x, w, None, None, target, None, ones, None, None, None), (True, True, False, False), plan
+        )
     else:
-        m, rest = ops.fwd((x, w, None, target, None), plan)[2:4]
-        arrays = (x, w, None, target, None, m, rest, None, ones, None, None, None)
-        found = ops.bwd(arrays, (True, True, False, False, False), plan)
+        m, rest = ops.fwd((x, w, None, None, target, None), plan)[2:4]
+        arrays = (x, w, None, None, target, None, m, rest, None, ones, None, None, None)
+        found = ops.bwd(arrays, (True, True, False, False, False, False), plan)
     return [float((a.double() - t).norm() / t.norm()) for a, t in zip(found[:2], truth, strict=True) if a is not None]
 
 

@@ -88,7 +88,7 @@ def test_both_recompute_by_any_head(loops: Any) -> None:
     x, head, target, a = _given()
     plan = Plan(1.0, None, False, False, lean=loops is lean, chunk_size=5)
     nll, _, m, rest = loops.fwd(x, head, target, None, plan)
-    needs = (True, True, True, False, False)
+    needs = (True, True, True, False, False, False)
     grads = loops.bwd(x, head, target, None, m, rest, None, [a, None, None, None], needs, plan)
     for found, want in zip([a * nll, *grads[:3]], _truth(x, head, target, a), strict=True):
         torch.testing.assert_close(found, want)

@@ -84,15 +84,18 @@ def test_compiled_function_gives_nan_where_eager_raises(memory: Any) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 def test_raw_ops_pass_opcheck(memory: str) -> None:
     op, plan = torch.ops.softmax_ext, (1.0, None, False, True, True, memory == "lean", 2)
-    x, w, t = (a.float() for a in (IN["x"], IN["lw"])), None, torch.tensor([1, 0, 4])
-    x, lw = x
-    torch.library.opcheck(op.head_fwd, (x, lw, w, t, None, *plan))
-    nll, _, h, m, rest, _ = op.head_fwd(x, lw, w, t, None, *plan)
-    ups = (nll, None, None, h)
-    torch.library.opcheck(op.head_bwd, (x, lw, w, t, None, m, rest, h, *ups, [True, True, False, False, False], *plan))
-    for kind in (torch.float32, torch.bfloat16):
-        args = (x.to(kind), lw.to(kind), None, t, None, nll, None, None, None, [True, True, False])
-        torch.library.opcheck(op.head_fwd_bwd, (*args, *plan[:3], False, False, False, None))
+    x, lw, t = IN["x"].float(), IN["lw"].float(), torch.tensor([1, 0, 4])
+    for low in (None, torch.ones(lw.shape[0], 2)):
+        rows = x if low is None else torch.cat([x, x[:, :2]], 1)
+        head, is_low = (rows, lw, None, low, t, None), low is not None
+        torch.library.opcheck(op.head_fwd, (*head, *plan))
+        nll, _, h, m, rest, _ = op.head_fwd(*head, *plan)
+        needs = [True, True, False, is_low]
+        torch.library.opcheck(op.head_bwd, (*head, m, rest, h, nll, None, None, h, [*needs, False, False], *plan))
+        for kind in (torch.float32, torch.bfloat16):
+            args = (v if v is None or v is t else v.to(kind) for v in head)
+            more = (nll, None, None, None, needs, *plan[:3], False, False, False, None)
+            torch.library.opcheck(op.head_fwd_bwd, (*args, *more))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -26,6 +26,7 @@ C = {
     "cross_entropy logprob": 6.0,  # (4.7, 3.2)
     "cross_entropy entropy": 8.0,  # (5.7, 5.0)
     "cross_entropy gradient": 8.0,  # (5.9, 6.2)
+    "cross_entropy logit_scale": 8.0,
 }
 
 # What the exps of half-precision rows in the Triton kernels are good for; tests of those set FAST_HALVES to it. log2 of
@@ -94,12 +95,15 @@ def oracle(op: str, arrays: Named, upstream: Named, *, axis: int = -1, **options
         return {"value": y}, {"input": reference.log_softmax_vjp(x, upstream["value"], axis=axis)}
     axis = 1 if np.ndim(x) > 1 else 0
     given: list[Any] = [arrays.get(k) for k in ("input", "target", "weight")]
+    s = arrays.get("logit_scale")  # an array
     options = {"axis": axis, "token_weight": arrays.get("token_weight"), **options}
+    options |= {} if s is None else {"logit_scale": s}
     out = reference.cross_entropy(*given, **options)
     loss, stats = out if isinstance(out, tuple) else (out, {})
     dstats = {k: v for k, v in upstream.items() if k != "value"}
     grad = reference.cross_entropy_grad(*given, dloss=upstream["value"], dstats=dstats, **options)
-    return {"value": loss, **stats}, {"input": grad}
+    more = {} if s is None else {"logit_scale": reference.logit_scale_grad(x, grad, s, axis=axis)}
+    return {"value": loss, **stats}, {"input": grad, **more}
 
 
 def scales(op: str, arrays: Named, upstream: Named, *, axis: int = -1, dtype: str, **options: Any) -> Answer:
@@ -131,7 +135,7 @@ def _loss_scales(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: Any = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     stats: tuple[str, ...] = (),
@@ -148,14 +152,17 @@ def _loss_scales(
     wt = w[index] if hard else np.ones(rows)
     y = (index[..., None] == np.arange(classes)) * 1.0 if hard else np.abs(along(target, axis)) * w
 
-    u = logit_scale * x
+    of_rows = "logit_scale" in arrays
+    s_x = np.asarray(arrays.get("logit_scale", logit_scale), np.float64)
+    s_x = s_x[..., None] if s_x.ndim else s_x
+    u = np.where(np.isneginf(x), x, s_x * x)
     z = u if softcap is None else np.where(np.isneginf(u), u, softcap * np.tanh(u / softcap))
     p, logp = reference.softmax(z), np.abs(reference.log_softmax(z))
     q = _others(p)
     m = np.max(z, -1, keepdims=True)
     size = np.where(np.isfinite(z), np.abs(z), 0)
     # Scaled or capped logits are rounded: e_j = exp(z_j - m) is off by r_j more units, p_j by r_j + mean.
-    r = (size + np.abs(m)) * (logit_scale != 1.0 or softcap is not None)
+    r = (size + np.abs(m)) * bool(np.any(s_x != 1.0) or softcap is not None)
     mean = np.sum(p * r, -1, keepdims=True)
     lse = (np.abs(m) + np.log1p(np.expm1(logp.min(-1, keepdims=True))) + mean)[..., 0]
     entropy = _dot(p, logp)[..., None]
@@ -183,10 +190,14 @@ def _loss_scales(
     if softcap is not None:
         bend = np.abs(u / softcap)
         d = np.where(np.isneginf(u), 0, d * (1 + 2 * bend) / np.cosh(bend) ** 2)
-    d = np.where(keep[..., None], logit_scale * d, 0)
+    d = np.where(keep[..., None], s_x * d, 0)
     value = {k: np.where(keep, v, 0) for k, v in value.items() if k in stats}
     total = loss if reduction == "none" else np.sum(loss) * share
-    return {"value": total, **value}, {"input": np.moveaxis(d, -1, axis)}
+    more = {}
+    if of_rows:
+        each = np.sum(np.where(np.isneginf(x), 0, np.abs(x) * d), -1)
+        more["logit_scale"] = each / s_x[..., 0] if s_x.ndim else np.sum(each) / s_x
+    return {"value": total, **value}, {"input": np.moveaxis(d, -1, axis), **more}
 
 
 def _others(p: Array) -> Array:

@@ -20,7 +20,13 @@ def _door(framework: str, of_arrays: str, make: str, axis: str) -> Any:
     return SimpleNamespace(
         ops=importlib.import_module(f"{framework}_ops"),
         axis=axis,
-        array=lambda x: maker(x) if isinstance(x, np.ndarray) else x,
+        array=lambda x: (
+            tuple(maker(v) if isinstance(v, np.ndarray) else v for v in x)
+            if isinstance(x, tuple)
+            else maker(x)
+            if isinstance(x, np.ndarray)
+            else x
+        ),
     )
 
 

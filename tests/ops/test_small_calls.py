@@ -151,7 +151,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing False": {"label_smoothing": False},
     "scale True": {"logit_scale": True},
     "z_loss False": {"z_loss": False},
-    "scale a tensor": {"logit_scale": torch.tensor(1.0)},
+    "scale a tensor of no row": {"logit_scale": torch.ones(1)},
     "scale an array": {"logit_scale": np.ones(2)},
     "smoothing a list": {"label_smoothing": [0.0]},
     "reduction None": {"reduction": None},

@@ -86,6 +86,23 @@ def head_equals_the_unsharded_loss() -> None:
             compare(whole, mine, {n: full[n] for n in names}, Part(sizes), what, orders=orders)
 
 
+@check
+def scales_and_low_ranks_equal_the_unsharded_loss() -> None:
+    """Arrays that are the same on every rank have the whole gradient on every rank."""
+    for sizes in SIZES[dist.get_world_size()]:
+        full, t, part = arrays(sum(sizes)), targets(sum(sizes)), Part(sizes)
+        for scale in ("s", "one"):
+            given: Any = {"softcap": 9.0, "z_loss": 0.05, "stats": ("lse", "entropy")}
+            of_logits = {n: full[n] for n in ("z", "w", scale)}
+            whole, mine = logits_loss(t, given, None), logits_loss(t, given, group())
+            compare(whole, mine, of_logits, part, f"logits {sizes} {scale}", orders=1)
+            for memory, options in (("fast", {}), ("lean", given)):
+                more = {**options, "memory": memory, "chunk_size": 3}
+                of_head = {n: full[n] for n in ("x", "lw", "lb", "down", "up", scale)}
+                whole, mine = head_loss(t, more, None), head_loss(t, more, group())
+                compare(whole, mine, of_head, part, f"head {sizes} {scale} {memory}", orders=1 + (sizes == (5, 3)))
+
+
 def facts_rows(classes: int) -> dict[str, Tensor]:
     """Logits with -inf, +inf and NaN where shards begin and end; rows 4 and 5 of shards all -inf."""
     z = arrays(classes)["z"]

@@ -22,7 +22,7 @@ EVERY: dict[str, Any] = {"label_smoothing": 0.2, "logit_scale": 1.3, "softcap": 
 # Classes of each rank: unequal, one each, none somewhere.
 SIZES = {1: [(5,)], 2: [(5, 3), (1, 1), (4, 0), (0, 1)], 3: [(4, 1, 3), (1, 1, 1), (2, 0, 5)]}
 # Where each array is cut by class.
-CUT = {"z": 1, "row": 0, "lw": 0, "lb": 0, "y": 1, "w": 0}
+CUT = {"z": 1, "row": 0, "lw": 0, "lb": 0, "y": 1, "w": 0, "up": 0}
 
 
 def check(fn: Callable[[], None]) -> Callable[[], None]:
@@ -48,6 +48,7 @@ def arrays(classes: int, dtype: torch.dtype = F64) -> dict[str, Tensor]:
     z[1, classes // 2] += 30.0  # confident
     found = {"z": z, "x": make(N, D), "lw": 2.0 * make(classes, D), "lb": make(classes)}
     found |= {"y": make(N, classes).abs(), "w": make(classes).abs() + 0.2, "tw": make(N).abs() + 0.1}
+    found |= {"s": make(N).abs() + 0.3, "one": make().abs() + 0.3, "down": make(2, D), "up": make(classes, 2)}
     return {name: v.to(dtype) for name, v in found.items()}
 
 
@@ -118,18 +119,24 @@ def outputs(found: Any) -> tuple[Tensor, ...]:
 
 
 def logits_loss(target: Tensor | None, options: dict[str, Any], over: Any) -> Fn:
-    def fn(z: Tensor, y: Any = None, w: Any = None, tw: Any = None) -> tuple[Tensor, ...]:
-        t = target if y is None else y
-        return outputs(torch_ops.cross_entropy(z, t, w, token_weight=tw, group=over, **options))  # pyright: ignore
+    def fn(z: Tensor, y: Any = None, w: Any = None, tw: Any = None, s: Any = None, one: Any = None) -> Any:
+        t: Any = target if y is None else y
+        more = {
+            **options,
+            "logit_scale": options.get("logit_scale", 1.0) if s is one is None else one if s is None else s,
+        }
+        return outputs(torch_ops.cross_entropy(z, t, w, token_weight=tw, group=over, **more))
 
     return fn
 
 
 def head_loss(target: Tensor | None, options: dict[str, Any], over: Any) -> Fn:
-    def fn(x: Tensor, lw: Tensor, lb: Any = None, y: Any = None, w: Any = None, tw: Any = None) -> tuple[Tensor, ...]:
+    def fn(x: Tensor, lw: Tensor, lb: Any = None, y: Any = None, w: Any = None, tw: Any = None, **few: Any) -> Any:
         t: Any = target if y is None else y
-        given = {"linear_bias": lb, "weight": w, "token_weight": tw, "group": over}
-        return outputs(torch_ops.linear_cross_entropy(x, lw, t, **given, **options))
+        given = {**options, "linear_bias": lb, "weight": w, "token_weight": tw, "group": over}
+        given |= {"logit_scale": few["s" if "s" in few else "one"]} if few.keys() & {"s", "one"} else {}
+        given |= {"low_rank": (few["down"], few["up"])} if "up" in few else {}
+        return outputs(torch_ops.linear_cross_entropy(x, lw, t, **given))
 
     return fn
 

@@ -243,14 +243,14 @@ def _fwd_bwd(
     chunks = _Chunks(arrays, plan)
     # a factor of 1/N would flush most of G to 0 in float16
     whole = x.new_zeros(0, dtype=torch.int64)
-    peak, (up, *_) = levelled((x, lw, None, whole, None), [up, None, None, None])
+    peak, (up, *_) = levelled((x, lw, None, None, whole, None), [up, None, None, None])
     dx = torch.empty_like(x, dtype=chunks.kind, memory_format=torch.contiguous_format) if needs[0] else None
     head, summed = chunks.heads[0], len(chunks.spans) > 1 or chunks.kind != x.dtype
-    grads, parts = Gradients(head, dx, head.gradient(*needs[1:], summed=summed), None), []
+    grads, parts = Gradients(head, dx, head.gradient(needs[1], needs[2], False, summed=summed), None), []
     for i, j, xi, s, t, keep in chunks:
         parts.append([divergence_fwd_bwd(s, t, keep, up[i:j].contiguous(), pair=plan.pair)])
         grads.add(s, xi, i, j)
-    found = grads.unrounded()
+    found = grads.unrounded()[:3]
     if rounded:
         found = [g if g is None else scaled(g, peak, x.dtype) for g in found]
     elif peak is not None:

@@ -48,18 +48,18 @@ def bwd(
     needs: Sequence[bool],
     plan: Plan,
 ) -> list[Tensor | None]:
-    """[dX, dW, db, d_target, d_weight], those needed, from the rows' upstream gradients."""
+    """[dX, dW, db, d_up, d_target, d_weight], those needed, from the rows' upstream gradients."""
     buffer = Buffer(x, head, target, plan.chunk_size)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     ignored = ignored_rows(target)
-    grads = Gradients(head, dx, head.gradient(*needs[1:3], summed=len(buffer.spans) > 1), ignored)
-    mass = MassGradient(target, weight, *needs[3:5])
+    grads = Gradients(head, dx, head.gradient(*needs[1:4], summed=len(buffer.spans) > 1), ignored)
+    mass = MassGradient(target, weight, *needs[4:6])
     for i, j in buffer.spans:
         xi = without(x[i:j], ignored, i, j).to(buffer.data.dtype)
         z = head.logits(xi, buffer.rows(j - i))
         ups: list[Any] = [u if u is None else u[i:j] for u in upstream]
         mass.add(z, m[i:j], rest[i:j], ups, plan.row, slice(i, j))
-        if any(needs[:3]):
+        if any(needs[:4]):
             rows.cross_entropy_bwd(z, target[i:j], weight, m[i:j], rest[i:j], *ups, **plan.row, out=z)
             grads.add(z, xi, i, j)
     return [*grads.rounded(), *mass.done()]
@@ -78,7 +78,7 @@ def fwd_bwd(
     plan: Plan,
     visit: Callable[..., Sequence[Tensor]],
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """([nll, lse, [smooth]], [dX, dW, db]) of sum_i a_i nll_i + s_i smooth_i + c_i lse_i^2, as they were summed.
+    """([nll, lse, [smooth]], [dX, dW, db, d_up]) of sum_i a_i nll_i + s_i smooth_i + c_i lse_i^2, as they were summed.
 
     `index` names the rows of x that are judged; each chunk gathers its own. `visit` is that of a chunk's rows.
     """
@@ -88,7 +88,7 @@ def fwd_bwd(
     dx = make(x, dtype=buffer.data.dtype, memory_format=torch.contiguous_format) if needs[0] else None
     summed = len(buffer.spans) > 1 or buffer.data.dtype != x.dtype
     ignored = ignored_rows(target)
-    grads = Gradients(head, dx, head.gradient(*needs[1:3], summed=summed), ignored)
+    grads = Gradients(head, dx, head.gradient(*needs[1:4], summed=summed), ignored)
     parts = []
     for i, j in buffer.spans:
         at = None if index is None else index[i:j]

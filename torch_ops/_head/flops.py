@@ -13,22 +13,22 @@ _ops = torch.ops.softmax_ext
 
 @register_flop_formula(_ops.head_fwd)
 def fwd(x: Any, linear_weight: Any, *_: Any, **__: Any) -> int:
-    """The logits."""
-    return 2 * x[0] * linear_weight[0] * linear_weight[1]
+    """The logits, of a low rank's part too, whose numbers are rows of x."""
+    return 2 * x[0] * linear_weight[0] * x[1]
 
 
 @register_flop_formula(_ops.head_bwd)
 def bwd(x: Any, linear_weight: Any, *args: Any, **_: Any) -> int:
     """The logits once more, and those needed of dX and dW."""
-    needs = args[10]
+    needs = args[11]
     return fwd(x, linear_weight) * (1 + needs[0] + needs[1])
 
 
 @register_flop_formula(_ops.head_fwd_bwd)
 def fwd_bwd(x: Any, linear_weight: Any, *args: Any, **_: Any) -> int:
     """The logits of the rows that are judged, and those needed of dX and dW."""
-    index, needs = args[6:8]
-    return fwd(x if index is None else index, linear_weight) * (1 + needs[0] + needs[1])
+    index, needs = args[7:9]
+    return fwd(x if index is None else (*index, x[1]), linear_weight) * (1 + needs[0] + needs[1])
 
 
 def tell() -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torch_ops import _modes as modes
@@ -27,9 +28,11 @@ class Layout(NamedTuple):
     index: Tensor | None  # (n,): the rows judged; None: all
     linear_weight: Tensor
     linear_bias: Tensor | None
+    up: Tensor | None  # (V, r) or (V, d1, .., dK, r): of rows (x, u) it multiplies u
     target: Tensor  # (n, P) class indices, canonical, (n, V, P) probabilities, or (n, K, P) class indices
     probabilities: Tensor | None  # (n, K, P), of those
     token_weight: Tensor | None  # (n, P)
+    scale: Tensor | None  # (n, P), of x's rows, where they differ by position
     shape: tuple[int, ...]  # of the losses
 
     @property
@@ -55,6 +58,9 @@ def lay_out(
     soft: bool,
     shift: int,
     probabilities: Tensor | None = None,
+    scale: Tensor | None = None,
+    low_rank: Sequence[Tensor] | None = None,
+    beside: Sequence[Tensor] | None = None,
 ) -> Layout:
     """The layout of checked arguments with canonical targets; `probabilities`: of K classes a row."""
     full = soft or probabilities is not None
@@ -65,6 +71,7 @@ def lay_out(
         target = target[..., shift:, :] if full else target[..., shift:]
         probabilities = None if probabilities is None else probabilities[..., shift:, :]
         token_weight = None if token_weight is None else token_weight[..., shift:]
+        scale = scale[..., :kept] if scale is not None and scale.dim() else scale
         if math.prod(lead[:-1]) == 1:
             x = x[..., :kept, :]
         else:  # the rows judged are no slice: each chunk gathers its own, x is not copied
@@ -80,7 +87,47 @@ def lay_out(
     else:
         target = target.reshape(n, positions)
     token_weight = None if token_weight is None else token_weight.reshape(n, positions)
-    return Layout(x, index, linear_weight, linear_bias, target, probabilities, token_weight, (*lead, *inner))
+    scale = scale.reshape(n, positions) if scale is not None and scale.dim() else scale
+    rest = (target, probabilities, token_weight, None, (*lead, *inner))
+    of = Layout(x, index, linear_weight, linear_bias, None, *rest)
+    if scale is None is low_rank is beside:
+        return of
+    return _side_by_side(of, scale, low_rank, beside if beside is None else (beside[0].reshape(n, -1), beside[1]))
+
+
+def _side_by_side(of: Layout, scale: Tensor | None, low_rank: Any, beside: Any) -> Layout:
+    """The same head over rows (x, u) that hold the scale and what A makes of x: its gradients are plain products.
+
+    s (x WT + (x AT) BT + b) = (s x) WT + (s x AT) BT + s bT, so x grows by r numbers a row, or by one for the bias, and
+    neither W nor the logits are touched: dL/ds is <dL/d(x, u), (x, u)>, from the gradient that there is anyway.
+    """
+    x = of.x if of.index is None else of.x.index_select(0, of.index)
+    nothing = None if of.target.is_floating_point() else of_rows(of.target, 3, 1) == IGNORED
+    if nothing is not None and (not modes.can_look(nothing) or nothing.any()):
+        # such a row reaches no result, not even through 0 * NaN in what multiplies its gradient
+        unjudged = nothing.all(1, keepdim=True)
+        x = x.masked_fill(unjudged, 0.0)
+        beside = beside if beside is None else (beside[0].masked_fill(unjudged, 0.0), beside[1])
+        scale = scale.masked_fill(nothing, 1.0) if scale is not None and scale.dim() else scale
+    more, ups = ([], []) if beside is None else ([beside[0]], [beside[1]])
+    if low_rank is not None:
+        more.append(F.linear(x, low_rank[0]))
+        ups.append(low_rank[1])
+    if scale is not None and of.linear_bias is not None:
+        more.append(x.new_ones(x.shape[0], 1))
+        ups.append(of.linear_bias.unsqueeze(-1))
+        of = of._replace(linear_bias=None)
+    x = torch.cat([x, *more], 1) if more else x
+    of = of._replace(x=x, index=None, up=torch.cat(ups, -1) if len(ups) > 1 else ups[0] if ups else None)
+    if scale is None or (scale.dim() and of.linear_weight.dim() > 2):
+        return of._replace(scale=scale)
+    return of._replace(x=_times(x, scale.reshape(-1)))
+
+
+def _times(x: Tensor, scale: Tensor) -> Tensor:
+    """Rows times their numbers, or one number, formed in the compute type and rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) * scale.to(wide).unsqueeze(-1)).to(x.dtype)
 
 
 def total(
@@ -92,7 +139,7 @@ def total(
 ) -> Tensor:
     """The sum of the rows' losses over rows and positions."""
     parts = []
-    for p, (lw, lb, target) in enumerate(_heads(of)):
+    for p, (x, lw, lb, up, target) in enumerate(_heads(of)):
         nll, smooth, square = (_column(c, p, by.share) for c in by[:3])
         if smooth is not None and not target.is_floating_point():
             invalid = of_rows(target, 2, 1) == INVALID
@@ -102,7 +149,7 @@ def total(
         if kept is not None:
             target, index = target.index_select(0, kept), _both(index, kept)
             of_row = [c if c is None else c.index_select(0, kept) for c in of_row]
-        parts.append(sum_of(of.x, lw, lb, target, weight, *of_row, index, *plan))
+        parts.append(sum_of(x, lw, lb, up, target, weight, *of_row, index, *plan))
     if not parts:
         return _nothing(of, by.share.dtype)
     return torch.stack(parts).sum() if len(parts) != 1 else parts[0]
@@ -116,12 +163,12 @@ def each_row(
 ) -> dict[str, Tensor]:
     """The rows' numbers by name, (n, P); nll of K classes a row (n, K, P)."""
     names, columns = plan.names, []
-    for lw, lb, target in _heads(of):
+    for x, lw, lb, up, target in _heads(of):
         kept = _kept(target)
         index = _both(of.index, kept)
-        x = of.x if index is None else of.x.index_select(0, index)
+        x = x if index is None else x.index_select(0, index)
         target = target if kept is None else target.index_select(0, kept)
-        values = rows(x, lw, lb, target, weight, *plan)
+        values = rows(x, lw, lb, up, target, weight, *plan)
         values = [v for i, v in enumerate(values) if i < len(names) or i == len(names) + 2]  # all but m and rest
         if kept is not None:
             values = [v.new_zeros(of.n, *v.shape[1:]).index_copy(0, kept, v) for v in values]
@@ -136,17 +183,24 @@ def each_row(
 
 def _nothing(of: Layout, dtype: torch.dtype) -> Tensor:
     """0, connected to everything: the sum over no positions."""
-    arrays = [of.x[:0], of.linear_weight, *([] if of.linear_bias is None else [of.linear_bias])]
+    arrays = [of.x[:0], of.linear_weight, *(v for v in (of.linear_bias, of.up) if v is not None)]
     return torch.stack([v.sum(dtype=dtype) for v in arrays]).sum()
 
 
-def _heads(of: Layout) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """(linear_weight (V, D), linear_bias (V,), target (n,) or (n, V)) of each position."""
+def _heads(of: Layout) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]]:
+    """(x, linear_weight (V, D), linear_bias (V,), up (V, r), target (n,) or (n, V)) of each position."""
     if of.linear_weight.dim() == 2:  # unbound, the weight's gradient would be copied
-        return iter([(of.linear_weight, of.linear_bias, of.target.squeeze(-1))])
+        return iter([(of.x, of.linear_weight, of.linear_bias, of.up, of.target.squeeze(-1))])
     weights = of.linear_weight.flatten(1, -2).unbind(1)
     biases = [None] * len(weights) if of.linear_bias is None else of.linear_bias.flatten(1).unbind(1)
-    return zip(weights, biases, of.target.unbind(-1), strict=True)
+    ups = [None] * len(weights) if of.up is None else of.up.flatten(1, -2).unbind(1)
+    targets = of.target.unbind(-1)
+    xs = [of.x] * len(weights)
+    if of.scale is not None:
+        marks = [torch.zeros_like(t[:, 0]) if t.is_floating_point() else of_rows(t, 2, 1) for t in targets]
+        without = (of.x.masked_fill((m == IGNORED).unsqueeze(1), 0.0) for m in marks)
+        xs = [_times(x, s) for x, s in zip(without, of.scale.unbind(1), strict=True)]
+    return zip(xs, weights, biases, ups, targets, strict=True)
 
 
 def _column(c: Tensor | float | None, p: int, like: Tensor) -> Tensor | None:

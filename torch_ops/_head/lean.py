@@ -73,11 +73,11 @@ def bwd(
     needs: Sequence[bool],
     plan: Plan,
 ) -> list[Tensor | None]:
-    """[dX, dW, db, d_target, d_weight], those needed, from the rows' upstream gradients."""
+    """[dX, dW, db, d_up, d_target, d_weight], those needed, from the rows' upstream gradients."""
     ignored, soft, dtype, kind = ignored_rows(target), target.is_floating_point(), x.dtype, m.dtype
     slices = Slices(without(x, ignored, 0, x.shape[0]), head, target, plan.chunk_size)
     x, dx = slices.x, torch.zeros_like(slices.x, dtype=kind) if needs[0] else None
-    shared, mass = head.gradient(*needs[1:3], summed=False), MassGradient(target, weight, *needs[3:5])
+    shared, mass = head.gradient(*needs[1:4], summed=False), MassGradient(target, weight, *needs[4:6])
     of_row = _total(weight, head.classes, m)
     of_target = _mass(target, weight, kind) if soft else None
     for i, j, z in slices:
@@ -88,7 +88,7 @@ def bwd(
         if upstream[3] is not None:
             own[1] = _plus(own[1], -upstream[3] * _entropy_elsewhere(z, m, rest, h, plan.row))
         mass.add(z, m, rest, upstream, plan.row, classes=slice(i, j))
-        if any(needs[:3]) and j > i:
+        if any(needs[:4]) and j > i:
             # a row that is ignored or invalid stays so
             local = target[:, i:j] if soft else torch.where(target < 0, target, _local(target, i, j)[1])
             rows.cross_entropy_bwd(z, local, w, m, rest, *own, **plan.row, out=z)

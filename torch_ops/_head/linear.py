@@ -25,10 +25,11 @@ PIECE_OF_WEIGHT = 1 << 22
 
 
 class Linear(NamedTuple):
-    """z = x WT + b."""
+    """z = x WT + b, or of low rank beside W: rows (x, u) of D + r numbers give x WT + u upT + b, nothing joined."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
+    up: Tensor | None = None  # (V, r)
 
     @property
     def classes(self) -> int:
@@ -37,40 +38,55 @@ class Linear(NamedTuple):
 
     def part(self, i: int, j: int) -> Linear:
         """The layer of the classes i to j."""
-        return Linear(self.weight[i:j], None if self.bias is None else self.bias[i:j])
+        return Linear(self.weight[i:j], *(v if v is None else v[i:j] for v in (self.bias, self.up)))
 
     def logits(self, x: Tensor, out: Tensor) -> Tensor:
         """X WT + b, formed in the type of `out` and written there."""
-        x = x.to(out.dtype)
+        x, u = self._parts(x.to(out.dtype))
         for i, j, w in self._pieces(out.dtype):
             if self.bias is None:
                 torch.mm(x, w.t(), out=out[:, i:j])
             else:
                 torch.addmm(self.bias[i:j].to(out.dtype), x, w.t(), out=out[:, i:j])
+        if self.up is not None:
+            out.addmm_(u, self.up.t().to(out.dtype))
         return out
 
     def set_input_gradient(self, dx: Tensor, dz: Tensor) -> None:
-        """dX = dz W, in the type of dz."""
-        if self.weight.dtype == dz.dtype:
-            torch.mm(dz, self.weight, out=dx)
-        else:
+        """dX = dz W, in the type of dz; of low rank [dz W, dz up]."""
+        if self.weight.dtype != dz.dtype:
             self.add_input_gradient(dx.zero_(), dz)
+            return
+        dx, du = self._parts(dx)
+        torch.mm(dz, self.weight, out=dx)
+        if self.up is not None:
+            torch.mm(dz, self.up, out=du)
 
     def add_input_gradient(self, dx: Tensor, dz: Tensor) -> None:
         """dX += dz W, where dX has the type of dz, or is summed in float32."""
+        dx, du = self._parts(dx)
+        if self.up is not None:
+            du.add_(torch.mm(dz, self.up.to(dz.dtype)))
         if dx.dtype == dz.dtype:
             for i, j, w in self._pieces(dz.dtype):
                 dx.addmm_(dz[:, i:j], w)
-        elif not add_product(dx, dz, self.weight, first=False):
+        elif self.up is not None or not add_product(dx, dz, self.weight, first=False):
             dx.add_(torch.mm(dz, self.weight))
 
-    def gradient(self, weight: bool, bias: bool, *, summed: bool) -> LinearGradient:
+    def gradient(self, weight: bool, bias: bool, up: bool, *, summed: bool) -> LinearGradient:
         """An empty gradient of the parameters wanted; `summed` over several chunks, and so in the compute type."""
         kind = torch.promote_types(self.weight.dtype, torch.float32)
         dtype = kind if summed else self.weight.dtype
         dw = self.weight.new_empty(self.weight.shape, dtype=dtype) if weight else None
         db = torch.zeros_like(self.bias, dtype=kind) if bias and self.bias is not None else None
-        return LinearGradient(dw, db, self.weight.dtype)
+        du = self.up.new_zeros(self.up.shape, dtype=kind) if up and self.up is not None else None
+        return LinearGradient(dw, db, du, self.weight.dtype)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, u) of rows of both."""
+        if self.up is None:
+            return x, x
+        return x[:, : self.weight.shape[1]], x[:, self.weight.shape[1] :]
 
     def _pieces(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """(begin, end, W of these classes) in the type given: all of them, or pieces in one reused buffer."""
@@ -85,26 +101,29 @@ class Linear(NamedTuple):
 
 
 class LinearGradient:
-    """dW = sum over chunks of dzT x and db = sum of dz, in the compute type.
+    """dW = sum over chunks of dzT x, db = sum of dz and d_up = sum of dzT u, in the compute type.
 
     A half-precision product is rounded before it is added, but on CUDA (`add_product`). Where nothing is summed there
     is one chunk, and dW takes its product in its own type.
     """
 
-    def __init__(self, dw: Tensor | None, db: Tensor | None, dtype: torch.dtype) -> None:
-        self.dw, self.db, self.dtype, self.first = dw, db, dtype, True
+    def __init__(self, dw: Tensor | None, db: Tensor | None, du: Tensor | None, dtype: torch.dtype) -> None:
+        self.dw, self.db, self.du, self.dtype, self.first = dw, db, du, dtype, True
 
     def part(self, i: int, j: int) -> LinearGradient:
         """The gradient of the classes i to j, which writes into this one."""
-        dw, db = (g if g is None else g[i:j] for g in (self.dw, self.db))
-        return LinearGradient(dw, db, self.dtype)
+        dw, db, du = (g if g is None else g[i:j] for g in (self.dw, self.db, self.du))
+        return LinearGradient(dw, db, du, self.dtype)
 
     def add(self, dz: Tensor, x: Tensor) -> None:
         """One chunk more."""
         if self.db is not None:
             self.db += dz.sum(0, dtype=self.db.dtype)
+        if self.du is not None:
+            self.du += torch.mm(dz.t(), x[:, x.shape[1] - self.du.shape[1] :])
         if self.dw is None:
             return
+        x = x[:, : self.dw.shape[1]]
         if self.dw.dtype == dz.dtype:
             torch.mm(dz.t(), x, out=self.dw) if self.first else self.dw.addmm_(dz.t(), x)
         else:
@@ -112,12 +131,12 @@ class LinearGradient:
         self.first = False
 
     def unrounded(self) -> list[Tensor | None]:
-        """[dW, db] as they were summed."""
-        return [self.dw, self.db]
+        """[dW, db, d_up] as they were summed."""
+        return [self.dw, self.db, self.du]
 
     def rounded(self) -> list[Tensor | None]:
-        """[dW, db] in the parameters' type."""
-        return [g if g is None else scaled(g, None, self.dtype) for g in (self.dw, self.db)]
+        """[dW, db, d_up] in the parameters' type."""
+        return [g if g is None else scaled(g, None, self.dtype) for g in (self.dw, self.db, self.du)]
 
 
 def _add_by_pieces(dw: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
@@ -132,7 +151,7 @@ def _add_by_pieces(dw: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
 
 
 class Gradients:
-    """[dX, dW, db] of a head by chunks of rows. dX is given, of the rows' number, or None."""
+    """[dX, dW, db, d_up] of a head by chunks of rows. dX is given, of the rows' number, or None."""
 
     def __init__(self, head: Linear, dx: Tensor | None, shared: LinearGradient, ignored: Tensor | None) -> None:
         self.head, self.dx, self.shared, self.ignored = head, dx, shared, ignored

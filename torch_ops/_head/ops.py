@@ -21,7 +21,7 @@ from torch_ops._head.rounding import levelled, scaled
 from torch_ops._modes import is_observed
 from torch_ops._rules.plan import Plan
 
-_HEAD = "Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
+_HEAD = "Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor? up, Tensor target, Tensor? weight"
 _UPSTREAM = "Tensor? d_nll, Tensor? d_lse, Tensor? d_smooth, Tensor? d_entropy"
 _PLAN = "float scale, float? softcap, bool smooth, bool entropy, bool argmax, bool lean, int? chunk_size"
 _library = torch.library.Library("softmax_ext", "FRAGMENT")
@@ -38,16 +38,16 @@ def fwd(arrays: Sequence[Any], plan: Plan) -> list[Tensor]:
 
 
 def bwd(arrays: Sequence[Any], needs: Sequence[bool], plan: Plan) -> list[Tensor]:
-    """Those needed of dX, dW, db, d_target, d_weight."""
+    """Those needed of dX, dW, db, d_up, d_target, d_weight."""
     return _as_one("head_bwd", _bwd, arrays)(*arrays, needs, *plan)
 
 
 def fwd_bwd(
     arrays: Sequence[Any], needs: Sequence[bool], plan: Plan
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """([nll, lse, smooth], [dX, dW, db]) of the weighted sum, the latter unrounded."""
+    """([nll, lse, smooth], [dX, dW, db, d_up]) of the weighted sum, the latter unrounded."""
     out = _as_one("head_fwd_bwd", _fwd_bwd, arrays)(*arrays, needs, *plan)
-    smooth = arrays[6] is not None
+    smooth = arrays[7] is not None
     found = iter(out[2 + smooth :])
     return [*out[:2], out[2] if smooth else None], [next(found) if need else None for need in needs]
 
@@ -63,21 +63,22 @@ def _as_one(name: str, loop: Callable[..., list[Tensor]], arrays: Sequence[Any])
     return getattr(torch.ops.softmax_ext, name)
 
 
-def _fwd(x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, weight: Tensor | None, *plan: Any) -> list[Tensor]:
+def _fwd(x: Tensor, *args: Any) -> list[Tensor]:
+    lw, lb, up, target, weight, *plan = args
     p = Plan(*plan)
-    return (lean if p.lean else fast).fwd(x, Linear(lw, lb), target, weight, p)
+    return (lean if p.lean else fast).fwd(x, Linear(lw, lb, up), target, weight, p)
 
 
 def _bwd(*args: Any) -> list[Tensor]:
-    (x, lw, lb, target, weight, m, rest, h), needs, plan = args[:8], args[12], Plan(*args[13:])
-    peak, upstream = levelled(args, [*args[8:12]])
+    (x, lw, lb, up, target, weight, m, rest, h), needs, plan = args[:9], args[13], Plan(*args[14:])
+    peak, upstream = levelled(args, [*args[9:13]])
     loops = lean if plan.lean else fast
-    found = loops.bwd(x, Linear(lw, lb), target, weight, m, rest, h, upstream, needs, plan)
+    found = loops.bwd(x, Linear(lw, lb, up), target, weight, m, rest, h, upstream, needs, plan)
     return [d if peak is None else scaled(d, peak, d.dtype) for d in found if d is not None]
 
 
 def _fwd_bwd(*args: Any) -> list[Tensor]:
-    values, grads = sums(args[:9], args[9], Plan(*args[10:]))
+    values, grads = sums(args[:10], args[10], Plan(*args[11:]))
     return [*values, *(g for g in grads if g is not None)]
 
 
@@ -89,27 +90,27 @@ def sums(
     over: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """fast.fwd_bwd of levelled upstream gradients."""
-    x, lw, lb, target, weight, a, s, c, index = arrays
+    x, lw, lb, up, target, weight, a, s, c, index = arrays
     peak, (a, _, s, _) = levelled(arrays, [a, None if c is None else 2.0 * c, s, None], over)
     if peak is not None and c is not None:
         c = c / peak
-    values, grads = fast.fwd_bwd(x, Linear(lw, lb), target, weight, a, s, c, index, needs, plan, visit)
+    values, grads = fast.fwd_bwd(x, Linear(lw, lb, up), target, weight, a, s, c, index, needs, plan, visit)
     # Levelled gradients leave in the compute type: dX times the peak may be out of float16's range until it is scaled.
     return values, [g if g is None or peak is None else scaled(g, peak, peak.dtype) for g in grads]
 
 
 def _fwd_bwd_one_type(*args: Any) -> list[Tensor]:
     # Whether a half-precision dW was summed or is one product depends on the number of rows: a graph has one type.
-    out, needs = _fwd_bwd(*args), args[9]
-    first = 2 + (args[6] is not None)
-    types = [t for t, need in zip(_types_of_gradients(args[0], args[3]), needs, strict=True) if need]
+    out, needs = _fwd_bwd(*args), args[10]
+    first = 2 + (args[7] is not None)
+    types = [t for t, need in zip(_types_of_gradients(args[0], args[4]), needs, strict=True) if need]
     return [*out[:first], *(g.to(t) for g, t in zip(out[first:], types, strict=True))]
 
 
 def _types_of_gradients(x: Tensor, target: Tensor) -> tuple[torch.dtype, ...]:
-    """Of dX, dW and db as a graph has them, before they are scaled."""
+    """Of dX, dW, db and d_up as a graph has them, before they are scaled."""
     kind = torch.promote_types(x.dtype, torch.float32)
-    return (kind if x.dtype == torch.float16 else formed_in(x, target)), kind, kind
+    return (kind if x.dtype == torch.float16 else formed_in(x, target)), kind, kind, kind
 
 
 for _name, _loop in (("head_fwd", _fwd), ("head_bwd", _bwd), ("head_fwd_bwd", _fwd_bwd_one_type)):
@@ -132,19 +133,19 @@ def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.register_fake("softmax_ext::head_fwd")
 def _(*args: Any) -> list[Tensor]:
-    x, plan = args[0], Plan(*args[5:])
+    x, plan = args[0], Plan(*args[6:])
     argmax = [x.new_empty(x.shape[0], dtype=torch.int64)] * plan.argmax
-    return _own_like(x, args[3]) + _row_like(x, x.shape[0], plan.values + 1) + argmax
+    return _own_like(x, args[4]) + _row_like(x, x.shape[0], plan.values + 1) + argmax
 
 
 @torch.library.register_fake("softmax_ext::head_bwd")
 def _(*args: Any) -> list[Tensor]:
-    return [_dense_like(v, v.dtype) for v, need in zip(args[:5], args[12], strict=True) if need]
+    return [_dense_like(v, v.dtype) for v, need in zip(args[:6], args[13], strict=True) if need]
 
 
 @torch.library.register_fake("softmax_ext::head_fwd_bwd")
 def _(*args: Any) -> list[Tensor]:
-    x, weight, bias, target, s, needs = *args[:4], args[6], args[9]
+    x, target, s, needs = args[0], args[4], args[7], args[10]
     types = _types_of_gradients(x, target)
-    grads = [_dense_like(v, t) for v, t, need in zip((x, weight, bias), types, needs, strict=True) if need]
+    grads = [_dense_like(v, t) for v, t, need in zip(args[:4], types, needs, strict=True) if need]
     return _own_like(x, target) + _row_like(x, target.shape[0], 1 + (s is not None)) + grads

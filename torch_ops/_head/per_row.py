@@ -1,7 +1,7 @@
 """The linear head as autograd.Functions: first derivatives by hand-written loops, all others by chunks of rows.
 
-legend:  z = X WT + b (N, V), never whole; G = dL/dz, from the row functions
-formula: dX = G W,  dW = GT X,  db = sum_i G_i
+legend:  z = X WT + b (N, V), never whole; G = dL/dz, from the row functions; of low rank rows (x, u), z has u upT too
+formula: dX = G W,  dW = GT X,  db = sum_i G_i,  d_up = GT U
 source:  document 3's chain rule dE/dw = dE/da da/dz dz/dw, document 4's G; docs/derivation.md
 """
 
@@ -33,17 +33,24 @@ def derived_size(plan: Plan, x: Tensor, linear_weight: Tensor) -> int:
 
 
 def as_row_map(plan: Plan) -> RowMap:
-    """(x, linear_weight, linear_bias, target, weight) -> (nll, lse, [smooth], [entropy], m, rest, [argmax])."""
+    """(x, linear_weight, linear_bias, up, target, weight) -> (nll, lse, [smooth], [entropy], m, rest, [argmax])."""
     scale, softcap, smooth, entropy, argmax, *_ = plan
 
-    def call(x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, w: Tensor | None) -> tuple[Tensor, ...]:
+    def call(x: Tensor, lw: Tensor, lb: Any, up: Any, target: Tensor, w: Tensor | None) -> tuple[Tensor, ...]:
         if not target.is_floating_point():  # an ignored row reaches no result, not even through 0 * NaN
             x = x.masked_fill((rows.of_rows(target, 2, 1) == rows.IGNORED).unsqueeze(1), 0.0)
-        z = F.linear(x, lw, lb)
+        z = logits(x, lw, lb, up)
         out = row(z, target, w, 1, scale, softcap, smooth, entropy, False)
         return (*out, rows.capped(z.detach(), scale, softcap).argmax(1)) if argmax else out
 
-    return RowMap(call, (True, False, False, True, False), (True,) * (plan.values + 2 + argmax))
+    return RowMap(call, (True, False, False, False, True, False), (True,) * (plan.values + 2 + argmax))
+
+
+def logits(x: Tensor, lw: Tensor, lb: Tensor | None, up: Tensor | None) -> Tensor:
+    """All of some rows, in plain functional ops."""
+    if up is None:
+        return F.linear(x, lw, lb)
+    return F.linear(x[:, : lw.shape[1]], lw, lb) + F.linear(x[:, lw.shape[1] :], up)
 
 
 @in_graph
@@ -51,12 +58,13 @@ def per_row(
     x: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
+    up: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
     *plan: Any,
 ) -> tuple[Tensor, ...]:
     """(nll, lse, [smooth], [entropy], m, rest, [argmax]) of each row."""
-    arrays = (x, linear_weight, linear_bias, target, weight)
+    arrays = (x, linear_weight, linear_bias, up, target, weight)
     if is_constant(*arrays):
         return _rows_fwd(*arrays, Plan(*plan))
     return LinearRows.apply(*arrays, Plan(*plan))  # pyright: ignore[reportReturnType]
@@ -82,12 +90,12 @@ class LinearRows(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ups = ctx.plan.upstream(grads)
-        needs = tuple(ctx.needs_input_grad[:5])
-        out: list[Tensor | None] = [None] * 6
+        needs = tuple(ctx.needs_input_grad[:6])
+        out: list[Tensor | None] = [None] * 7
         if any(u is not None for u in ups):
             *arrays, m, rest, h = ctx.saved_tensors
             found: Any = LinearBwd.apply(*arrays, m, given_back(ctx, rest), h, *ups, ctx.plan, needs)
-            for i, g in zip((i for i in range(5) if needs[i]), found, strict=True):
+            for i, g in zip((i for i in range(6) if needs[i]), found, strict=True):
                 out[i] = g
         return tuple(out)
 
@@ -96,25 +104,25 @@ class LinearRows(Function):
     def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
         plan, along = ctx.plan, range(ctx.plan.values)
         size = derived_size(plan, *saved[:2])
-        out = pushed_forward(as_row_map(plan), size, saved, tangents[:5], along)
+        out = pushed_forward(as_row_map(plan), size, saved, tangents[:6], along)
         return *out, None, None, *[None] * plan.argmax
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Any, lw: Any, lb: Any, target: Any, w: Any, plan: Plan) -> Any:
-        if all(at is None for at in (in_dims[1], in_dims[2], in_dims[4])):  # one head: examples are rows
+    def vmap(info: Any, in_dims: Any, x: Any, lw: Any, lb: Any, up: Any, target: Any, w: Any, plan: Plan) -> Any:
+        if all(in_dims[i] is None for i in (1, 2, 3, 5)):  # one head: examples are rows
             x, target = (
                 a.expand(info.batch_size, *a.shape) if at is None else a.movedim(at, 0)
-                for a, at in ((x, in_dims[0]), (target, in_dims[3]))
+                for a, at in ((x, in_dims[0]), (target, in_dims[4]))
             )
-            out = LinearRows.apply(x.flatten(0, 1), lw, lb, target.flatten(0, 1), w, plan)
+            out = LinearRows.apply(x.flatten(0, 1), lw, lb, up, target.flatten(0, 1), w, plan)
             out = tuple(v.unflatten(0, x.shape[:2]) for v in out)  # pyright: ignore[reportGeneralTypeIssues]
             return out, (0,) * len(out)
-        args = (x, lw, lb, target, w)
-        return batched(info, in_dims[:5], as_row_map(plan), _size_of_one(plan, args, in_dims), args)
+        args = (x, lw, lb, up, target, w)
+        return batched(info, in_dims[:6], as_row_map(plan), _size_of_one(plan, args, in_dims), args)
 
 
 class LinearBwd(Function):
-    """Those needed of (dX, dW, db, d_target, d_weight) as a function of everything: linear in the upstreams."""
+    """Those needed of (dX, dW, db, d_up, d_target, d_weight) as a function of everything: linear in the upstreams."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -130,7 +138,7 @@ class LinearBwd(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         fn, size, args, places = _as_map(ctx.saved_tensors, ctx.plan, ctx.needs)
-        out: list[Tensor | None] = [None] * 14
+        out: list[Tensor | None] = [None] * 15
         found = pulled_back(fn, size, args, cotangents, [ctx.needs_input_grad[i] for i in places])
         for i, g in zip(places, found, strict=True):
             out[i] = g
@@ -152,12 +160,12 @@ class LinearBwd(Function):
 
 def _as_map(arrays: Any, plan: Plan, needs: tuple[bool, ...]) -> tuple[RowMap, int, list[Any], list[int]]:
     """(the gradient as a row map, its chunk, its arguments, their places among LinearBwd's)."""
-    ups = [i for i, u in enumerate(arrays[8:12]) if u is not None]
+    ups = [i for i, u in enumerate(arrays[9:13]) if u is not None]
     # Results exist without gaps: smooth and entropy stand where the plan has them.
     names = [0, 1, *[2] * plan.smooth, *[3] * plan.entropy]
     wrt = [i for i, need in enumerate(needs) if need]
     fn = as_row_map(plan).pullback(wrt, [names.index(i) for i in ups])
-    places = [*range(5), *(8 + i for i in ups)]
+    places = [*range(6), *(9 + i for i in ups)]
     return fn, derived_size(plan, *arrays[:2]), [arrays[i] for i in places], places
 
 

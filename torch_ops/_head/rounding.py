@@ -22,7 +22,7 @@ def levelled(
     brings G below 1, and lower where the rows' sum could pass the half of the type's range. A shard of the
     classes is levelled by what whole rows have, `over` all shards: what it multiplies p_j by is theirs too.
     """
-    x, target, weight = arrays[0], arrays[3], arrays[4]
+    x, target, weight = arrays[0], arrays[4], arrays[5]
     given = [u for u in upstream if u is not None]
     if x.dtype != torch.float16 or not given[0].numel():
         return None, upstream

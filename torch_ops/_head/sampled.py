@@ -35,7 +35,7 @@ def sampled_rows(samples: int, generator: torch.Generator | None, x: Tensor, *ar
     """per_row's results, their gradient sampled at K points a row, which are drawn here."""
     # All at once and not by the chunk: on some devices the numbers of two draws are not those of one.
     u = torch.rand(x.shape[0], samples, device=x.device, dtype=torch.float32, generator=generator)
-    lw, lb, target, weight, *plan = args
+    lw, lb, _, target, weight, *plan = args
     return _sampled(x, lw, lb, target, weight, u, *plan)[:-2]
 
 
@@ -77,8 +77,8 @@ class Sampled(Function):
     @forward_rule
     def jvp(ctx: Any, saved: Any, dx: Any, dw: Any, db: Any, *_: Any) -> Any:
         plan = ctx.plan
-        size = derived_size(plan, *saved[:2])
-        out = pushed_forward(as_row_map(plan), size, saved, (dx, dw, db, None, None), range(plan.values))
+        size, given = derived_size(plan, *saved[:2]), (*saved[:3], None, *saved[3:])
+        out = pushed_forward(as_row_map(plan), size, given, (dx, dw, db, None, None, None), range(plan.values))
         return *out, None, None, *[None] * plan.argmax, None, None
 
     @staticmethod

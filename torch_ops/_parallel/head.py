@@ -33,58 +33,58 @@ class HeadShard:
 
     def forward(self, *arrays: Any) -> tuple[list[Tensor], Tensor]:
         """The shard's rows as the head's loops have them."""
-        x, lw, lb, target, weight = arrays
+        x, lw, lb, up, target, weight = arrays
         if not self.shard.count:
-            return without_classes(_nothing(x, lw, lb), self.plan)
-        values = ops.fwd((x, lw, lb, self._target(target), weight), self.plan)
+            return without_classes(_nothing(x, lw, lb, up), self.plan)
+        values = ops.fwd((x, lw, lb, up, self._target(target), weight), self.plan)
         m = values[self.plan.values]
         if x.device.type == "cpu" and (infinite := m.isinf()).any():  # as in told_from_nan, by slices
             found = torch.zeros_like(infinite[infinite])
-            for _, _, z in Slices(x[infinite], Linear(lw, lb), target[infinite], None):
+            for _, _, z in Slices(x[infinite], Linear(lw, lb, up), target[infinite], None):
                 found |= z.isnan().any(1)
             m[infinite] = m[infinite].masked_fill(found, math.nan)
         return values, m == -math.inf
 
     def again(self, dead: Tensor, *arrays: Any) -> Sequence[Tensor]:
         """The shard's rows as the head has them."""
-        x, lw, lb, target, weight = arrays
+        x, lw, lb, up, target, weight = arrays
         plan, x = self.plan._replace(argmax=False), shared(x, self.shard.group)
         if not self.shard.count:
-            return without_classes(_nothing(x, lw, lb), plan)[0]
+            return without_classes(_nothing(x, lw, lb, up), plan)[0]
         if not target.is_floating_point():
-            return per_row(x, lw, lb, self._target(target).masked_fill(dead, rows.IGNORED), weight, *plan)
+            return per_row(x, lw, lb, up, self._target(target).masked_fill(dead, rows.IGNORED), weight, *plan)
         if x.device.type != "cpu" or not dead.any():
-            return per_row(x, lw, lb, target, weight, *plan)
+            return per_row(x, lw, lb, up, target, weight, *plan)
         live = (~dead).nonzero().squeeze(1)
-        few = per_row(x.index_select(0, live), lw, lb, target.index_select(0, live), weight, *plan)
+        few = per_row(x.index_select(0, live), lw, lb, up, target.index_select(0, live), weight, *plan)
         return [v.new_zeros(dead.shape).index_copy(0, live, v) for v in few]
 
     def backward(
         self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool], alone: bool
     ) -> list[Tensor]:
         """The head's loops', told m, rest and the shard's entropy of whole rows; dX is summed over the ranks."""
-        x, lw, lb, target, weight = arrays
+        x, lw, lb, up, target, weight = arrays
         if self.shard.count:
             ups = [upstream.get(name) for name in ("nll", "lse", "smooth", "entropy")]
-            found = ops.bwd((x, lw, lb, self._target(target), weight, *whole, *ups), needs, self.plan)
+            found = ops.bwd((x, lw, lb, up, self._target(target), weight, *whole, *ups), needs, self.plan)
         else:
             found = [torch.zeros_like(a) for a, need in zip(arrays, needs, strict=True) if need]
         return [summed(found[0], self.shard.group), *found[1:]] if needs[0] else found
 
-    def rows(self, x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, weight: Any, *_: Any) -> list[Tensor]:
+    def rows(self, x: Tensor, lw: Tensor, lb: Any, up: Any, target: Tensor, weight: Any, *_: Any) -> list[Tensor]:
         """As per_row: (nll, lse, [smooth], [entropy], m, rest, [argmax]), but that m and rest are not told."""
-        values = sharded_rows(self, x, lw, lb, target, weight)
+        values = sharded_rows(self, x, lw, lb, up, target, weight)
         untold = values["lse"].detach()
         at = self.plan.values
         return [*list(values.values())[:at], untold, untold, *list(values.values())[at:]]
 
     def sum(self, *args: Any) -> Tensor:
         """As weighted_sum."""
-        x, lw, lb, target, weight, a, s, c, index, *plan = args
-        if one_pass(x, lw, lb, target, weight, a, s, c):
-            return LinearSum.apply(*args[:9], Plan(*plan), self)  # pyright: ignore[reportReturnType]
+        x, lw, lb, up, target, weight, a, s, c, index, *plan = args
+        if one_pass(x, lw, lb, up, target, weight, a, s, c):
+            return LinearSum.apply(*args[:10], Plan(*plan), self)  # pyright: ignore[reportReturnType]
         x = x if index is None else x.index_select(0, index)
-        return weighted(self.rows(x, lw, lb, target, weight), a, s, c)
+        return weighted(self.rows(x, lw, lb, up, target, weight), a, s, c)
 
     def forward_backward(self, arrays: Sequence[Any], needs: Sequence[bool]) -> tuple[list[Any], list[Tensor | None]]:
         """As ops.fwd_bwd: the ranks go by the same chunks of rows, and tell each other each chunk's numbers."""
@@ -118,8 +118,8 @@ class HeadShard:
         return target if target.is_floating_point() else self.shard.local(target)[1]
 
 
-def _nothing(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+def _nothing(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, up: Tensor | None) -> Tensor:
     """Zeros (n,), connected to a head of no classes."""
     kind = torch.promote_types(x.dtype, torch.float32)
     zeros = x[:, :0].sum(1, dtype=kind) + linear_weight.sum(dtype=kind)
-    return zeros if linear_bias is None else zeros + linear_bias.sum(dtype=kind)
+    return sum((v.sum(dtype=kind) for v in (linear_bias, up) if v is not None), zeros)

@@ -21,7 +21,7 @@ from torch_ops import _modes as modes
 from torch_ops._head.layout import each_row, lay_out, total
 from torch_ops._head.per_row import per_row
 from torch_ops._head.sum import weighted_sum
-from torch_ops._parallel.collectives import maximum, summed
+from torch_ops._parallel.collectives import maximum, shared, summed
 from torch_ops._parallel.head import HeadShard
 from torch_ops._parallel.logits import LogitsShard
 from torch_ops._parallel.mesh import Place, head_place, is_on_mesh, logits_place
@@ -32,6 +32,7 @@ from torch_ops._rows import dispatch as rows
 from torch_ops._rows.targets import canonical
 from torch_ops._rules.cross_entropy import row
 from torch_ops._rules.plan import Plan
+from torch_ops._rules.scaled import ignored, times
 
 _T = TypeVar("_T")
 
@@ -41,10 +42,10 @@ def cross_entropy(
 ) -> Any:
     """The loss of logits with class dimension `axis`."""
     op, shape = "cross_entropy", arrays["input"].shape
-    place, (x, target, weight, token_weight) = _place(op, arrays, group), arrays.values()
+    place, (x, target, weight, token_weight, scale) = _place(op, arrays, group), arrays.values()
     inplace = inplace and place is not None and modes.may_overwrite(x)
     if place is None:
-        place, (x, target, weight, token_weight) = logits_place(op, arrays, axis=axis, soft=soft)
+        place, (x, target, weight, token_weight, scale) = logits_place(op, arrays, axis=axis, soft=soft)
     shape = (*shape[:axis], *shape[axis + 1 :])
     here = _shard(
         op, place, x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :]), target, arrays["input"].shape[axis]
@@ -53,6 +54,8 @@ def cross_entropy(
     if not soft:
         target = _canonical(op, target, classes, options.ignored, place)
     kind = torch.promote_types(x.dtype, torch.float32)
+    if scale is not None:  # each rank multiplies its own classes
+        x = times(x, scale if here is None else shared(scale, place.group), axis, ignored(x, target, axis))
     plan = Plan.of(options, kind)
     w = plan.class_weight(weight, kind, soft=soft)
     if here is not None:
@@ -81,7 +84,7 @@ def linear_cross_entropy(
     place, found = _place(op, arrays, group), [*arrays.values()]
     if place is None:
         place, found = head_place(op, arrays, axis=1 if inner else len(lead), soft=soft, shift=shift)
-    x, lw, target, lb, weight, token_weight = found
+    x, lw, target, lb, weight, token_weight, scale, *low_rank = found
     shape = (*lead[:-1], max(lead[-1] - shift, 0)) if shift else (*lead, *inner)
     here = _shard(op, place, lw.shape[0], math.prod(x.shape[:-1]), target, arrays["linear_weight"].shape[0])
     classes = lw.shape[0] if here is None else here.classes
@@ -89,7 +92,8 @@ def linear_cross_entropy(
         target = _canonical(op, target, classes, options.ignored, place)
     kind = torch.promote_types(x.dtype, torch.float32)
     plan = Plan.of(options, kind, memory == "lean", chunk_size)
-    of = lay_out(x, lw, lb, target, token_weight, soft=soft, shift=shift)
+    laid: Any = {"scale": scale, "low_rank": None if low_rank[0] is None else low_rank}
+    of = lay_out(x, lw, lb, target, token_weight, soft=soft, shift=shift, **laid)
     w = plan.class_weight(weight, kind, soft=soft)
     ones = torch.ones((), dtype=kind, device=x.device).expand(of.n, math.prod(inner))
     by = _coefficients(ones, of.target, weight, of.token_weight, options, classes, here)

@@ -58,6 +58,8 @@ def logits_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool) -> t
     by_class = [Shard(0) if i in classes else Replicate() for i in range(mesh.ndim)]
     place = _place(mesh, classes, rows)
     wanted = {"input": found, "target": found if soft else rows, "weight": by_class, "token_weight": rows}
+    s = arrays["logit_scale"]
+    wanted["logit_scale"] = rows if s is not None and s.dim() else [Replicate()] * mesh.ndim
     return place, [_local(n, arrays[n], p, place) for n, p in wanted.items()]
 
 
@@ -80,6 +82,7 @@ def head_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool, shift:
         contract.fail_value(op, "shift", "be 0 with rows sharded along the shifted dimension", repr(shift))
     by_class = [Shard(0) if i in classes else Replicate() for i in range(mesh.ndim)]
     full = [Shard(axis) if i in classes else p for i, p in enumerate(rows)]
+    nowhere: list[Any] = [Replicate()] * mesh.ndim
     place = _place(mesh, classes, rows)
     wanted = {
         "input": rows,
@@ -88,6 +91,9 @@ def head_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool, shift:
         "linear_bias": by_class,
         "weight": by_class,
         "token_weight": rows,
+        "logit_scale": rows if arrays["logit_scale"] is not None and arrays["logit_scale"].dim() else nowhere,
+        "A": nowhere,
+        "B": by_class,
     }
     return place, [_local(n, arrays[n], p, place) for n, p in wanted.items()]
 
@@ -124,5 +130,5 @@ def _local(name: str, x: Any, wanted: list[Any], place: Place) -> Any:
         x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if is_on_mesh(x):
         x = (x if list(x.placements) == wanted else x.redistribute(mesh, wanted)).to_local()
-    of_all_rows = name in ("weight", "linear_weight", "linear_bias")
+    of_all_rows = name in ("weight", "linear_weight", "linear_bias", "A", "B") or not x.dim()
     return shared(x, *place.row_groups) if of_all_rows and x.requires_grad else x

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_ops.linear_cross_entropy import linear_cross_entropy
+from torch_ops._parallel.mesh import is_on_mesh
+from torch_ops.linear_cross_entropy import linear_cross_entropy, of_terms
 
 Term = tuple[Tensor, Tensor, Tensor | None]
 
@@ -34,15 +35,17 @@ class Recipe:
 
     def loss(self, target: Tensor, weight: Tensor | None, memory: Any, chunk_size: int | None, options: Any) -> Tensor:
         """F.cross_entropy of the logits, in nats."""
-        x, linear_weight, linear_bias = _one_layer(self.terms)
+        x = self.terms[0][0]
         of_logits: dict[str, Any] = {"logit_scale": self.scale}
         if self.cap is not None:
             of_logits = {"logit_scale": self.scale * self.cap, "softcap": self.cap}
-        arrays: dict[str, Any] = {"linear_bias": linear_bias, "weight": weight}
-        how: dict[str, Any] = {"memory": memory, "chunk_size": chunk_size}
+        how: dict[str, Any] = {"memory": memory, "chunk_size": chunk_size, **options, **of_logits}
         # The arrays are in the types of the head's call already, whatever autocast says by now.
         with torch.autocast(x.device.type, enabled=False):
-            return linear_cross_entropy(x, linear_weight, target, **arrays, **options, **of_logits, **how)
+            if len(self.terms) > 1 and not is_on_mesh(*(a for term in self.terms for a in term)):
+                return of_terms(self.terms, target, weight, **how)
+            x, linear_weight, linear_bias = _one_layer(self.terms)
+            return linear_cross_entropy(x, linear_weight, target, linear_bias=linear_bias, weight=weight, **how)
 
 
 def loss_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
