@@ -26,6 +26,12 @@ def unwrap_all(arrays: tuple[Any, ...]) -> list[Any]:
     return [None if a is None else unwrap(a, numbers=i < last) for i, a in enumerate(arrays)]
 
 
+def scale_of(logit_scale: Any) -> tuple[Any, Any]:
+    """(a scale that is an array, or None; the number that the options then have)."""
+    s = unwrap(logit_scale, numbers=False)
+    return (s, 1.0) if isinstance(s, jax.Array | np.ndarray) else (None, logit_scale)
+
+
 def describe(x: Any) -> Array:
     """The facts of an array that the contract's rules ask for."""
     if isinstance(x, np.ma.MaskedArray):  # taken for its data, it would lose its mask without a word

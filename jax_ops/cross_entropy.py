@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_ops._arguments import describe, unwrap_all
+from jax_ops._arguments import describe, scale_of, unwrap_all
 from jax_ops._lowering import as_typed
 from jax_ops._parallel.logits import sharded_row
 from jax_ops._parallel.mesh import lies_otherwise, spread_of, under_auto_axes
@@ -20,7 +20,7 @@ from jax_ops._parallel.shard import Shard, shard_of
 from jax_ops._reduction import as_asked, coefficients, finish
 from jax_ops._rows.dispatch import capped, is_soft
 from jax_ops._rows.targets import canonical
-from jax_ops._rules.cross_entropy import row
+from jax_ops._rules.cross_entropy import row, times
 from jax_ops._rules.plan import Plan
 from softmax_ext import contract
 
@@ -35,7 +35,7 @@ def cross_entropy(
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: ArrayLike = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: ArrayLike | None = None,
@@ -53,7 +53,7 @@ def cross_entropy(
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: ArrayLike = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: ArrayLike | None = None,
@@ -70,7 +70,7 @@ def cross_entropy(
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: ArrayLike = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: ArrayLike | None = None,
@@ -92,7 +92,8 @@ def cross_entropy(
         ignore_index: class index of rows that reach no result; None means -100.
         reduction: "mean" (weighted by class and token weights), "sum" or "none".
         label_smoothing: s in [0, 1]; targets become (1 - s) * target + s / V.
-        logit_scale: finite number > 0 the logits are multiplied by first (1 / temperature).
+        logit_scale: finite number > 0 the logits are multiplied by first (1 / temperature); or an array () or of the
+            class indices' shape, any floating type, differentiable, its values not looked at.
         softcap: finite number > 0 or None; then logits become softcap * tanh(logits / softcap).
         z_loss: number >= 0; adds z_loss * lse^2 to each kept row, not multiplied by class weights.
         token_weight: one weight per row, the shape of the class indices.
@@ -108,7 +109,7 @@ def cross_entropy(
         The loss and gradient of a row whose class index is outside [0, V) and not ignore_index are NaN.
 
     Raises:
-        TypeError: an argument of the wrong type; options are Python values, never arrays.
+        TypeError: an argument of the wrong type; options but logit_scale are Python values, never arrays.
         ValueError: a shape or value outside its rule.
 
     Memory:
@@ -123,20 +124,22 @@ def cross_entropy(
         >>> round(jax_ops.cross_entropy(logits, jnp.array([1])).item(), 4)
         0.3977
     """
+    s, factor = scale_of(logit_scale)
     options = contract.LossOptions(
-        ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss, on_all_ignored, stats
+        ignore_index, reduction, label_smoothing, factor, softcap, z_loss, on_all_ignored, stats
     )
     arrays = unwrap_all((input, target, weight, token_weight))
     facts = [None if a is None else describe(a) for a in arrays]
     about = contract.at_least_1d("cross_entropy", "input", facts[0])
     axis = contract.dimension("cross_entropy", "axis", axis, len(about.shape))
-    soft = contract.loss("cross_entropy", about, *facts[1:], options=options, axis=axis)
+    of_scale = None if s is None else describe(s)
+    soft = contract.loss("cross_entropy", about, *facts[1:], options=options, axis=axis, logit_scale=of_scale)
 
     shard = shard_of("cross_entropy", axis_name, about.shape[axis])
     raw = not soft and not isinstance(arrays[1], np.ndarray)
     if not soft and not raw:
         arrays[1] = canonical(arrays[1], shard.total, options.ignored)
-    given = [a if a is None or isinstance(a, jax.Array) else jnp.asarray(a) for a in arrays]
+    given = [a if a is None or isinstance(a, jax.Array) else jnp.asarray(a) for a in (*arrays, s)]
     options = replace(options, stats=tuple(stats))
     how: dict[str, Any] = {"options": options, "shard": shard, "axis": axis, "raw": raw}
     logits, kept = jnp.asarray(given[0]), [i for i in range(len(about.shape)) if i != axis]
@@ -161,6 +164,7 @@ def _loss(
     t: jax.Array,
     w: jax.Array | None,
     tokens: jax.Array | None,
+    scale: jax.Array | None,
     *,
     options: contract.LossOptions,
     shard: Shard,
@@ -170,6 +174,9 @@ def _loss(
     """The loss, and its statistics; targets are soft, canonical, or `raw` class indices."""
     if raw:
         t = canonical(t, shard.total, options.ignored)
+    if scale is not None:
+        (own,) = shard.own(scale)
+        logits = times(logits, own, axis, t)
     plan = Plan.of(options, logits.dtype)
     of_class = plan.class_weight(w, logits.dtype, soft=is_soft(t))
     if shard.names:

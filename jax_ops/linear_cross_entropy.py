@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_ops._arguments import describe, unwrap_all
+from jax_ops._arguments import describe, scale_of, unwrap, unwrap_all
 from jax_ops._head.layout import each_row, largest, lay_out, total
 from jax_ops._lowering import as_typed
 from jax_ops._parallel.mesh import spread_of, under_auto_axes
@@ -30,11 +30,12 @@ def linear_cross_entropy(
     target: ArrayLike,
     *,
     linear_bias: ArrayLike | None = None,
+    low_rank: tuple[ArrayLike, ArrayLike] | None = None,
     weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: ArrayLike = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: ArrayLike | None = None,
@@ -52,11 +53,12 @@ def linear_cross_entropy(
     target: ArrayLike,
     *,
     linear_bias: ArrayLike | None = None,
+    low_rank: tuple[ArrayLike, ArrayLike] | None = None,
     weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: ArrayLike = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: ArrayLike | None = None,
@@ -73,11 +75,12 @@ def linear_cross_entropy(
     target: ArrayLike,
     *,
     linear_bias: ArrayLike | None = None,
+    low_rank: tuple[ArrayLike, ArrayLike] | None = None,
     weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
+    logit_scale: ArrayLike = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     token_weight: ArrayLike | None = None,
@@ -100,22 +103,26 @@ def linear_cross_entropy(
         target: class indices (...), any integer type, or probabilities (..., V), any floating type; with
             a K-dimensional linear_weight (N, d1, .., dK) or (N, V, d1, .., dK).
         linear_bias: the shape of linear_weight without D, the input's type.
+        low_rank: a pair (A, B) of shapes (r, D) and (V, r), of the input's type: (input @ A.T) @ B.T is added to the
+            logits, and nothing of size (V, D) is copied.
         weight: one weight per class (V,), any floating type.
         ignore_index: class index of rows that reach no result; None means -100.
         reduction: "mean" (weighted by class and token weights), "sum" or "none".
         label_smoothing: s in [0, 1]; targets become (1 - s) * target + s / V.
-        logit_scale: finite number > 0 the logits are multiplied by first (1 / temperature).
+        logit_scale: finite number > 0 the logits are multiplied by first (1 / temperature); or an array () or of the
+            rows' shape, differentiable. In half precision it multiplies the input, which is rounded once more.
         softcap: finite number > 0 or None; then logits become softcap * tanh(logits / softcap).
         z_loss: number >= 0; adds z_loss * lse^2 to each kept row, not multiplied by class weights.
         token_weight: one weight per row, the shape of the class indices.
         on_all_ignored: what a mean over nothing gives: "nan", or "zero" (with zero gradients).
         stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
-        shift: k >= 0; the loss of input[..., :-k, :] and target[..., k:], token_weight likewise.
+        shift: k >= 0; the loss of input[..., :-k, :] and target[..., k:], token_weight likewise. A logit_scale of the
+            rows' shape goes with the input.
         memory: "fast" works by chunks of the rows, "lean" by slices of the classes, and keeps less.
         chunk_size: rows (fast) or classes (lean) at a time, at most; None picks what 256 MiB hold of logits
             (fast where JAX's default backend is no CPU: 1 GiB).
         axis_name: inside `jax.shard_map`, the mesh axis (or axes) whose devices have an equal part of the classes
-            each, in their order: of linear_weight, linear_bias, soft targets and weight. Class indices count all
+            each, in their order: of linear_weight, linear_bias, B, soft targets and weight. Class indices count all
             of the classes; the input's rows, losses and statistics are the same on every device.
 
     Returns:
@@ -125,7 +132,7 @@ def linear_cross_entropy(
         those of linear_weight and linear_bias NaN.
 
     Raises:
-        TypeError: an argument of the wrong type; options are Python values, never arrays.
+        TypeError: an argument of the wrong type; options but logit_scale are Python values, never arrays.
         ValueError: a shape or value outside its rule.
 
     Memory:
@@ -143,18 +150,23 @@ def linear_cross_entropy(
         >>> round(jax_ops.linear_cross_entropy(hidden, weight, jnp.array([1])).item(), 4)
         0.3977
     """
+    s, factor = scale_of(logit_scale)
     options = contract.LossOptions(
-        ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss, on_all_ignored, stats
+        ignore_index, reduction, label_smoothing, factor, softcap, z_loss, on_all_ignored, stats
     )
     arrays = unwrap_all((input, linear_weight, target, linear_bias, weight, token_weight))
+    low = [unwrap(a, numbers=False) for a in low_rank] if isinstance(low_rank, tuple | list) else low_rank
     facts = [None if a is None else describe(a) for a in arrays]
     more = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
-    soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **more)
+    about: Any = {"logit_scale": None if s is None else describe(s)}
+    about["low_rank"] = tuple(None if a is None else describe(a) for a in low) if isinstance(low, list) else low
+    soft = contract.linear_loss("linear_cross_entropy", *facts, options=options, **more, **about)
 
     x, w = map(jnp.asarray, arrays[:2])
     shard = shard_of("linear_cross_entropy", axis_name, w.shape[0])
     t = jnp.asarray(arrays[2] if soft else canonical(arrays[2], shard.total, options.ignored))
-    given = (x, w, t, *(None if a is None else jnp.asarray(a) for a in arrays[3:]))
+    others = (*arrays[3:], s, *(low or (None, None)))
+    given = (x, w, t, *(None if a is None else jnp.asarray(a) for a in others))
     how = {"options": replace(options, stats=tuple(stats)), "shard": shard, **more}
     if (spread := spread_of(range(x.ndim - 1), *given)) is None:
         found: Any = _loss(*given, **how)
@@ -175,6 +187,9 @@ def _loss(
     b: jax.Array | None,
     class_weight: jax.Array | None,
     tokens: jax.Array | None,
+    scale: jax.Array | None,
+    down: jax.Array | None,
+    up: jax.Array | None,
     *,
     options: contract.LossOptions,
     shard: Shard,
@@ -185,7 +200,8 @@ def _loss(
 ) -> Any:
     """The loss, and its statistics; targets are canonical or soft, `blocks` of the rows are on devices of their own."""
     lean, plan = memory == "lean", Plan.of(options, x.dtype, memory == "lean")
-    of = lay_out(x, w, b, t, tokens, shift=shift)
+    low_rank = None if down is None or up is None else (down, up)
+    of = lay_out(x, w, b, t, tokens, shift=shift, scale=scale, low_rank=low_rank)
     how = (of.cut(lean, chunk_size, blocks), shard, plan)
     by = coefficients(
         jnp.ones_like(of.x, shape=of.rows, dtype=of.kind), of.target, class_weight, of.token_weight, options, shard

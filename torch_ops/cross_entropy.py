@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -182,16 +183,18 @@ def cross_entropy(
     target, probabilities = canonical_parts("cross_entropy", target, classes, options.ignored, soft=soft, along=dim)
     of_class = plan.class_weight(weight, kind, soft=soft)
     over = inplace_backward and may_overwrite(input)
-    if scale is None:
-        values = row(input, target, of_class, dim, *plan[:4], over)
-    else:
-        values = scaled_row(input, scale, target, of_class, dim, *plan[1:4], over)
+    rows = row if scale is None else partial(scaled_row, scale)
+    values = rows(input, target, of_class, dim, *plan[:4], over)
     per_row = dict(zip(plan.names, values, strict=False))
     by = coefficients(per_row["lse"], target, weight, token_weight, options, classes, probabilities, dim)
-    given_to = (lambda: input) if scale is None else lambda: times(input, scale, dim, ignored(input, target, dim))
-    z = lambda: capped(given_to().detach(), plan.scale, plan.softcap)  # noqa: E731
-    loss, found = finish(per_row, z, target, by, options, dim)
+    loss, found = finish(per_row, partial(_z, input, scale, target, plan, dim), target, by, options, dim)
     return (loss, found) if stats else loss
+
+
+def _z(input: Tensor, scale: Tensor | None, target: Tensor, plan: Plan, dim: int) -> Tensor:
+    """The logits scaled and capped, without a derivative."""
+    x = input if scale is None else times(input, scale, dim, ignored(input, target, dim))
+    return capped(x.detach(), plan.scale, plan.softcap)
 
 
 _NAMES, _DEFAULTS = zip(*vars(contract.LossOptions()).items(), strict=True)

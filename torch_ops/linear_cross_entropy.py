@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops._arguments import alike, autocast, describe, describe_target, enter_graph, no_pair, one_row, parts_of
-from torch_ops._head.loss import OP, loss_of
+from torch_ops._head.loss import ARRAYS, OP, loss_of
 from torch_ops._parallel.mesh import is_on_mesh
 
 if TYPE_CHECKING:
@@ -194,7 +194,9 @@ def linear_cross_entropy(
     ]
     facts = (x, lw, describe_target(target), *rest)
     static: Any = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
-    more: Any = {"logit_scale": None if scale is None else describe(scale), "low_rank": describe_target(low_rank)}
+    more: Any = {"logit_scale": None if scale is None else describe(scale), "low_rank": low_rank}
+    if isinstance(low_rank, tuple | list):
+        more["low_rank"] = tuple(None if a is None else describe(a) for a in low_rank)
     soft = contract.linear_loss(OP, *facts, options=options, **static, grad_samples=grad_samples, **more)
     given = (input, linear_weight, target, linear_bias, weight, token_weight, scale, *(low_rank or (None, None)))
     far = group is not None or is_on_mesh(*given[:2], *parts_of(target), *given[3:])
@@ -202,29 +204,13 @@ def linear_cross_entropy(
     if grad_samples is not None:
         _check_sampling(input, weight, options, generator, alone=not far)
         sampled = (int(grad_samples), generator)
-    named: dict[str, Any] = dict(zip(_ARRAYS, given, strict=True))
+    named: dict[str, Any] = dict(zip(ARRAYS, given, strict=True))
     if far:
         from torch_ops._parallel import losses
 
         no_pair(OP, target)
         return losses.linear_cross_entropy(named, options, group, soft=soft, **static)
     return loss_of(named, options, soft=soft, **static, sampled=sampled)
-
-
-def of_terms(terms: Sequence[tuple[Tensor, Tensor, Tensor | None]], target: Tensor, weight: Any, **options: Any) -> Any:
-    """linear_cross_entropy of the sum of some layers of the same classes, the first the largest, with its options."""
-    (x, lw, lb), *others = terms
-    target = one_row(x, lw, target, None)
-    static: Any = {"shift": 0, "memory": options.pop("memory"), "chunk_size": options.pop("chunk_size")}
-    chosen = contract.LossOptions(**options)
-    facts = [None if a is None else describe(a) for a in (x, lw, target, lb, weight, None)]
-    soft = contract.linear_loss(OP, *facts, options=chosen, **static)
-    enter_graph()
-    biases = [b.to(lw.dtype) for _, _, b in terms if b is not None]
-    beside = [torch.cat([a.to(lw.dtype) for a in side], -1) for side in list(zip(*others, strict=True))[:2]]
-    named = dict.fromkeys(_ARRAYS) | {"input": x, "linear_weight": lw, "target": target, "weight": weight}
-    named["linear_bias"] = sum(biases[1:], biases[0]) if biases else None
-    return loss_of(named, chosen, soft=soft, **static, beside=beside)
 
 
 def _check_sampling(x: Tensor, weight: Any, options: contract.LossOptions, generator: Any, *, alone: bool) -> None:
@@ -241,6 +227,3 @@ def _check_sampling(x: Tensor, weight: Any, options: contract.LossOptions, gener
     if options.label_smoothing and weight is not None and weight.requires_grad:
         rule = "be None with label_smoothing and a weight whose gradient is wanted"
         contract.fail_value(op, "grad_samples", rule, "a number")
-
-
-_ARRAYS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight", "logit_scale", "A", "B")

@@ -123,7 +123,7 @@ def _visit(
     if shard.names:
         state = shard.joined(slices.of(z, *shard.local(t), weight, names=plan.names, layout=plan.row()))
         return slices.numbers(state, t), None
-    if c is None and any(wanted[:3]) and not any(wanted[3:5]):
+    if c is None and any(wanted[:4]) and not any(wanted[4:6]):
         dz, *values = rows.cross_entropy_fwd_bwd(z, t, weight, a, None, s, None, **plan.wanted())
         return dict(zip(plan.computed, values, strict=True)), (dz, None, None)
     return dict(zip(plan.computed, rows.cross_entropy_fwd(z, t, weight, **plan.wanted()), strict=True)), None

@@ -29,7 +29,7 @@ def wide(dtype: Any) -> Any:
 
 
 class Linear(NamedTuple):
-    """z = x wT + b.
+    """z = x wT + b, or of low rank beside w: rows (x, u) of D + r numbers give x wT + u upT + b, nothing joined.
 
     Anything with the same operations is a head: a part of its classes, logits of some rows, what their gradient makes
     of the input's, and gradients of its own parameters that grow chunk by chunk.
@@ -37,32 +37,41 @@ class Linear(NamedTuple):
 
     weight: Array  # (V, D)
     bias: Array | None  # (V,)
+    up: Array | None = None  # (V, r)
 
     def part(self, cut: Cut, part: Part) -> Linear:
         """The layer of a slice of the classes."""
-        return Linear(cut.take(self.weight, part), cut.take(self.bias, part))
+        return Linear(*(cut.take(a, part) for a in self))
 
     def logits(self, x: Array, fresh: Array | None = None) -> Array:
         """x wT + b; -inf for classes that are not `fresh`."""
-        w, b = self
+        w, b, up = self
         if b is None and fresh is not None:
             b = jnp.zeros_like(w, shape=w.shape[:1])
+        x, u = self._parts(x)
         z = _half_logits(x, w) if _is_half(x) else _dot(x, w, 1, 1)
+        z = z if up is None else z + _dot(u, up, 1, 1)
         return z if b is None else _biased(z, b.astype(z.dtype), fresh)
 
     def input_bwd(self, dz: Array) -> Array:
-        """dX = dz W."""
-        return _input_bwd(dz, self.weight)
+        """dX = dz W; of low rank [dz W, dz up]."""
+        dx = _input_bwd(dz, self.weight)
+        return dx if self.up is None else jnp.concatenate([dx, _input_bwd(dz, self.up)], 1)
 
-    def gradient(self, weight: bool, bias: bool) -> Sums:
+    def gradient(self, weight: bool, bias: bool, up: bool) -> Sums:
         """Zeros in the place of the gradients wanted of the parameters."""
         sums = {"w": jnp.zeros_like(self.weight, dtype=wide(self.weight.dtype))} if weight else {}
         if bias and self.bias is not None:
             sums["b"] = jnp.zeros_like(self.bias, dtype=wide(self.bias.dtype))
+        if up and self.up is not None:
+            sums["up"] = jnp.zeros_like(self.up, dtype=wide(self.up.dtype))
         return sums
 
     def add(self, sums: Sums, dz: Array, x: Array, start: Part = 0) -> Sums:
-        """dW += dzT X, db += sum_i dz_i, of the classes from `start` on."""
+        """dW += dzT X, db += sum_i dz_i, d_up += dzT U, of the classes from `start` on."""
+        x, u = self._parts(x)
+        if "up" in sums:
+            sums = sums | {"up": weight_bwd(sums["up"], dz, u, start)}
         if "w" in sums:
             sums = sums | {"w": weight_bwd(sums["w"], dz, x, start)}
         if "b" in sums:
@@ -70,14 +79,18 @@ class Linear(NamedTuple):
             sums = sums | {"b": sums["b"] + db if db.shape == sums["b"].shape else _plus(sums["b"], db, start)}
         return sums
 
+    def _parts(self, x: Array) -> tuple[Array, Array]:
+        """(x, u) of rows of both."""
+        return (x, x) if self.up is None else (x[:, : self.weight.shape[1]], x[:, self.weight.shape[1] :])
+
 
 def zeros(wanted: Sequence[bool], x: Array, head: Linear, target: Array, weight: Array | None) -> Sums:
     """Zeros in the place of the gradients wanted of (x, *head, target, weight)."""
     sums = {"x": jnp.zeros_like(x, dtype=wide(x.dtype))} if wanted[0] else {}
-    sums |= head.gradient(*wanted[1:3])
-    if wanted[3]:
+    sums |= head.gradient(*wanted[1:4])
+    if wanted[4]:
         sums["target"] = jnp.zeros_like(target)
-    if wanted[4] and weight is not None:
+    if wanted[5] and weight is not None:
         sums["weight"] = jnp.zeros_like(weight)
     return sums
 

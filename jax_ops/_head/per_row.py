@@ -18,10 +18,18 @@ from jax_ops._rules.varying import alike
 
 
 def per_row(
-    x: Array, w: Array, b: Array | None, target: Array, weight: Array | None, cut: Cut, shard: Shard, plan: Plan
+    x: Array,
+    w: Array,
+    b: Array | None,
+    up: Array | None,
+    target: Array,
+    weight: Array | None,
+    cut: Cut,
+    shard: Shard,
+    plan: Plan,
 ) -> tuple[Array, ...]:
     """The numbers asked for of each row, differentiable in all floats. Four matmuls with first derivatives."""
-    arrays = shard.own(*alike(shard.wide(x), w, b, target, weight, but=shard.names))
+    arrays = shard.own(*alike(shard.wide(x), w, b, up, target, weight, but=shard.names))
     return _per_row(cut, shard, plan)(*arrays)
 
 
@@ -31,18 +39,18 @@ def _per_row(cut: Cut, shard: Shard, plan: Plan) -> Any:
     loop: Any = lean if plan.lean else fast
 
     def rules(wanted: tuple[bool, ...]) -> Any:
-        def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any) -> Any:
+        def fwd(x: Any, w: Any, b: Any, up: Any, target: Any, weight: Any) -> Any:
             x = x.astype(w.dtype)
-            out = loop.fwd(x, Linear(w, b), target, weight, cut, shard, plan)
+            out = loop.fwd(x, Linear(w, b, up), target, weight, cut, shard, plan)
             whole = (out["m"], out["rest"], out.get("mass"), out.get("e"))
-            return tuple(out[name] for name in plan.names), (x, w, b, target, weight, *whole)
+            return tuple(out[name] for name in plan.names), (x, w, b, up, target, weight, *whole)
 
         def bwd(saved: Any, cotangents: Any) -> Any:
-            x, w, b, target, weight, *whole = saved
+            x, w, b, up, target, weight, *whole = saved
             ups = plan.upstream(shard.cotangents(*cotangents, like=x))
             how = (cut, shard, plan)
-            sums = loop.bwd(x, Linear(w, b), target, weight, shard.own(*whole), ups, wanted, *how)
-            arrays = zip(("x", "w", "b", "target", "weight"), (shard.wide(x), *saved[1:5]), strict=True)
+            sums = loop.bwd(x, Linear(w, b, up), target, weight, shard.own(*whole), ups, wanted, *how)
+            arrays = zip(("x", "w", "b", "up", "target", "weight"), (shard.wide(x), *saved[1:6]), strict=True)
             return tuple(sums[name].astype(a.dtype) if name in sums else None for name, a in arrays)
 
         return fwd, bwd
@@ -50,8 +58,8 @@ def _per_row(cut: Cut, shard: Shard, plan: Plan) -> Any:
     return selective(rules)
 
 
-def argmax(x: Array, w: Array, b: Array | None, cut: Cut, shard: Shard, plan: Plan) -> Array:
+def argmax(x: Array, w: Array, b: Array | None, up: Array | None, cut: Cut, shard: Shard, plan: Plan) -> Array:
     """The first class with the largest logit of each row (the logits must have classes)."""
-    x, w, b = jax.lax.stop_gradient(shard.own(*alike(x, w, b, but=shard.names)))
+    x, *layer = jax.lax.stop_gradient(shard.own(*alike(x, w, b, up, but=shard.names)))
     loop: Any = lean if plan.lean else fast
-    return shard.first_largest(*loop.largest(x, Linear(w, b), cut, plan))
+    return shard.first_largest(*loop.largest(x, Linear(*layer), cut, plan))

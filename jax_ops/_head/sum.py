@@ -16,13 +16,14 @@ from jax_ops._rules.autodiff import selective
 from jax_ops._rules.plan import Plan
 from jax_ops._rules.varying import alike
 
-_HEAD = ("x", "w", "b", "target", "weight")
+_HEAD = ("x", "w", "b", "up", "target", "weight")
 
 
 def weighted_sum(
     x: Array,
     w: Array,
     b: Array | None,
+    up: Array | None,
     target: Array,
     weight: Array | None,
     nll: Array | None,
@@ -37,8 +38,8 @@ def weighted_sum(
     The upstream gradients of the rows are known but for one common factor: the gradients are those of the sum,
     which the backward pass multiplies by it. Three matmuls.
     """
-    arrays = alike(shard.wide(x), w, b, target, weight, nll, smooth, square, but=shard.names)
-    arrays = (*shard.own(*arrays[:5]), *arrays[5:])
+    arrays = alike(shard.wide(x), w, b, up, target, weight, nll, smooth, square, but=shard.names)
+    arrays = (*shard.own(*arrays[:6]), *arrays[6:])
     dtypes = tuple(None if a is None else str(a.dtype) for a in arrays)
     return _weighted_sum(cut, shard, plan, dtypes)(*arrays)
 
@@ -48,9 +49,9 @@ def _weighted_sum(cut: Cut, shard: Shard, plan: Plan, dtypes: tuple[str | None, 
     """The sum. Saves its gradients, those wanted, without the factor."""
 
     def rules(wanted: tuple[bool, ...]) -> Any:
-        def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any, nll: Any, smooth: Any, square: Any) -> Any:
-            arrays = (x.astype(w.dtype), Linear(w, b), target, weight, nll, smooth, square)
-            sums = fast.fwd_bwd(*arrays, wanted[:5], cut, shard, plan)
+        def fwd(x: Any, w: Any, b: Any, up: Any, target: Any, weight: Any, nll: Any, smooth: Any, square: Any) -> Any:
+            arrays = (x.astype(w.dtype), Linear(w, b, up), target, weight, nll, smooth, square)
+            sums = fast.fwd_bwd(*arrays, wanted[:6], cut, shard, plan)
             by = {name: c for name, c in (("nll", nll), ("smooth", smooth), ("lse", square)) if c is not None}
             if "lse" in by:
                 sums["lse"] = jnp.square(sums["lse"])

@@ -187,10 +187,10 @@ def bwd(
     """
     here = ups[:2] if masses is None else upstream(z, t, inside, weight, m, rest, masses, *ups, layout=layout)
     dz = d_target = d_weight = None
-    if any(wanted[3:5]):
+    if any(wanted[4:6]):
         found = rows.cross_entropy_mass_bwd(z, t, weight, m, rest, ups[0], ups[2], **layout)
-        d_target, d_weight = (value if on else None for value, on in zip(found, wanted[3:5], strict=True))
-    if any(wanted[:3]):
+        d_target, d_weight = (value if on else None for value, on in zip(found, wanted[4:6], strict=True))
+    if any(wanted[:4]):
         dz = rows.cross_entropy_bwd_over(z, t, weight, m, rest, *here, *ups[2:], **layout)
     return dz, d_target, d_weight
 

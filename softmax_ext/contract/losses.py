@@ -112,7 +112,9 @@ def _low_rank(op: str, input: Array, linear_weight: Array, low_rank: Any) -> Non
     if low_rank is None:
         return
     if not isinstance(low_rank, tuple | list) or len(low_rank) != 2:
-        fail_type(op, "low_rank", "be a pair of arrays (A, B) or None", words(low_rank))
+        many = isinstance(low_rank, tuple | list)
+        got = f"{len(low_rank)} arrays" if many else words(low_rank)
+        fail_type(op, "low_rank", "be a pair of arrays (A, B) or None", got)
     down, up = (an_array(op, "low_rank", array) for array in low_rank)
     for array in (down, up):
         same_type(op, "low_rank", array, input)

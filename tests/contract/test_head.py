@@ -46,7 +46,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str, str]] = {
     "token_weight": (head(token_weight=Y[0]), ValueError, "token_weight", "(5,)"),
     "scale": (head(logit_scale=Y), ValueError, "logit_scale", "(3, 5)"),
     "scale of integers": (head(logit_scale=T.astype(np.int32)), TypeError, "logit_scale", "int32"),
-    "low rank of three": (head(low_rank=(X, X, X)), TypeError, "low_rank", "(an array, an array, an array)"),
+    "low rank of three": (head(low_rank=(X, X, X)), TypeError, "low_rank", "3 arrays"),
     "low rank of one": (head(low_rank=(X, None)), TypeError, "low_rank", "None"),
     "low rank an array": (head(low_rank=X), TypeError, "low_rank", "an array"),
     "low rank type": (head(low_rank=(X.astype(np.float16), W)), TypeError, "low_rank", "float16"),
@@ -97,7 +97,7 @@ def test_nothing_is_computed_before_the_contract_holds(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch.nn has no linear_cross_entropy")
 @pytest.mark.parametrize(
-    "name", [n for n in MISTAKES if not n.startswith(("shift", "memory", "chunk", "token", "stats"))]
+    "name", [n for n in MISTAKES if not n.startswith(("shift", "memory", "chunk", "token", "stats", "scale", "low"))]
 )
 def test_errors_are_caught_where_the_builtins_were(name: str) -> None:
     class Builtin:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 tf = pytest.importorskip("transformers")
 from tests.integrations.models import LABELS, TOKENS, B, L, V, make, same, train  # noqa: E402
+from torch_ops.integrations import _recipe  # noqa: E402
 from torch_ops.integrations._head import enter  # noqa: E402
 from torch_ops.integrations.transformers import fuse_loss, restore_loss  # noqa: E402
 
@@ -53,6 +54,17 @@ def test_adapters_on_the_head(options: Any) -> None:
         assert all(m.out_features == V for m in attended)
     restore_loss(fused)
     assert fused(input_ids=TOKENS, labels=LABELS).logits is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+def test_an_adapter_joins_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither W beside B in one array, nor a gradient for a frozen W."""
+    fused = fuse_loss(adapted(make()))
+    monkeypatch.setattr(_recipe, "_one_layer", lambda terms: pytest.fail("the head's weights are joined"))
+    same(train(fused), train(adapted(make())))
+    frozen = [p for n, p in fused.named_parameters() if "lm_head" in n and "lora" not in n]
+    assert frozen
+    assert not any(p.requires_grad or p.grad is not None for p in frozen)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")

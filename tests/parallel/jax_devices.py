@@ -36,8 +36,12 @@ ARRAYS: dict[str, np.ndarray] = {
     "y": R.uniform(0.1, 1.1, (N, V)),
     "cw": R.uniform(0.5, 1.5, V),
     "tw": R.uniform(0.5, 1.5, N),
+    "s": R.uniform(0.5, 1.5, N),
+    "down": R.standard_normal((2, X.shape[1])),
+    "up": R.standard_normal((V, 2)),
 }
 FULL: dict[str, Any] = {"label_smoothing": 0.2, "logit_scale": 0.7, "softcap": 9.0, "z_loss": 0.1}
+CAPPED: dict[str, Any] = {"softcap": 9.0, "z_loss": 0.1}
 STATS = ("lse", "logprob", "entropy", "argmax")
 
 
@@ -61,21 +65,23 @@ class Case:
 
     def specs(self, axis: Any, rows: Any = None) -> dict[str, P]:
         by = {"x": P(rows), "w": P(axis), "b": P(axis), "y": P(rows, axis), "cw": P(axis), "tw": P(rows)}
-        by["z"] = P(rows, axis)
+        by |= {"z": P(rows, axis), "s": P(rows), "down": P(), "up": P(axis)}
         return {name: by[name] for name in self.names}
 
     def call(self, a: dict[str, Any], t: Any, axis_name: Any = None) -> Any:
         given = {"weight": a.get("cw"), "token_weight": a.get("tw"), **self.options}
+        given |= {"logit_scale": a["s"]} if "s" in a else {}
         if axis_name is not None:
             given["axis_name"] = axis_name
         target = a["y"] if self.soft else t
         if self.op == "cross_entropy":
             return jax_ops.cross_entropy(a["z"], target, **given)
-        return jax_ops.linear_cross_entropy(a["x"], a["w"], target, linear_bias=a.get("b"), **given)
+        low = (a["down"], a["up"]) if "up" in a else None
+        return jax_ops.linear_cross_entropy(a["x"], a["w"], target, linear_bias=a.get("b"), low_rank=low, **given)
 
     def truth(self, a: dict[str, Any], t: Any) -> Any:
         """The same of all the logits at once, on one device."""
-        z = a["z"] if "z" in a else a["x"] @ a["w"].T + a.get("b", 0.0)
+        z = a["z"] if "z" in a else a["x"] @ (a["w"] + (a["up"] @ a["down"] if "up" in a else 0.0)).T + a.get("b", 0.0)
         options = {k: v for k, v in self.options.items() if k not in ("chunk_size", "memory")}
         return Case("cross_entropy", "", self.soft, **options).call(a | {"z": z}, t)
 
@@ -84,7 +90,10 @@ CASES = {
     "logits": Case("cross_entropy", "z"),
     "logits, all": Case("cross_entropy", "z cw tw", **FULL, stats=STATS),
     "logits, soft": Case("cross_entropy", "z y cw tw", True, **FULL, stats=("entropy",)),
+    "logits, scales": Case("cross_entropy", "z cw s", **CAPPED, stats=("lse",)),
     "fast": Case("linear_cross_entropy", "x w"),
+    "fast, low rank": Case("linear_cross_entropy", "x w b down up s", **CAPPED, chunk_size=4),
+    "lean, low rank": Case("linear_cross_entropy", "x w b down up s", **CAPPED, memory="lean", stats=("lse",)),
     "fast, all": Case("linear_cross_entropy", "x w b cw tw", **FULL, chunk_size=4),
     "fast, soft": Case("linear_cross_entropy", "x w b y cw tw", True, **FULL),
     "rows, all": Case("linear_cross_entropy", "x w b cw tw", **FULL, chunk_size=4, stats=STATS, reduction="none"),

@@ -48,7 +48,12 @@ def arrays(classes: int, dtype: torch.dtype = F64) -> dict[str, Tensor]:
     z[1, classes // 2] += 30.0  # confident
     found = {"z": z, "x": make(N, D), "lw": 2.0 * make(classes, D), "lb": make(classes)}
     found |= {"y": make(N, classes).abs(), "w": make(classes).abs() + 0.2, "tw": make(N).abs() + 0.1}
-    found |= {"s": make(N).abs() + 0.3, "one": make().abs() + 0.3, "down": make(2, D), "up": make(classes, 2)}
+    found |= {
+        "s": make(N).abs() + 0.3,
+        "one": make(1).squeeze(0).abs() + 0.3,
+        "down": make(2, D),
+        "up": make(classes, 2),
+    }
     return {name: v.to(dtype) for name, v in found.items()}
 
 

@@ -18,6 +18,7 @@ from torch_ops._rows.targets import canonical_parts
 from torch_ops._rules.plan import Plan
 
 OP = "linear_cross_entropy"
+ARRAYS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight", "logit_scale", "A", "B")
 
 
 def loss_of(

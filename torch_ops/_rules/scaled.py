@@ -32,11 +32,12 @@ _SMALL = 0.25
 
 
 def scaled_row(
-    logits: Tensor,
     scale: Tensor,
+    logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     dim: int,
+    _one: float,
     softcap: float | None,
     smooth: bool,
     entropy: bool,

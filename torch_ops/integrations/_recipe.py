@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softmax_ext import contract
+from torch_ops._arguments import describe, enter_graph, one_row
+from torch_ops._head.loss import ARRAYS, OP, loss_of
 from torch_ops._parallel.mesh import is_on_mesh
-from torch_ops.linear_cross_entropy import linear_cross_entropy, of_terms
+from torch_ops.linear_cross_entropy import linear_cross_entropy
 
 Term = tuple[Tensor, Tensor, Tensor | None]
 
@@ -43,7 +46,7 @@ class Recipe:
         # The arrays are in the types of the head's call already, whatever autocast says by now.
         with torch.autocast(x.device.type, enabled=False):
             if len(self.terms) > 1 and not is_on_mesh(*(a for term in self.terms for a in term)):
-                return of_terms(self.terms, target, weight, **how)
+                return _of_terms(self.terms, target, weight, **how)
             x, linear_weight, linear_bias = _one_layer(self.terms)
             return linear_cross_entropy(x, linear_weight, target, linear_bias=linear_bias, weight=weight, **how)
 
@@ -54,6 +57,27 @@ def loss_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     target = torch.zeros(1, dtype=torch.int64, device=device)
     return F.cross_entropy(torch.zeros((1, 2), dtype=dtype, device=device), target).dtype
+
+
+def _of_terms(terms: tuple[Term, ...], target: Tensor, weight: Any, **options: Any) -> Any:
+    """linear_cross_entropy of the sum of some layers: nothing of the first one's weight is copied."""
+    (x, lw, lb), *others = terms
+    target = one_row(x, lw, target, None)
+    static: Any = {"shift": 0, "memory": options.pop("memory"), "chunk_size": options.pop("chunk_size")}
+    chosen = contract.LossOptions(**options)
+    facts = [None if a is None else describe(a) for a in (x, lw, target, lb, weight, None)]
+    soft = contract.linear_loss(OP, *facts, options=chosen, **static)
+    enter_graph()
+    biases = [b.to(lw.dtype) for _, _, b in terms if b is not None]
+    beside = [torch.cat([a.to(lw.dtype) for a in side], -1) for side in list(zip(*others, strict=True))[:2]]
+    named: dict[str, Any] = dict.fromkeys(ARRAYS) | {
+        "input": x,
+        "linear_weight": lw,
+        "target": target,
+        "weight": weight,
+    }
+    named["linear_bias"] = sum(biases[1:], biases[0]) if biases else None
+    return loss_of(named, chosen, soft=soft, **static, beside=beside)
 
 
 def _one_layer(terms: tuple[Term, ...]) -> Term:
