@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_ext import contract
 from softmax_ext.contract import Array
 from torch_ops._modes import has_autocast
 
@@ -34,18 +33,16 @@ def parts_of(target: Any) -> tuple[Any, ...]:
     return tuple(target) if isinstance(target, tuple | list) else (target,)
 
 
+def halves(target: Any) -> tuple[Any, Any]:
+    """(ids, probabilities) of a sparse pair, (target, None) of any other."""
+    return tuple(target) if isinstance(target, tuple | list) else (target, None)
+
+
 def describe_target(target: Any) -> Any:
     """`describe`, of a pair each."""
     if isinstance(target, tuple | list) and len(target) == 2:
         return tuple(None if t is None else describe(t) for t in target)
     return None if target is None else describe(target)
-
-
-def no_pair(op: str, target: Any) -> None:
-    """Raise for a sparse target where classes or rows lie on more than one device."""
-    if isinstance(target, tuple | list):
-        rule = "be class indices or probabilities with group or DTensor arguments"
-        contract.fail_type(op, "target", rule, "a pair (ids, probabilities)")
 
 
 def autocast_dtype(builtin: Callable[..., Tensor], x: Tensor) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arguments import alike, describe, describe_target, enter_graph, no_pair, parts_of
+from torch_ops._arguments import alike, describe, describe_target, enter_graph, halves, parts_of
 from torch_ops._modes import may_overwrite
 from torch_ops._parallel.mesh import is_on_mesh
 from torch_ops._reduction import coefficients, finish
@@ -174,8 +174,8 @@ def cross_entropy(
     if group is not None or is_on_mesh(*arrays):
         from torch_ops._parallel import losses
 
-        no_pair("cross_entropy", target)
         named = {"input": input, "target": target, "weight": weight, "token_weight": token_weight, "logit_scale": scale}
+        named["target"], named["probabilities"] = halves(target)
         return losses.cross_entropy(named, options, group, axis=dim, soft=soft, inplace=inplace_backward)
 
     kind = torch.promote_types(input.dtype, torch.float32)

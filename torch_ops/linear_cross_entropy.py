@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arguments import alike, autocast, describe, describe_target, enter_graph, no_pair, one_row, parts_of
+from torch_ops._arguments import alike, autocast, describe, describe_target, enter_graph, halves, one_row, parts_of
 from torch_ops._head.loss import ARRAYS, OP, loss_of
 from torch_ops._parallel.mesh import is_on_mesh
 
@@ -199,28 +199,24 @@ def linear_cross_entropy(
         more["low_rank"] = tuple(None if a is None else describe(a) for a in low_rank)
     soft = contract.linear_loss(OP, *facts, options=options, **static, grad_samples=grad_samples, **more)
     given = (input, linear_weight, target, linear_bias, weight, token_weight, scale, *(low_rank or (None, None)))
-    far = group is not None or is_on_mesh(*given[:2], *parts_of(target), *given[3:])
-    sampled = None
     if grad_samples is not None:
-        _check_sampling(input, weight, options, generator, alone=not far)
-        sampled = (int(grad_samples), generator)
+        _check_sampling(input, weight, options, generator)
+        static["sampled"] = (int(grad_samples), generator)
     named: dict[str, Any] = dict(zip(ARRAYS, given, strict=True))
-    if far:
+    if group is not None or is_on_mesh(*given[:2], *parts_of(target), *given[3:]):
         from torch_ops._parallel import losses
 
-        no_pair(OP, target)
+        named["target"], named["probabilities"] = halves(target)
         return losses.linear_cross_entropy(named, options, group, soft=soft, **static)
-    return loss_of(named, options, soft=soft, **static, sampled=sampled)
+    return loss_of(named, options, soft=soft, **static)
 
 
-def _check_sampling(x: Tensor, weight: Any, options: contract.LossOptions, generator: Any, *, alone: bool) -> None:
+def _check_sampling(x: Tensor, weight: Any, options: contract.LossOptions, generator: Any) -> None:
     op = OP
     if generator is not None and not isinstance(generator, torch.Generator):
         contract.fail_type(op, "generator", "be a torch.Generator or None", f"{type(generator).__name__} object")
     if generator is not None and generator.device.type != x.device.type:
         contract.fail_value(op, "generator", f"be on the input's device ({x.device})", str(generator.device))
-    if not alone:
-        contract.fail_value(op, "grad_samples", "be None with group or DTensor arguments", "a number")
     if options.label_smoothing and options.softcap is not None:
         # under a cap the smoothing's part of the gradient is no outer product
         contract.fail_value(op, "grad_samples", "be None with label_smoothing and softcap together", "a number")

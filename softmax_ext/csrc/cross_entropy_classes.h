@@ -90,6 +90,13 @@ template <class T, Do what> struct ClassesOfRows {
       set_row<F>(a.nll, at + k * inner(), nll);
     }
   }
+  // The entropy that a gradient told m and rest of whole rows takes: of the classes here, which may be a shard's. From
+  // that of these classes alone, whose m and rest are own_m and own_rest.
+  double entropy_here(int64_t r, double entropy, double own_m, double own_rest) const {
+    const double d = own_m - row_value<F>(a.m, r), rest = row_value<F>(a.rest, r), L = log1p_positive(rest);
+    const double share = __builtin_exp(d) * (1 + own_rest) / (1 + rest);
+    return d == -inf ? L : L + share * (entropy - (d + log1p_positive(own_rest)));
+  }
   void write_gradient(int64_t r, const F* x, double sum, double entropy) {
     const int64_t at = base(r, a.K);
     const double m = row_value<F>(a.m, r), rest = row_value<F>(a.rest, r);
@@ -121,7 +128,7 @@ template <class T, Do what, class Dense>
 bool classes_of_rows(Fn fn, const CrossEntropy& a, int64_t begin, int64_t end, Dense dense) {
   using F = Compute<T>;
   const int64_t most = way_of(a.layout) == Way::planes ? a.layout.inner : way_of(a.layout) == Way::wide ? 1 : unit_lanes;
-  const int64_t per_row = 8 + 8 + 2 * (int64_t)sizeof(F), room = most * (per_row + a.K * (int64_t)sizeof(F));
+  const int64_t per_row = 8 + 8 + 4 * (int64_t)sizeof(F), room = most * (per_row + a.K * (int64_t)sizeof(F));
   Scratch scratch(room + 64 + 16 * a.K + Equal::bytes(a.K));
   if (!scratch.p) return false;
   double* sums = (double*)scratch.p;
@@ -130,7 +137,7 @@ bool classes_of_rows(Fn fn, const CrossEntropy& a, int64_t begin, int64_t end, D
   int64_t* first = (int64_t*)(mass + a.K);
   char* table = (char*)(first + a.K);
   F* lse = (F*)(table + Equal::bytes(a.K));
-  F *entropy = lse + most, *x = entropy + most;
+  F *entropy = lse + most, *own_m = entropy + most, *own_rest = own_m + most, *x = own_rest + most;
   ClassesOfRows<T, what> rows{a, {a.scale, a.softcap}, x, mass, first, Equal(a.K, table)};
   // where a row-shaped array of the unit's rows would begin if it had all rows
   auto of_all = [](void* p, int64_t r0, int64_t size) { return (void*)((uintptr_t)p - (uintptr_t)(r0 * size)); };
@@ -147,15 +154,17 @@ bool classes_of_rows(Fn fn, const CrossEntropy& a, int64_t begin, int64_t end, D
     }
     if (what != Do::fwd && a.d_entropy) {
       CrossEntropy h = one;
-      h.lse = h.smooth = h.m = h.rest = nullptr;
+      h.lse = h.smooth = nullptr;
       h.entropy = of_all(entropy, r0, sizeof(F));
+      h.m = of_all(own_m, r0, sizeof(F)), h.rest = of_all(own_rest, r0, sizeof(F));
       if (!dense(Fn::cross_entropy_fwd, h, u, u + 1)) return false;
     }
     if (!dense(fn, one, u, u + 1)) return false;
     for (int64_t i = 0; i < n; ++i) {
       if (what != Do::bwd) rows.write_nll(r0 + i, x + i * a.K);
       if (what == Do::fwd || targets[i] < 0 || row_value<F>(a.rest, r0 + i) != row_value<F>(a.rest, r0 + i)) continue;
-      rows.write_gradient(r0 + i, x + i * a.K, sums[i], a.d_entropy ? (double)entropy[i] : 0);
+      double H = a.d_entropy ? rows.entropy_here(r0 + i, entropy[i], own_m[i], own_rest[i]) : 0;
+      rows.write_gradient(r0 + i, x + i * a.K, sums[i], H);
     }
   }
   return true;

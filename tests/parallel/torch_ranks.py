@@ -12,7 +12,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from tests.parallel import groups, meshes  # noqa: F401  # whose checks CHECKS then lists
+from tests.parallel import groups, meshes, pairs  # noqa: F401  # whose checks CHECKS then lists
 from tests.parallel.shards import CHECKS
 
 

@@ -183,7 +183,8 @@ class _Merged:
         elif at_target.dim() == 1:
             nll = total - (at_target - self.m)
         else:
-            nll = total.unsqueeze(1) - (at_target - self.m.unsqueeze(1))
+            # m comes from a kernel: what rounds otherwise here must not make an nll below 0, which would say MASKED
+            nll = total.unsqueeze(1) - (at_target - self.m.unsqueeze(1)).clamp(max=0.0)
             nll = nll.masked_fill((nll == math.inf), rows.MASKED)
         out = [nll, self.m + total]
         if self.smooth:

@@ -10,7 +10,8 @@ source:  Bengio and Senecal 2003; stratified points: Gerber, Chopin and Whiteley
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,31 +32,49 @@ from torch_ops._rules.function import forward_rule, in_graph
 from torch_ops._rules.plan import Plan
 
 
+class Shard(Protocol):
+    """The classes of one rank, where a head's lie on several: m, rest, q and points are then of whole rows."""
+
+    chunk_size: int | None
+
+    def chunk(self, z: Tensor, target: Tensor, weight: Tensor | None, u: Tensor) -> list[Tensor]:
+        """_chunk of whole rows; ids of this rank's classes, IGNORED where a point is another's."""
+        ...
+
+    def here(self, ids: Tensor) -> Tensor:
+        """Ids of the whole vocabulary as this rank's, IGNORED where they are another's."""
+        ...
+
+    def over_ranks(self, own: Tensor) -> Tensor:
+        """The ranks' sum."""
+        ...
+
+
 def sampled_rows(samples: int, generator: torch.Generator | None, x: Tensor, *args: Any) -> Any:
     """per_row's results, their gradient sampled at K points a row, which are drawn here."""
     # All at once and not by the chunk: on some devices the numbers of two draws are not those of one.
     u = torch.rand(x.shape[0], samples, device=x.device, dtype=torch.float32, generator=generator)
     lw, lb, _, target, weight, *plan = args
-    return _sampled(x, lw, lb, target, weight, u, *plan)[:-2]
+    return sampled(x, lw, lb, target, weight, u, *plan)[:-2]
 
 
 @in_graph
-def _sampled(
+def sampled(
     x: Tensor, lw: Tensor, lb: Tensor | None, target: Tensor, weight: Tensor | None, u: Tensor, *plan: Any
 ) -> tuple[Tensor, ...]:
-    return Sampled.apply(x, lw, lb, target, weight, u, Plan(*plan))  # pyright: ignore[reportReturnType]
+    return Sampled.apply(x, lw, lb, target, weight, u, Plan(*plan), None)  # pyright: ignore[reportReturnType]
 
 
 class Sampled(Function):
     """(nll, lse, [smooth], [entropy], m, rest, [argmax], ids, q) of each row. Saves its inputs and row numbers."""
 
     @staticmethod
-    def forward(x: Any, lw: Any, lb: Any, target: Any, weight: Any, u: Any, plan: Plan) -> tuple[Tensor, ...]:
-        return _forward(x, Linear(lw, lb), target, weight, u, plan)
+    def forward(x: Any, lw: Any, lb: Any, target: Any, weight: Any, u: Any, *more: Any) -> tuple[Tensor, ...]:
+        return _forward(x, Linear(lw, lb), target, weight, u, *more)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, lw, lb, target, weight, _, ctx.plan = inputs
+        x, lw, lb, target, weight, _, ctx.plan, ctx.shard = inputs
         values, (ids, q) = output[: ctx.plan.values], output[-2:]
         h = values[-1].detach() if ctx.plan.entropy else None
         ctx.mark_non_differentiable(*output[ctx.plan.values :])
@@ -66,9 +85,9 @@ class Sampled(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ups, needs = ctx.plan.upstream(grads[: ctx.plan.values]), tuple(ctx.needs_input_grad[:3])
-        out: list[Any] = [None] * 7
+        out: list[Any] = [None] * 8
         if any(u is not None for u in ups) and any(needs):
-            found: Any = SampledBwd.apply(*ctx.saved_tensors, *ups, ctx.plan, needs)
+            found: Any = SampledBwd.apply(*ctx.saved_tensors, *ups, ctx.plan, needs, ctx.shard)
             for i, g in zip((i for i in range(3) if needs[i]), found, strict=True):
                 out[i] = g
         return tuple(out)
@@ -83,19 +102,16 @@ class Sampled(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        *arrays, plan = args
+        *arrays, plan, shard = args
         if all(in_dims[i] is None for i in (1, 2, 4)):  # one head: examples are rows
             x, target, u = (
                 a.expand(info.batch_size, *a.shape) if at is None else a.movedim(at, 0)
                 for a, at in ((arrays[i], in_dims[i]) for i in (0, 3, 5))
             )
             flat = (x.flatten(0, 1), *arrays[1:3], target.flatten(0, 1), arrays[4], u.flatten(0, 1))
-            out: Any = Sampled.apply(*flat, plan)
+            out: Any = Sampled.apply(*flat, plan, shard)
             return tuple(v.unflatten(0, x.shape[:2]) for v in out), (0,) * len(out)
-        each: list[Any] = [
-            Sampled.apply(*(a if at is None else a.select(at, i) for a, at in zip(arrays, in_dims, strict=False)), plan)
-            for i in range(info.batch_size)
-        ]
+        each: list[Any] = [Sampled.apply(*_select(arrays, in_dims, i), plan, shard) for i in range(info.batch_size)]
         return tuple(torch.stack(v) for v in zip(*each, strict=True)), (0,) * len(each[0])
 
 
@@ -120,31 +136,38 @@ class SampledBwd(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        *arrays, plan, needs = args
+        *arrays, plan, needs, shard = args
         each: list[Any] = [
-            SampledBwd.apply(
-                *(a if at is None else a.select(at, i) for a, at in zip(arrays, in_dims, strict=False)), plan, needs
-            )
-            for i in range(info.batch_size)
+            SampledBwd.apply(*_select(arrays, in_dims, i), plan, needs, shard) for i in range(info.batch_size)
         ]
         return tuple(torch.stack(v) for v in zip(*each, strict=True)), (0,) * len(each[0])
 
 
+def _select(arrays: Any, in_dims: Any, i: int) -> Iterator[Any]:
+    """The arrays of one example."""
+    return (a if at is None else a.select(at, i) for a, at in zip(arrays, in_dims, strict=False))
+
+
 def _forward(
-    x: Tensor, head: Linear, target: Tensor, weight: Tensor | None, u: Tensor, plan: Plan
+    x: Tensor, head: Linear, target: Tensor, weight: Tensor | None, u: Tensor, plan: Plan, shard: Shard | None
 ) -> tuple[Tensor, ...]:
-    buffer = Buffer(x, head, target, plan.chunk_size)
+    buffer = Buffer(x, head, target, plan.chunk_size if shard is None else shard.chunk_size)
     parts = []
     for i, j in buffer.spans:
         z = head.logits(x[i:j], buffer.rows(j - i))
-        t = target[i:j]
-        values = [*rows.cross_entropy_fwd(z, t, weight, **plan.wanted)]
-        m, rest = values[-2:]
-        found = points(z, m, rest, t.reshape(j - i, -1), u[i:j], scale=plan.scale, softcap=plan.softcap)
-        if plan.argmax:
-            values.append(first_maximum(z, plan.scale, plan.softcap)[1])
-        parts.append([*values, *found])
+        given = z, target[i:j], weight, u[i:j]
+        parts.append(_chunk(*given, plan) if shard is None else shard.chunk(*given))
     return tuple(join(parts))
+
+
+def _chunk(z: Tensor, target: Tensor, weight: Tensor | None, u: Tensor, plan: Plan) -> list[Tensor]:
+    """A chunk's [nll, lse, [smooth], [entropy], m, rest, [argmax], ids, q]."""
+    values = [*rows.cross_entropy_fwd(z, target, weight, **plan.wanted)]
+    m, rest = values[-2:]
+    found = points(z, m, rest, target.reshape(len(z), -1), u, scale=plan.scale, softcap=plan.softcap)
+    if plan.argmax:
+        values.append(first_maximum(z, plan.scale, plan.softcap)[1])
+    return [*values, *found]
 
 
 def _backward(
@@ -160,7 +183,7 @@ def _backward(
     q: Tensor,
     *more: Any,
 ) -> tuple[Tensor, ...]:
-    d_nll, d_lse, d_smooth, d_entropy, plan, needs = more
+    d_nll, d_lse, d_smooth, d_entropy, plan, needs, shard = more
     n, samples = ids.shape
     targets, nll = target.reshape(n, -1), nll.reshape(n, -1)
     kept = rows.of_rows(targets, 2, 1) != rows.IGNORED
@@ -169,12 +192,12 @@ def _backward(
     w = None
     if d_smooth is not None:
         w = lse.new_ones(lw.shape[0]) if weight is None else weight
-        a = a + d_smooth * w.sum()
+        a = a + d_smooth * (w.sum() if shard is None else shard.over_ranks(w.sum()))
         d_smooth = (d_smooth * plan.scale).masked_fill(~kept, 0.0)
     invalid = rows.of_rows(targets, 2, 1) == rows.INVALID
     at, on, surprise = _on_targets(targets, nll, d_nll, a, q)
     off = ((d_nll.sum(1) + a) * (q / samples)).unsqueeze(1)
-    ids = torch.cat([ids, at.to(torch.int32)], 1)
+    ids = torch.cat([ids, (at if shard is None else shard.here(at)).to(torch.int32)], 1)
     if d_entropy is not None or plan.softcap is not None:
         raw = _logits_at(x, lw, lb, ids)
         if d_entropy is not None and h is not None:
@@ -187,7 +210,7 @@ def _backward(
     else:
         c = torch.cat([off, on], 1) * plan.scale
     c = c.masked_fill(invalid.unsqueeze(1), torch.nan).masked_fill(~kept.unsqueeze(1), 0.0)
-    return _products(x, lw, lb, ids, c, w, d_smooth, kept, needs)
+    return _products(x, lw, lb, ids, c, w, d_smooth, kept, needs, shard)
 
 
 def _on_targets(targets: Tensor, nll: Tensor, d_nll: Tensor, a: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,6 +240,7 @@ def _products(
     d_smooth: Tensor | None,
     kept: Tensor,
     needs: Any,
+    shard: Shard | None,
 ) -> tuple[Tensor, ...]:
     """dX, dW and db, those needed, of dz_i = sum_k c_ik e_(id_ik) - d_smooth_i w."""
     out, classes = [], lw.shape[0]
@@ -233,7 +257,8 @@ def _products(
         by_class = c.new_ones(classes)
         to_w, to_b = poison.expand(x.shape[1]).contiguous(), poison.reshape(1)
     if needs[0]:
-        out.append(picked_input_bwd(c, lw, ids, by=by_row, of_all=to_x))
+        dx = picked_input_bwd(c, lw, ids, by=by_row, of_all=to_x, wide=shard is not None)
+        out.append(dx if shard is None else shard.over_ranks(dx).to(x.dtype))
     x = x.masked_fill(~kept.unsqueeze(1), 0.0) if not modes.can_look(kept) or not kept.all() else x
     if needs[1]:
         out.append(picked_weight_bwd(c, x, ids, classes, by=by_class, of_all=to_w))

@@ -71,6 +71,14 @@ def gathered(own: Tensor, group: Any) -> Tensor:
     return torch.stack(out)
 
 
+def of_first(own: Tensor, group: Any) -> Tensor:
+    """What the group's first rank holds, on every rank."""
+    out = own.contiguous()
+    if out.numel():
+        dist.broadcast(out, dist.get_global_rank(group, 0), group=group)
+    return out
+
+
 def _reduced(own: Tensor, group: Any, op: Any) -> Tensor:
     # A sum of half-precision numbers is rounded once, not once a rank.
     kind = torch.promote_types(own.dtype, torch.float32) if own.is_floating_point() else own.dtype

@@ -52,7 +52,9 @@ class HeadShard:
         if not self.shard.count:
             return without_classes(_nothing(x, lw, lb, up), plan)[0]
         if not target.is_floating_point():
-            return per_row(x, lw, lb, up, self._target(target).masked_fill(dead, rows.IGNORED), weight, *plan)
+            unused = dead.reshape(-1, *[1] * (target.dim() - 1))
+            target = self._target(target).masked_fill(unused, rows.IGNORED)
+            return per_row(x, lw, lb, up, target, weight, *plan)
         if x.device.type != "cpu" or not dead.any():
             return per_row(x, lw, lb, up, target, weight, *plan)
         live = (~dead).nonzero().squeeze(1)
@@ -109,7 +111,7 @@ class HeadShard:
         values, m, rest, elsewhere = merged(self, local, dead, (t, weight))
         if self.shard.count:
             ups = {"nll": a, "lse": None if c is None else 2.0 * c * values["lse"], "smooth": s}
-            own = own_upstream(ups, t, elsewhere, self.shard)
+            own = own_upstream(ups, t, elsewhere, self.shard, m, 1)
             given = (z, self._target(t), weight, m, rest, own["nll"], own["lse"], own["smooth"], None)
             rows.cross_entropy_bwd(*given, **row, out=z)
         return [values["nll"], values["lse"], *([values["smooth"]] if s is not None else [])]

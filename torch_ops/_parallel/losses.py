@@ -26,6 +26,7 @@ from torch_ops._parallel.head import HeadShard
 from torch_ops._parallel.logits import LogitsShard
 from torch_ops._parallel.mesh import Place, head_place, is_on_mesh, logits_place
 from torch_ops._parallel.rules import sharded_rows
+from torch_ops._parallel.sampled import sampled_shards
 from torch_ops._parallel.shard import Shard, shard_of
 from torch_ops._reduction import Coefficients, coefficients, finish, reduce
 from torch_ops._rows import dispatch as rows
@@ -42,17 +43,20 @@ def cross_entropy(
 ) -> Any:
     """The loss of logits with class dimension `axis`."""
     op, shape = "cross_entropy", arrays["input"].shape
-    place, (x, target, weight, token_weight, scale) = _place(op, arrays, group), arrays.values()
+    place, found = _place(op, arrays, group), [*arrays.values()]
+    x = arrays["input"]
     inplace = inplace and place is not None and modes.may_overwrite(x)
     if place is None:
-        place, (x, target, weight, token_weight, scale) = logits_place(op, arrays, axis=axis, soft=soft)
+        place, found = logits_place(op, arrays, axis=axis, soft=soft)
+    x, target, weight, token_weight, scale, probabilities = found
+    along = axis if probabilities is not None else None
     shape = (*shape[:axis], *shape[axis + 1 :])
     here = _shard(
         op, place, x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :]), target, arrays["input"].shape[axis]
     )
     classes = x.shape[axis] if here is None else here.classes
     if not soft:
-        target = _canonical(op, target, classes, options.ignored, place)
+        target = _canonical(op, target, classes, options.ignored, place, along)
     kind = torch.promote_types(x.dtype, torch.float32)
     if scale is not None:  # each rank multiplies its own classes
         x = times(x, scale if here is None else shared(scale, place.group), axis, ignored(x, target, axis))
@@ -63,10 +67,10 @@ def cross_entropy(
     else:
         values = row(x, target, w, axis, *plan[:4], False)
         per_row = dict(zip(plan.names, values, strict=False))
-    by = _coefficients(per_row["nll"], target, weight, token_weight, options, classes, here)
+    by = _coefficients(per_row["lse"], target, weight, token_weight, options, classes, here, probabilities, axis)
     capped = lambda: rows.capped(x.detach(), plan.scale, plan.softcap)  # noqa: E731
-    loss, found = finish(per_row, capped, target, by, options, axis, partial(_reduce, place))
-    return _results(loss, found, options, place, here, shape)
+    loss, stats = finish(per_row, capped, target, by, options, axis, partial(_reduce, place))
+    return _results(loss, stats, options, place, here, shape, along)
 
 
 def linear_cross_entropy(
@@ -78,35 +82,41 @@ def linear_cross_entropy(
     shift: int,
     memory: str,
     chunk_size: int | None,
+    sampled: tuple[int, Any] | None = None,
 ) -> Any:
     """The loss of a linear layer's logits."""
     op, lead, inner = "linear_cross_entropy", arrays["input"].shape[:-1], arrays["linear_weight"].shape[1:-1]
     place, found = _place(op, arrays, group), [*arrays.values()]
     if place is None:
         place, found = head_place(op, arrays, axis=1 if inner else len(lead), soft=soft, shift=shift)
-    x, lw, target, lb, weight, token_weight, scale, *low_rank = found
+    x, lw, target, lb, weight, token_weight, scale, *low_rank, probabilities = found
     shape = (*lead[:-1], max(lead[-1] - shift, 0)) if shift else (*lead, *inner)
     here = _shard(op, place, lw.shape[0], math.prod(x.shape[:-1]), target, arrays["linear_weight"].shape[0])
     classes = lw.shape[0] if here is None else here.classes
     if not soft:
-        target = _canonical(op, target, classes, options.ignored, place)
+        along = None if probabilities is None else 1 if inner else -1
+        target = _canonical(op, target, classes, options.ignored, place, along)
     kind = torch.promote_types(x.dtype, torch.float32)
     plan = Plan.of(options, kind, memory == "lean", chunk_size)
-    laid: Any = {"scale": scale, "low_rank": None if low_rank[0] is None else low_rank}
+    laid: Any = {"scale": scale, "low_rank": None if low_rank[0] is None else low_rank, "probabilities": probabilities}
     of = lay_out(x, lw, lb, target, token_weight, soft=soft, shift=shift, **laid)
     w = plan.class_weight(weight, kind, soft=soft)
     ones = torch.ones((), dtype=kind, device=x.device).expand(of.n, math.prod(inner))
-    by = _coefficients(ones, of.target, weight, of.token_weight, options, classes, here)
+    by = _coefficients(ones, of.target, weight, of.token_weight, options, classes, here, of.probabilities)
     source = None if here is None else HeadShard(plan, here)
     in_step = here is None or here.widest is not None or chunk_size is not None  # the ranks' chunks are the same rows
-    if options.reduction != "none" and not options.stats and memory == "fast" and in_step:
+    if sampled is None and options.reduction != "none" and not options.stats and memory == "fast" and in_step:
         loss = _reduce(place, total(of, w, by, plan, weighted_sum if source is None else source.sum), by, options)
         return _results(loss, {}, options, place, here, shape)
-    numbers = each_row(of, w, plan, per_row if source is None else source.rows)
+    each = per_row if source is None else source.rows
+    if sampled is not None:
+        each = sampled_shards(*sampled, place, here)
+    numbers = each_row(of, w, plan, each)
     loss, stats = finish(numbers, lambda: numbers["argmax"], of.target, by, options, 1, partial(_reduce, place))
     loss = loss.reshape(of.shape) if options.reduction == "none" else loss
-    stats = {name: value.reshape(of.shape) for name, value in stats.items()}
-    return _results(loss, stats, options, place, here, shape)
+    stats = {name: of.as_given(value) for name, value in stats.items()}
+    along = None if probabilities is None else len(shape) - len(inner)
+    return _results(loss, stats, options, place, here, shape, along)
 
 
 def _place(op: str, arrays: dict[str, Any], group: Any) -> Place | None:
@@ -132,9 +142,9 @@ def _shard(op: str, place: Place, count: int, number: int, target: Tensor, class
     return _together(place, target, find, partial(contract.rows_differ_elsewhere, op))
 
 
-def _canonical(op: str, target: Tensor, classes: int, ignored: int, place: Place) -> Tensor:
+def _canonical(op: str, target: Tensor, classes: int, ignored: int, place: Place, along: int | None = None) -> Tensor:
     elsewhere = partial(contract.target_out_of_range_elsewhere, op, classes, ignored)
-    return _together(place, target, partial(canonical, op, target, classes, ignored), elsewhere)
+    return _together(place, target, partial(canonical, op, target, classes, ignored, along=along), elsewhere)
 
 
 def _together(place: Place, target: Tensor, step: Callable[[], _T], elsewhere: Callable[[], Exception]) -> _T:
@@ -162,11 +172,13 @@ def _coefficients(
     options: LossOptions,
     classes: Any,
     here: Shard | None,
+    probabilities: Tensor | None = None,
+    dim: int = 1,
 ) -> Coefficients:
     """What each row's numbers are multiplied by; the weight of a target's class comes from the rank that has it."""
     if here is None:
-        return coefficients(ones, target, weight, token_weight, options, classes)
-    by = coefficients(ones, target, None, token_weight, options, 1)
+        return coefficients(ones, target, weight, token_weight, options, classes, probabilities, dim)
+    by = coefficients(ones, target, None, token_weight, options, 1, probabilities, dim)
     if by.smooth is not None:  # a tensor V is no Python number: of the rows' shape and type
         v = max(classes, 1) if isinstance(classes, int) else classes.clamp(min=1).to(ones.dtype).expand_as(ones)
         by = by._replace(smooth=by.smooth / v)
@@ -176,6 +188,8 @@ def _coefficients(
     w = weight.to(ones.dtype)
     own = w[at.clamp(min=0).unsqueeze(0)].squeeze(0) if here.count else w.sum().expand(at.shape)
     of_row = summed(own.where(inside, 0.0), here.group)
+    if probabilities is not None:
+        return by._replace(nll=None if by.nll is None else by.nll * of_row)
     return by._replace(nll=None if by.nll is None else by.nll * of_row, share=by.share * of_row, count=None)
 
 
@@ -191,9 +205,20 @@ def _reduce(place: Place, loss: Tensor, by: Coefficients, options: LossOptions) 
 
 
 def _results(
-    loss: Tensor, stats: dict[str, Tensor], options: LossOptions, place: Place, here: Shard | None, shape: Any
+    loss: Tensor,
+    stats: dict[str, Tensor],
+    options: LossOptions,
+    place: Place,
+    here: Shard | None,
+    shape: Any,
+    along: int | None = None,
 ) -> Any:
+    """The loss, or (loss, statistics); `along`: where "logprob" has K numbers a row."""
     if here is not None and here.agreed is not None:
         loss = loss.where(here.agreed, math.nan)
     loss = place.result(loss, shape if options.reduction == "none" else ())
-    return (loss, {name: place.result(v, shape) for name, v in stats.items()}) if options.stats else loss
+    each: dict[str, Any] = {}
+    if along is not None and "logprob" in stats:
+        each["logprob"] = (*shape[:along], stats["logprob"].shape[along], *shape[along:]), along
+    found = {name: place.result(v, *each.get(name, (shape,))) for name, v in stats.items()}
+    return (loss, found) if options.stats else loss

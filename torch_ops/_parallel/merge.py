@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_ops._parallel.collectives import maximum, summed
 from torch_ops._parallel.shard import Shard
 from torch_ops._rows.arithmetic import shifted
-from torch_ops._rows.dispatch import IGNORED, INVALID
+from torch_ops._rows.dispatch import IGNORED, INVALID, MASKED, of_rows
 
 
 class ShardRows(NamedTuple):
@@ -33,6 +33,16 @@ class ShardRows(NamedTuple):
     target: Tensor  # class indices of the whole vocabulary, or the shard's probabilities
     mass: Tensor | None  # sum_j w_j y_j of probabilities
     of_row: Tensor | None  # sum_j w_j, where smoothing asks for it
+    dim: int  # along which a row has K class indices, if it has
+
+    @property
+    def many(self) -> bool:
+        """Whether a row has K class indices; nll has their shape then."""
+        return not self.target.is_floating_point() and self.target.dim() > self.m.dim()
+
+    def each(self, of_row: Tensor) -> Tensor:
+        """A row's number beside nll."""
+        return of_row.unsqueeze(self.dim) if self.many else of_row
 
 
 class Merged(NamedTuple):
@@ -49,7 +59,7 @@ def merge(here: ShardRows, shard: Shard) -> Merged:
     soft, names = here.target.is_floating_point(), list(here.values)
     dead, m, rest, lse = here.dead, here.m, here.rest, here.values["lse"]
     if not soft:  # an ignored row reaches no result, not even through 0 * NaN
-        ignored = here.target == IGNORED
+        ignored = of_rows(here.target, m.dim() + 1, here.dim) == IGNORED
         m, rest, dead = m.masked_fill(ignored, 0.0), rest.masked_fill(ignored, 0.0), dead & ~ignored
     top = maximum(m.masked_fill(dead | m.isnan(), -math.inf), shard.group)
     # Values come from m and rest, which are more exact than lse; lse - lse is 0 and has lse's derivatives.
@@ -67,7 +77,14 @@ def merge(here: ShardRows, shard: Shard) -> Merged:
         own |= {"nll": nll, "mass": mass}
     else:
         inside, _ = shard.local(here.target)
-        own["nll"] = (here.values["nll"] - log_e).where(inside & ~dead, lost.where(inside & dead, none))
+        own_nll, gone = here.values["nll"], inside & here.each(dead)
+        if own_nll.dim() < inside.dim():  # of a shard without classes
+            own_nll = here.each(own_nll).expand(inside.shape)
+        nll = own_nll - here.each(log_e)
+        if here.many:
+            gone = gone | (inside & (own_nll < 0))  # MASKED, and by no rounding is anything else
+            nll = nll + nll.detach().neg().clamp(min=0.0)
+        own["nll"] = nll.where(inside & ~gone, torch.zeros_like(nll).masked_fill(gone, math.inf))
     if "smooth" in names:
         of_row = here.of_row.expand_as(e)  # pyright: ignore[reportOptionalMemberAccess]
         smooth = (here.values["smooth"] - of_row * log_e).where(~dead, lost.where(of_row != 0, none))
@@ -75,11 +92,12 @@ def merge(here: ShardRows, shard: Shard) -> Merged:
     if "entropy" in names:
         own["entropy"] = (e * (here.values["entropy"] - log_e)).masked_fill(dead, 0.0)
 
-    total = dict(zip(own, summed(torch.stack([*own.values()]), shard.group).unbind(), strict=True))
+    total = _summed(own, here, shard.group)
     # Added, not chosen: in a row without a distribution the derivatives are NaN too.
     rest = total["rest"] + (total["held"] - 1.0) + none.masked_fill(~top.isfinite(), math.nan)
     log_total, elsewhere = torch.log1p(rest), {}
-    found = {"nll": total["nll"] + (total["mass"] if soft else 1.0) * log_total, "lse": top + log_total}
+    nll = total["nll"] + (total["mass"] * log_total if soft else here.each(log_total))
+    found = {"nll": nll, "lse": top + log_total}
     if soft:
         elsewhere["nll"] = total["mass"] - own["mass"]
     if "smooth" in names:
@@ -89,13 +107,26 @@ def merge(here: ShardRows, shard: Shard) -> Merged:
         found["entropy"] = total["entropy"] / (1.0 + rest) + log_total
         elsewhere["entropy"] = (total["entropy"] - own["entropy"]) / (1.0 + rest)
     if not soft:
-        found = {name: v.masked_fill(here.target == IGNORED, 0.0) for name, v in found.items()}
+        if here.many:
+            found["nll"] = nll.masked_fill(nll == math.inf, MASKED)
+        found = {n: v.masked_fill(here.target == IGNORED if n == "nll" else ignored, 0.0) for n, v in found.items()}
         found["nll"] = found["nll"].masked_fill(here.target == INVALID, math.nan)
     return Merged(found, top, rest, elsewhere)
 
 
+def _summed(own: dict[str, Tensor], here: ShardRows, group: Any) -> dict[str, Tensor]:
+    """All shards' sums of a row's numbers, in one message."""
+    if not here.many:
+        return dict(zip(own, summed(torch.stack([*own.values()]), group).unbind(), strict=True))
+    nll = own["nll"].movedim(here.dim, 0)
+    others = {name: v for name, v in own.items() if name != "nll"}
+    whole = summed(torch.cat([nll, torch.stack([*others.values()])]), group)
+    found = dict(zip(others, whole[len(nll) :].unbind(), strict=True))
+    return {**found, "nll": whole[: len(nll)].movedim(0, here.dim)}
+
+
 def own_upstream(
-    upstream: dict[str, Tensor | None], target: Tensor, elsewhere: dict[str, Tensor], shard: Shard
+    upstream: dict[str, Tensor | None], target: Tensor, elsewhere: dict[str, Tensor], shard: Shard, m: Tensor, dim: int
 ) -> dict[str, Any]:
     """The upstream gradients for a row function that sees one shard, and m and rest of whole rows."""
     # It forms A p_j - a_j with A, the mass, summed over the shard, and an entropy summed over the shard. What the
@@ -108,7 +139,8 @@ def own_upstream(
     elif d_nll is not None:
         inside, _ = shard.local(target)
         own["nll"] = d_nll.where(inside, 0.0)
-        moved.append(d_nll.where(~inside, 0.0))
+        away = d_nll.where(~inside & (target != IGNORED), 0.0)
+        moved.append(away.sum(dim) if target.dim() > m.dim() else away)
     if own.get("smooth") is not None:
         moved.append(own["smooth"] * elsewhere["smooth"])
     if own.get("entropy") is not None:

@@ -25,13 +25,18 @@ class Place(NamedTuple):
     mesh: Any = None
     rows: tuple[Any, ...] = ()  # placements of row-shaped results
 
-    def result(self, value: Tensor, shape: Sequence[int]) -> Tensor:
-        """A row-shaped result, or a scalar (shape ()), as the arguments are: DTensor or plain."""
+    def result(self, value: Tensor, shape: Sequence[int], along: int | None = None) -> Tensor:
+        """A row-shaped result, or a scalar (shape ()), as the arguments are: DTensor or plain.
+
+        `along`: the dimension that holds K numbers a row.
+        """
         if self.mesh is None:
             return value
-        from torch.distributed.tensor import DTensor, Replicate
+        from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        where = self.rows if shape else [Replicate()] * self.mesh.ndim
+        where: Any = self.rows if shape else [Replicate()] * self.mesh.ndim
+        if along is not None:
+            where = [Shard(p.dim + (p.dim >= along)) if type(p) is Shard else p for p in where]
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return DTensor.from_local(value, self.mesh, where, run_check=False, shape=tuple(shape), stride=stride)  # pyright: ignore
 
@@ -53,13 +58,19 @@ def logits_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool) -> t
     classes = [i for i, p in enumerate(found) if type(p) is Shard and p.dim % arrays["input"].dim() == axis]
     if len(classes) > 1:
         contract.fail_value(op, "input", rule, f"placements {found}")
-    rows = [p if i not in classes else Replicate() for i, p in enumerate(found)]
-    rows = [Shard(p.dim - (p.dim > axis)) if type(p) is Shard else p for p in rows]
+    many = [p if i not in classes else Replicate() for i, p in enumerate(found)]
+    rows = [Shard(p.dim - (p.dim > axis)) if type(p) is Shard else p for p in many]
     by_class = [Shard(0) if i in classes else Replicate() for i in range(mesh.ndim)]
     place = _place(mesh, classes, rows)
-    wanted = {"input": found, "target": found if soft else rows, "weight": by_class, "token_weight": rows}
-    s = arrays["logit_scale"]
-    wanted["logit_scale"] = rows if s is not None and s.dim() else [Replicate()] * mesh.ndim
+    pair, s = arrays["probabilities"] is not None, arrays["logit_scale"]
+    wanted = {
+        "input": found,
+        "target": found if soft else many if pair else rows,
+        "weight": by_class,
+        "token_weight": rows,
+        "logit_scale": rows if s is not None and s.dim() else [Replicate()] * mesh.ndim,
+        "probabilities": many,
+    }
     return place, [_local(n, arrays[n], p, place) for n, p in wanted.items()]
 
 
@@ -94,6 +105,7 @@ def head_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool, shift:
         "logit_scale": rows if arrays["logit_scale"] is not None and arrays["logit_scale"].dim() else nowhere,
         "A": nowhere,
         "B": by_class,
+        "probabilities": rows,
     }
     return place, [_local(n, arrays[n], p, place) for n, p in wanted.items()]
 

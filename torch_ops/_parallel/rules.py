@@ -26,6 +26,11 @@ class Source(Protocol):
     plan: Plan
     shard: Shard
 
+    @property
+    def dim(self) -> int:
+        """The class dimension."""
+        ...
+
     def forward(self, *arrays: Any) -> tuple[list[Tensor], Tensor]:
         """([nll, lse, [smooth], [entropy], m, rest, [argmax]], which rows are all -inf), of the shard alone."""
         ...
@@ -92,7 +97,7 @@ class ShardedBwd(Function):
         arrays, (_, m, rest, h, *others) = tensors[:count], tensors[count : -len(names)]
         elsewhere = {n: v for n, v in zip(names, others, strict=True) if v is not None}
         upstream = dict(zip(names, tensors[-len(names) :], strict=True))
-        own = own_upstream(upstream, arrays[-2], elsewhere, source.shard)
+        own = own_upstream(upstream, arrays[-2], elsewhere, source.shard, m, source.dim)
         if h is not None:
             h = h - elsewhere["entropy"]
         return tuple(source.backward(arrays, own, (m, rest, h), needs, alone))
@@ -134,12 +139,11 @@ class ShardedBwd(Function):
 def merged(source: Source, local: Sequence[Tensor], dead: Tensor, arrays: Sequence[Any]) -> Merged:
     target, weight, plan = arrays[-2], arrays[-1], source.plan
     m, rest = local[plan.values : plan.values + 2]
-    dim = getattr(source, "dim", 1)
-    mass = _mass(target, weight, dim, m.dtype) if target.is_floating_point() else None
+    mass = _mass(target, weight, source.dim, m.dtype) if target.is_floating_point() else None
     of_row = None
     if plan.smooth:
         of_row = m.new_full((), source.shard.count) if weight is None else weight.sum()
-    here = ShardRows(dict(zip(plan.names, local, strict=False)), m, rest, dead, target, mass, of_row)
+    here = ShardRows(dict(zip(plan.names, local, strict=False)), m, rest, dead, target, mass, of_row, source.dim)
     return merge(here, source.shard)
 
 

@@ -48,7 +48,9 @@ class Rows:
 
     def nll(self, m: Tensor, rest: Tensor) -> Tensor:
         """-log p at each id."""
-        d, log_total = self.z - m.unsqueeze(self.dim), torch.log1p(rest).unsqueeze(self.dim)
+        # m is a kernel's: what rounds otherwise here must not make an nll below 0, which would say MASKED
+        d = (self.z - m.unsqueeze(self.dim)).clamp(max=0.0)
+        log_total = torch.log1p(rest).unsqueeze(self.dim)
         nll = (log_total - d).masked_fill((d == -math.inf) & log_total.isfinite(), MASKED)
         return nll.masked_fill(self.target < IGNORED, math.nan).masked_fill(self.target == IGNORED, 0.0)
 
@@ -77,7 +79,7 @@ class Rows:
         each = self._each(d_nll)
         h = None
         if d_entropy is not None:
-            h = self.ops.cross_entropy_fwd(self.logits, self.marks, None, *self.layout, False, True)[2]
+            h = self.ops.cross_entropy_fwd(self.logits, self.marks, None, *self.layout, False, True)[2:]
         args = (None, self.lse_upstream(each, d_lse), d_smooth, d_entropy, *self.layout)
         if out is None:
             dx = self.ops.cross_entropy_bwd(self.logits, self.marks, weight, m, rest, *args)
@@ -102,7 +104,7 @@ class Rows:
         args = (None, self.lse_upstream(each, d_lse), d_smooth, d_entropy, *self.layout, smooth, told)
         _, *values = self.ops.cross_entropy_fwd_bwd_(self.logits, self.marks, weight, *args)
         m, rest = values[-2:]
-        h = values[1 + smooth] if told else None
+        h = [values[1 + smooth], m, rest] if told else None
         self._write(self.logits, weight, m, rest, each, d_lse, d_smooth, d_entropy, h)
         if told and not entropy:
             del values[1 + smooth]
@@ -124,16 +126,17 @@ class Rows:
         d_lse: Tensor | None,
         d_smooth: Tensor | None,
         d_entropy: Tensor | None,
-        h: Tensor | None,
+        h: list[Tensor] | None,
     ) -> None:
-        """dL/dlogits at the ids of rows that have a gradient."""
+        """dL/dlogits at the ids of rows that have a gradient; h: entropy, m and rest of the classes here."""
         sums = by_class(self._by_row(self.target), self._by_row(each))[:2]
         shape = self.target.movedim(self.dim, -1).shape
         own, others = (s.reshape(shape).movedim(-1, self.dim).double() for s in sums)
         wide = lambda a: a.unsqueeze(self.dim).double()  # noqa: E731
         d, total = self.z.double() - wide(m), 1.0 + wide(rest)
         e = torch.exp(d)
-        p, q = e / total, torch.where(d == 0, wide(rest), total - e) / total
+        # A class that holds more than half is the maximum, whatever its last bit is here.
+        p, q = e / total, torch.where(2.0 * e > total, wide(rest), total - e) / total
         if d_lse is not None:
             others = others + wide(d_lse)
         if d_smooth is not None:
@@ -144,7 +147,15 @@ class Rows:
             dz = dz - wide(d_smooth) * (1.0 if w is None else w[self.target.clamp(min=0)])
         if d_entropy is not None and h is not None:
             log_p = (d - torch.log1p(wide(rest))).masked_fill(~(e > 0), 0.0)
-            dz = dz - wide(d_entropy) * p * (log_p + wide(h))
+            dz = dz - wide(d_entropy) * p * (log_p + _entropy_here(wide(m), wide(rest), *map(wide, h)))
         dz = (dz * slope(self.raw, *self.layout[1:])).to(dx.dtype)
         named = self.target.masked_fill((self.marks < 0).unsqueeze(self.dim), IGNORED)
         self.ops.place_(dx, named, dz, self.dim)
+
+
+def _entropy_here(m: Tensor, rest: Tensor, entropy: Tensor, own_m: Tensor, own_rest: Tensor) -> Tensor:
+    """The entropy that a gradient told m and rest of whole rows takes: of the classes here, which may be a shard's."""
+    d, log_total = own_m - m, torch.log1p(rest)
+    share = torch.exp(d) * (1.0 + own_rest) / (1.0 + rest)
+    found = log_total + share * (entropy - (d + torch.log1p(own_rest)))
+    return torch.where(d == -math.inf, log_total, found)
