@@ -5,6 +5,10 @@
 
 namespace softmax_ext::SX_ISA {
 
+template <class X> SX_INLINE X tree_of(const X (&x)[8]) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
 template <class F> struct Sum {
   using V = Vec<F>;
   V hi = {}, lo = {};
@@ -16,7 +20,7 @@ template <class F> struct Sum {
   }
   // eight at a time share one carried step: the three roundings of the tree average out over a row, and a row of equal
   // terms has none
-  SX_INLINE void add(const V (&x)[8]) { add(((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))); }
+  SX_INLINE void add(const V (&x)[8]) { add(tree_of(x)); }
   // once hi has overflowed lo is inf - inf and means nothing: hi alone carries the infinity
   SX_INLINE V rest() const { return lo - lo == 0 ? lo : V{}; }
   SX_INLINE double total() const { return tree<W<double>>(doubled(hi) + doubled(rest())); }

@@ -4,6 +4,7 @@
 #include "cross_entropy_wide.h"
 #include "dispatch.h"
 #include "divergence.h"
+#include "log_softmax.h"
 #include "picked.h"
 #include "planes.h"
 #include "points.h"
@@ -103,9 +104,10 @@ template <class T> bool softmax_bwd(const SoftmaxBwd& a, int64_t begin, int64_t 
   Scratch s(needs_scratch(y, W<F>) ? 2 * room * SX_BYTES : 0);
   if (!s.p) return false;
   F *f = (F*)s.p, *g = f + room * W<F>;
+  bool expects = false;
   walk<T>(
       y, begin, end,
-      [&](int64_t r) { softmax_bwd_row(dy + r * y.V, p + r * y.V, out + r * y.V, y.V); },
+      [&](int64_t r) { softmax_bwd_row(dy + r * y.V, p + r * y.V, out + r * y.V, y.V, expects); },
       [&](int64_t at, int64_t) {
         softmax_bwd_lanes<F, halves>(In<T>{dy + at, y.inner}, In<T>{p + at, y.inner}, Strip<T>{out + at, y.inner}, y.V);
       },

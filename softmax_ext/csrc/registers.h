@@ -110,7 +110,8 @@ SX_INLINE VD max(VD a, VD b) {
 #endif
 }
 
-template <class V> SX_INLINE V abs(V x) { return x < 0 ? -x : x; }
+SX_INLINE VF abs(VF x) { return (VF)((VI)x & 0x7fffffff); }
+SX_INLINE VD abs(VD x) { return (VD)((VL)x & 0x7fffffffffffffff); }
 
 // Over the lanes, in a tree of doubles: a chain of additions would cost a short row more than its exponentials, and
 // arrays that the compiler keeps in memory cost as much again.

@@ -1,4 +1,4 @@
-// softmax and log_softmax: forward and backward, wide rows and lanes.
+// softmax: forward and backward, wide rows and lanes.
 #pragma once
 #include "lanes.h"
 #include "rows.h"
@@ -53,68 +53,123 @@ template <class F, bool Keeps, class X, class Y> void softmax_fwd_lanes(X x, Y y
 // c chooses what is rounded. A confident row (y_m > 1/2) takes dy_m: its own term of s' is then 0, and dx_m = -y_m s'
 // is a sum over the others, where dy_m - s would leave 0. Any other row takes s, rounded, so that an offset that all dy
 // have in common is gone before a sum rounds: dy_m itself where s is that but for rounding (dy all alike have gradient
-// 0); or 0 where s is small beside its terms, which saves a visit.
+// 0); or, which saves a visit, the mean of its first few dy where s' is then small beside what it sums.
 // (dy_m in every row would not do: for dy one-hot at m, g_j - s' is -1 + (1 - y_m), off by 1 / y_m units.)
 template <class F> constexpr F alike = sizeof(F) == 4 ? (F)0x1p-16 : (F)0x1p-45;
 template <class F> SX_INLINE F finite_or_0(F c) { return c - c == 0 ? c : 0; }
 
-// What a visit of y and dy - c leaves: the sum of y (dy - c), that of its magnitudes, that of y, and the largest y.
+// What a visit of y and dy - c leaves: the sum of their products and that of y, by groups of eight vectors whose lanes
+// are bunches of up to eight classes. First: of bunches also the largest sum of y and where it is, the sum of
+// |sum of y (dy - c)| and the largest of these.
 template <class T, bool First> struct Weighed {
   using F = Compute<T>;
+  using X = Vec<F>;
   static constexpr bool halves = !std::is_same_v<T, F>;
+  static constexpr int64_t group = 8 * W<F>;
   Sum<F> sum;
-  Vec<F> size = {}, whole = {}, top = {};
+  X whole = {}, size = {}, most = {}, top = {};
+  Ints<F> at = {};
 
+  SX_INLINE void add(X y, X p, int64_t i) {
+    sum.add(p);
+    if (halves) whole += y;
+    if (!First) return;
+    at = y > top ? Ints<F>{} + (typename Of<F>::Int)(i / group) : at;
+    top = max(y, top);
+    most = max(abs(p), most);
+    size += abs(p);
+  }
   SX_INLINE Weighed(const T* dy, const T* y, int64_t V, F pivot) {
-    const Vec<F> c = all<F>(pivot);
+    const X c = all<F>(pivot);
     int64_t i = 0;
-    for (; i + 8 * W<F> <= V; i += 8 * W<F>) {
-      Vec<F> a[8], p[8];
+    for (; i + group <= V; i += group) {
+      X a[8], p[2];
       for (int k = 0; k < 8; ++k) {
         a[k] = load(y + i + k * W<F>);
-        Vec<F> g = load(dy + i + k * W<F>);
-        p[k] = a[k] * (First ? g : g - c);
+        X g = load(dy + i + k * W<F>) - c;
+        p[k / 4] = k % 4 ? fma(a[k], g, p[k / 4]) : a[k] * g;
       }
-      sum.add(p);
-      if (!First) continue;
-      top = max(max(max(max(a[0], a[1]), max(a[2], a[3])), max(max(a[4], a[5]), max(a[6], a[7]))), top);
-      if (halves) whole += ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
-      for (int k = 0; k < 8; ++k) p[k] = abs(p[k]);
-      size += ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7]));
+      add(First || halves ? tree_of(a) : X{}, p[0] + p[1], i);
     }
-    Vec<F> left = {};
-    for (; i < V; i += W<F>) {
-      int64_t n = V - i < W<F> ? V - i : W<F>;
-      Vec<F> a = load_n(y + i, n, F(0)), g = load_n(dy + i, n, F(0)), p = a * (First ? g : g - c);
-      left += p;
-      if (!First) continue;
-      top = max(a, top);
-      if (halves) whole += a;
-      size += abs(p);
+    if (i == V) return;
+    X a = {}, p = {};
+    for (int64_t j = i; j < V; j += W<F>) {
+      const int64_t n = V - j < W<F> ? V - j : W<F>;
+      const X one = load_n(y + j, n, F(0));
+      a += one;
+      p = fma(one, load_n(dy + j, n, pivot) - c, p);
     }
-    sum.add(left);
+    add(a, p, i);
+  }
+  double mass() const {
+    double s = halves ? lane_sum<F>(whole) : 1;
+    return s > 0 ? s : 1;  // a row of zeros has no distribution and no gradient
+  }
+  // Where the largest y of the largest bunch is: if any y > 1/2, that.
+  int64_t place(const T* y, int64_t V) const {
+    const uint64_t lanes = bits_of<F>(top == all<F>(lane_max<F>(top)));
+    const int lane = lanes ? __builtin_ctzll(lanes) : 0;
+    typename Of<F>::Int from[W<F>];
+    std::memcpy(from, &at, sizeof from);
+    int64_t i = from[lane] * group + lane, best = i;
+    for (int k = 1; k < 8 && (i += W<F>) < V; ++k) best = get(y + i) > get(y + best) ? i : best;
+    return best;
   }
 };
-template <class T> void softmax_bwd_row(const T* dy, const T* y, T* dx, int64_t V) {
+// expects: whether the row before was confident. Such a row is asked for its maximum alone, without the first visit.
+template <class T> void softmax_bwd_row(const T* dy, const T* y, T* dx, int64_t V, bool& expects) {
   using F = Compute<T>;
-  Weighed<T, true> first(dy, y, V, 0);
-  double whole = first.halves ? lane_sum<F>(first.whole) : 1;
-  if (!(whole > 0)) whole = 1;  // a row of zeros has no distribution and no gradient
-  double mean = first.sum.total() / whole;
-  F top = lane_max<F>(first.top), c = 0;
-  if (top > F(0.5) || __builtin_fabs(mean) > 0.5 * lane_sum<F>(first.size)) {
-    F at_top = get(dy + position_of(y, V, top));
-    bool is_pivot = top > F(0.5) || __builtin_fabs(at_top - mean) <= alike<F> * __builtin_fabs(mean);
-    c = finite_or_0(is_pivot ? at_top : (F)mean);
+  constexpr F over_half = F(0.5) + (sizeof(F) == 4 ? F(0x1p-24) : F(0x1p-53));
+  double mean = 0, whole = 1;
+  F c = 0;
+  bool known = false;
+  int64_t m = expects ? first_from(y, V, over_half, dy) : -1;
+  expects = m >= 0;
+  if (expects) {
+    c = get(dy + m);
+  } else {
+    // 0, unless the first dy lie near one another: their mean then, which is exact where all are alike (it adds and
+    // divides by powers of two). A mean in every row would be waited for, 1.3 times as long at (4096, 1000); the CPU
+    // foresees this branch.
+    const F one = get(dy);
+    if (!bits_of<F>(abs(load(dy) - all<F>(one)) >= F(0.5) * abs(all<F>(one)))) {
+      Vec<F> few[8];
+      for (int k = 0; k < 8; ++k) few[k] = load(dy + k * W<F>);
+      c = finite_or_0((F)(lane_sum<F>(tree_of(few)) / (8 * W<F>)));
+    }
+    for (;; c = 0) {
+      Weighed<T, true> first(dy, y, V, c);
+      whole = first.mass();
+      mean = first.sum.total() / whole;
+      // Of sum y |dy - s|, the unit of the gradient's error, at least size - |s'| is there, and of its largest bunch
+      // all but its y |s'|: half of size, or else c is not near enough.
+      const double size = lane_sum<F>(first.size), off = __builtin_fabs(mean), top = lane_max<F>(first.top);
+      known = !(off > 0.5 * size && lane_max<F>(first.most) - top * off < 0.5 * size);
+      if (known && top <= 0.5) break;
+      m = first.place(y, V);
+      expects = get(y + m) > F(0.5);
+      known = known && !expects;
+      if (known) break;
+      if (!expects && c != 0) continue;  // the first dy are no measure of those that count, nor is s about them
+      const F at_m = get(dy + m);
+      c = expects || __builtin_fabs(at_m - mean) <= alike<F> * off ? at_m : (F)mean;
+      break;
+    }
   }
-  if (c != 0) mean = Weighed<T, false>(dy, y, V, c).sum.total() / whole;
+  if (!known) {
+    c = finite_or_0(c);
+    Weighed<T, false> about(dy, y, V, c);
+    whole = about.mass();
+    mean = about.sum.total() / whole;
+  }
   F hi = (F)mean, lo = finite_or_0((F)(mean - (double)hi));
   each_vector<F>(V, [&](int64_t i, int64_t n) SX_LAMBDA {
     store_n(dx + i, n, load_n(y + i, n, F(0)) * (((load_n(dy + i, n, F(0)) - c) - hi) - lo));
   });
 }
 // Halves: y was rounded to a half type. Lanes have their rows in L1: s is always the pivot where no class is confident.
-template <class F, bool Halves, class DY, class Y, class DX> void softmax_bwd_lanes(DY dy, Y y, DX dx, int64_t V) {
+template <class F, bool Halves, class DY, class Y, class DX>
+SX_INLINE void softmax_bwd_lanes_of(DY dy, Y y, DX dx, int64_t V) {
   Vec<F> mean = {}, top = {}, at_top = {}, whole = {};
   for (int64_t v = 0; v < V; ++v) {
     Vec<F> a = y[v], g = dy[v];
@@ -123,111 +178,36 @@ template <class F, bool Halves, class DY, class Y, class DX> void softmax_bwd_la
     mean = fma(a, g, mean);
     if (Halves) whole += a;
   }
-  whole = whole > 0 ? whole : all<F>(1);
-  if (Halves) mean = mean / whole;
-  Vec<F> c = (top > F(0.5)) | (abs(at_top - mean) <= alike<F> * abs(mean)) ? at_top : mean;
+  const Vec<F> one = all<F>(1), part = Halves ? one / (whole > 0 ? whole : one) : one;
+  if (Halves) mean *= part;
+  Vec<F> c = ((top > F(0.5)) | (abs(at_top - mean) <= alike<F> * abs(mean))) ? at_top : mean;
   c = c - c == 0 ? c : Vec<F>{};
   Sum<F> sum;
-  for (int64_t v = 0; v < V; ++v) sum.add(y[v] * (dy[v] - c));
-  Vec<F> hi = Halves ? (sum.hi + sum.rest()) / whole : sum.hi, lo = Halves ? Vec<F>{} : sum.rest();
+  int64_t v = 0;
+  for (; v + 8 <= V; v += 8) {
+    Vec<F> p[2];
+    for (int64_t k = 0; k < 8; ++k) {
+      const Vec<F> a = y[v + k], g = dy[v + k] - c;
+      p[k / 4] = k % 4 ? fma(a, g, p[k / 4]) : a * g;
+    }
+    sum.add(p[0] + p[1]);
+  }
+  Vec<F> left = {};
+  for (int64_t k = v; k < V; ++k) left = fma(y[k], dy[k] - c, left);
+  sum.add(left);
+  Vec<F> hi = Halves ? (sum.hi + sum.rest()) * part : sum.hi, lo = Halves ? Vec<F>{} : sum.rest();
   for (int64_t v = 0; v < V; ++v) dx.set(v, y[v] * (((dy[v] - c) - hi) - lo));
 }
 
-// y_j = (x_j - m) - log1p(rest): both terms are <= 0, nothing cancels
-template <class T> void log_softmax_fwd_row(const T* x, T* y, Compute<T>* m, Compute<T>* rest, int64_t V) {
-  using F = Compute<T>;
-  RowState st = visit_row<T, false>(x, V, Transform<F>(1, 0));
-  *m = (F)st.m;
-  *rest = (F)st.rest;
-  F top = (F)st.shift(), L = (F)log1p_positive(st.rest);
-  each_vector<F>(V, [&](int64_t i, int64_t n) SX_LAMBDA {
-    store_n(y + i, n, (load_n(x + i, n, F(0)) - top) - L);
-  });
-}
-template <class F, class X, class Y>
-void log_softmax_fwd_lanes(X x, Y y, void* m_out, void* rest_out, int64_t r0, int64_t n, int64_t V) {
-  LaneState<F> st;
-  Transform<F> none(1, 0);
-  st.find_max(x, V, none);
-  Shift<F> s(st.shift);
-  for (int64_t v = 0; v < V; ++v) {
-    Vec<F> xv = x[v];
-    st.add(xv, exp_shifted<F>(xv, s).e);
+// Few classes stay in registers from the first visit to the last where their number is a constant: (512, 3, 200) takes
+// three quarters of the time.
+template <class F, bool Halves, class DY, class Y, class DX> void softmax_bwd_lanes(DY dy, Y y, DX dx, int64_t V) {
+  switch (V) {
+    case 2: return softmax_bwd_lanes_of<F, Halves>(dy, y, dx, 2);
+    case 3: return softmax_bwd_lanes_of<F, Halves>(dy, y, dx, 3);
+    case 4: return softmax_bwd_lanes_of<F, Halves>(dy, y, dx, 4);
   }
-  double m[W<F>], rest[W<F>], L[W<F>];
-  st.close(m, rest);
-  for (int l = 0; l < W<F>; ++l) L[l] = log1p_positive(rest[l]);
-  rows_out<F>(m_out, r0, n, m);
-  rows_out<F>(rest_out, r0, n, rest);
-  Vec<F> Lv = to_vec<F>(L);
-  for (int64_t v = 0; v < V; ++v) y.set(v, (x[v] - st.shift) - Lv);
-}
-
-// dx_j = dy_j - p_j s, s = sum_i dy_i, with p from the input: a bf16 log p would put |log p| 2^-9 into p.
-// At a confident row's maximum dy_m - p_m s would leave 0: with the others' sum o it is dy_m rest / total - o / total.
-template <class T>
-void log_softmax_bwd_row(const T* dy, const T* x, double m, double rest, T* dx, int64_t V) {
-  using F = Compute<T>;
-  const int64_t top = rest < 1 ? position_of(x, V, (F)m) : -1;  // none where x is a part of the row
-  Sum<F> sum;
-  auto terms = [&](int64_t i, int64_t n) SX_LAMBDA { return load_n(dy + i, n, F(0)); };
-  add_all(sum, top < 0 ? V : top, terms);
-  double at_top = 0;
-  if (top >= 0) {
-    at_top = (double)get(dy + top);
-    add_all(sum, V - top - 1, [&](int64_t i, int64_t n) SX_LAMBDA { return terms(top + 1 + i, n); });
-  }
-  const double total = 1 + rest, others = sum.total();
-  Shift<F> s(all<F>(m - m == 0 ? (F)m : F(0)));
-  Split<F> r(-(others + at_top) / total);
-  each_vector<F>(V, [&](int64_t i, int64_t n) SX_LAMBDA {
-    store_n(dx + i, n, r.times_plus(exp_shifted<F>(load_n(x + i, n, F(0)), s).e, load_n(dy + i, n, F(0))));
-  });
-  if (top >= 0) put(dx + top, (F)((at_top * rest - others) / total));
-}
-template <class F, class DY, class X, class DX>
-void log_softmax_bwd_lanes(DY dy, X x, const void* m_in, const void* rest_in, DX dx, int64_t r0, int64_t n,
-                           int64_t V) {
-  double m[W<F>], rest[W<F>], total[W<F>], where[W<F>];
-  rows_in<F>(m_in, r0, n, m);
-  rows_in<F>(rest_in, r0, n, rest);
-  bool any = false;
-  for (int l = 0; l < W<F>; ++l) {
-    bool confident = l < n && rest[l] < 1;
-    any |= confident;
-    where[l] = confident ? m[l] : nan;
-  }
-  const Vec<F> top = to_vec<F>(where);
-  Vec<F> at_top = {};
-  Sum<F> sum;
-  if (!any)
-    for (int64_t v = 0; v < V; ++v) sum.add(dy[v]);
-  else
-    for (int64_t v = 0; v < V; ++v) {
-      Ints<F> is_top = x[v] == top;
-      Vec<F> g = dy[v];
-      at_top = is_top ? g : at_top;
-      sum.add(is_top ? Vec<F>{} : g);
-    }
-  F own[W<F>];
-  store(own, at_top);
-  sum.lanes(total);
-  for (int l = 0; l < W<F>; ++l) {
-    where[l] = ((double)own[l] * rest[l] - total[l]) / (1 + rest[l]);
-    total[l] = -(total[l] + (double)own[l]) / (1 + rest[l]);
-    m[l] = m[l] - m[l] == 0 ? m[l] : 0;
-  }
-  Split<F> r(total);
-  Shift<F> s(to_vec<F>(m));
-  if (!any) {
-    for (int64_t v = 0; v < V; ++v) dx.set(v, r.times_plus(exp_shifted<F>(x[v], s).e, dy[v]));
-    return;
-  }
-  const Vec<F> dx_top = to_vec<F>(where);
-  for (int64_t v = 0; v < V; ++v) {
-    Vec<F> xv = x[v];
-    dx.set(v, xv == top ? dx_top : r.times_plus(exp_shifted<F>(xv, s).e, dy[v]));
-  }
+  softmax_bwd_lanes_of<F, Halves>(dy, y, dx, V);
 }
 
 }  // namespace softmax_ext::SX_ISA

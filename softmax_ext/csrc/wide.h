@@ -27,23 +27,36 @@ template <class T> Compute<T> max_of(const T* x, int64_t n) {  // of the numbers
   return lane_max<F>(max(max(a, b), max(c, d)));
 }
 
-template <class F> SX_INLINE bool any_lane(Ints<F> x) {
-  uint64_t part[SX_BYTES / 8], or_all = 0;
-  std::memcpy(part, &x, sizeof part);
-  for (auto p : part) or_all |= p;
-  return or_all != 0;
+// One bit a lane.
+template <class F> SX_INLINE uint64_t bits_of(Ints<F> x) {
+#if SX_AVX512
+  if constexpr (sizeof(F) == 4) return _mm512_movepi32_mask((__m512i)x);
+  else return _mm512_movepi64_mask((__m512i)x);
+#else
+  typename Of<F>::Int lane[W<F>];
+  std::memcpy(lane, &x, sizeof lane);
+  uint64_t bits = 0;
+  for (int l = 0; l < W<F>; ++l) bits |= (uint64_t)(lane[l] & 1) << l;
+  return bits;
+#endif
 }
-// Where the first x == value is, or -1.
-template <class T> int64_t position_of(const T* x, int64_t n, Compute<T> value) {
+// Where the first x >= least is, or -1. `beside`, of x's type and length, is wanted next: memory sends both at once.
+template <class T> int64_t first_from(const T* x, int64_t n, Compute<T> least, const T* beside) {
   using F = Compute<T>;
+  const Vec<F> value = all<F>(least);
   int64_t i = 0;
   for (; i + 8 * W<F> <= n; i += 8 * W<F>) {
-    Ints<F> hit = {};
-    for (int k = 0; k < 8; ++k) hit |= load(x + i + k * W<F>) == all<F>(value);
-    if (any_lane<F>(hit)) break;
+    Vec<F> a[8];
+    for (int k = 0; k < 8; ++k) a[k] = load(x + i + k * W<F>);
+    for (size_t b = 0; b < 8 * W<F> * sizeof(T); b += 64) __builtin_prefetch((const char*)(beside + i) + b);
+    for (int k = 4; k > 0; k /= 2)
+      for (int j = 0; j < k; ++j) a[j] = max(a[j], a[j + k]);
+    if (bits_of<F>(a[0] >= value)) break;
   }
-  for (; i < n; ++i)
-    if (get(x + i) == value) return i;
+  for (; i < n; i += W<F>) {
+    uint64_t hit = bits_of<F>(load_n(x + i, n - i < W<F> ? n - i : W<F>, -__builtin_inff()) >= value);
+    if (hit) return i + __builtin_ctzll(hit);
+  }
   return -1;
 }
 
