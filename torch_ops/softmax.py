@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from softmax_ext import contract
 from torch_ops._arguments import autocast_dtype, describe, enter_graph
+from torch_ops._modes import is_wanted
 from torch_ops._rows import native
 from torch_ops._rules import softmax as rule
 
@@ -49,7 +50,7 @@ def softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None) -
         return handle_torch_function(softmax, (input,), input, dim, dtype=dtype)
     if dtype is None and type(dim) is int and native.serves_directly(input) and -input.ndim <= dim < input.ndim:
         at = dim % input.ndim
-        return rule.Softmax.apply(input, at) if input.requires_grad else native.softmax_fwd(input, at)
+        return rule.Softmax.recorded(input, at) if is_wanted(input) else native.softmax_fwd(input, at)
     enter_graph()  # before the compiler of PyTorch 2.11 meets the rule
     return _along(rule.softmax, "softmax", input, dim, dtype)
 
@@ -89,7 +90,7 @@ def log_softmax(input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = Non
         return handle_torch_function(log_softmax, (input,), input, dim, dtype=dtype)
     if dtype is None and type(dim) is int and native.serves_directly(input) and -input.ndim <= dim < input.ndim:
         at = dim % input.ndim
-        return rule.LogSoftmax.apply(input, at)[0] if input.requires_grad else native.log_softmax_alone(input, at)
+        return rule.LogSoftmax.recorded(input, at)[0] if is_wanted(input) else native.log_softmax_alone(input, at)
     enter_graph()
     return _along(rule.log_softmax, "log_softmax", input, dim, dtype)
 

@@ -64,15 +64,54 @@ std::vector<Tensor> cross_entropy_mean(const Tensor& logits0, const Tensor& targ
   return out;
 }
 
+// d(logits) of that mean, where no derivative of it is wanted: no row of upstream gradients is made of the one number.
+Tensor cross_entropy_mean_bwd(const Tensor& logits0, const Tensor& target0, const Tensor& m, const Tensor& rest,
+                              const Tensor& d_loss) {
+  const char* op = "cross_entropy_mean_bwd";
+  Layout l = layout_of(logits0, 1, op);
+  Type type = type_of(logits0, op, "logits");
+  ScalarType kind = compute_type(type);
+  STD_TORCH_CHECK(logits0.dim() == 2, op, ": logits must have two dimensions.");
+  STD_TORCH_CHECK(target0.is_cpu() && target0.dim() == 1 && target0.size(0) == l.outer &&
+                      target0.scalar_type() == ScalarType::Long,
+                  op, ": target must have one int64 index per row.");
+  check_rows(m, logits0, 1, kind, op, "m");
+  check_rows(rest, logits0, 1, kind, op, "rest");
+  STD_TORCH_CHECK(d_loss.is_cpu() && d_loss.dim() == 0 && d_loss.scalar_type() == kind, op,
+                  ": d_loss must be one number, in the right type.");
+  Tensor logits = dense(logits0), target = dense(target0), m1 = dense(m), rest1 = dense(rest), d = dense(d_loss);
+  Tensor out = new_like(logits);
+  std::vector<double> wide(type == Type::f64 ? l.outer : 0);
+  std::vector<float> narrow(type == Type::f64 ? 0 : l.outer);
+  if (type == Type::f64) wide.assign(l.outer, *static_cast<const double*>(d.data_ptr()) / double(l.outer));
+  else narrow.assign(l.outer, *static_cast<const float*>(d.data_ptr()) / float(l.outer));
+  CrossEntropy a{};
+  a.layout = l;
+  a.type = type;
+  a.logits = logits.data_ptr();
+  a.target = target.data_ptr();
+  a.target_kind = Target::i64;
+  a.scale = 1;
+  a.m = m1.data_ptr();
+  a.rest = rest1.data_ptr();
+  a.d_nll = type == Type::f64 ? static_cast<const void*>(wide.data()) : narrow.data();
+  a.dlogits = out.data_ptr();
+  prepare(a);
+  run_all(Fn::cross_entropy_bwd, a);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(softmax_ext, lib) {
   lib.def("log_softmax_alone(Tensor x, int dim) -> Tensor");
   lib.def("cross_entropy_mean(Tensor logits, Tensor target, bool keep) -> Tensor[]");
+  lib.def("cross_entropy_mean_bwd(Tensor logits, Tensor target, Tensor m, Tensor rest, Tensor d_loss) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(softmax_ext, CPU, lib) {
   lib.impl("log_softmax_alone", TORCH_BOX(&log_softmax_alone));
+  lib.impl("cross_entropy_mean_bwd", TORCH_BOX(&cross_entropy_mean_bwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(softmax_ext, CompositeExplicitAutograd, lib) {

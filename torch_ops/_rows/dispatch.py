@@ -42,7 +42,7 @@ def softmax_fwd(x: Tensor, *, dim: int) -> Tensor:
 def softmax_bwd(dy: Tensor, y: Tensor, *, dim: int) -> Tensor:
     """dx = y (dy - sum(y dy)), from the output alone."""
     if (ops := _serving(y, dim)) is not None:
-        return ops.softmax_bwd(dy.to(y.dtype), y, dim)
+        return ops.softmax_bwd(dy if dy.dtype is y.dtype else dy.to(y.dtype), y, dim)
     return plain.softmax_bwd(dy, y, dim=dim)
 
 
@@ -56,7 +56,7 @@ def log_softmax_fwd(x: Tensor, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 def log_softmax_bwd(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, *, dim: int) -> Tensor:
     """dx = dy - p sum(dy)."""
     if (ops := _serving(x, dim)) is not None:
-        return ops.log_softmax_bwd(dy.to(x.dtype), x, m, rest, dim)
+        return ops.log_softmax_bwd(dy if dy.dtype is x.dtype else dy.to(x.dtype), x, m, rest, dim)
     return plain.log_softmax_bwd(dy, x, m, rest, dim=dim)
 
 

@@ -70,6 +70,7 @@ if _library is not None:
     softmax_fwd = ops.softmax_fwd.default
     log_softmax_alone = ops.log_softmax_alone.default
     cross_entropy_mean = ops.cross_entropy_mean.default
+    cross_entropy_mean_bwd = ops.cross_entropy_mean_bwd.default
 
 
 def dense_like(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softmax_ext.contract import LossOptions
-from torch_ops._modes import is_eager, is_sole, is_untracked, may_overwrite
+from torch_ops._modes import is_eager, is_sole, is_untracked, is_wanted, may_overwrite
 from torch_ops._rows import dispatch as rows
 from torch_ops._rows import native, triton
 from torch_ops._rules.curvature import Curvature
@@ -177,9 +177,10 @@ def mean(input: Any, target: Any, inplace: bool) -> Tensor | None:
     if type(target) is not Tensor or target.is_nested:
         return None
     if native.serves_directly(input):
-        if not input.requires_grad:
+        if not is_wanted(input):
             found = native.cross_entropy_mean(input, target, False)
             return found[0] if found else None
+        return CrossEntropyMean.recorded(input, target, inplace and may_overwrite(input))[0]
     elif triton.serves_directly(input) and triton.serves_indices(target):
         if (input.dim(), input.shape[:1], input.device) != (2, target.shape, target.device):
             return None
@@ -214,6 +215,8 @@ class CrossEntropyMean(Rule):
             return None, None, None
         logits, target, m, rest, count = ctx.saved_tensors
         rest = given_back(ctx, rest)
+        if count is None and not (ctx.inplace or torch.is_grad_enabled()) and native.serves_directly(logits):
+            return native.cross_entropy_mean_bwd(logits, target, m, rest, d_loss), None, None
         count = len(target) if count is None else count.clamp(min=1)  # of a mean over nothing the gradient is 0
         args = (logits, target, None, m, rest, (d_loss / count).expand(len(target)), None, None, None)
         return _input_bwd(args, (1, 1.0, None), inplace=ctx.inplace), None, None
