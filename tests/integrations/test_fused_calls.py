@@ -371,3 +371,26 @@ def test_the_recipe_holds_for_the_very_tensor_only(monkeypatch: pytest.MonkeyPat
         before = model.lm_head(model.model(input_ids=TOKENS).last_hidden_state)
         model.lm_head.weight.mul_(3.0)
     torch.testing.assert_close(kept[0].detach(), before, rtol=0.0, atol=0.0)
+
+
+def test_sampled_gradient() -> None:
+    """The exact loss; gradients of other bits, whose mean over draws comes nearer to the exact ones."""
+    loss, exact, _ = trained(fuse_loss(make()))
+    draws = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        model = fuse_loss(make(), grad_samples=4)
+        torch.manual_seed(seed)
+        same, found, out = trained(model)
+        torch.testing.assert_close(same, loss)
+        assert out.logits is None
+        draws.append(found)
+    apart, mean = (float((g - exact).norm()) for g in (draws[0], torch.stack(draws).mean(0)))
+    assert 0.02 * float(exact.norm()) < apart
+    assert mean < 0.4 * apart
+    for wrong, words in (
+        ({"grad_samples": 0}, "be a Python integer >= 1"),
+        ({"grad_samples": 4, "memory": "lean"}, "be None"),
+    ):
+        with pytest.raises(ValueError, match=f"^fuse_loss: grad_samples must {words}"):
+            fuse_loss(make(), **wrong)

@@ -200,7 +200,7 @@ def layers() -> list[nn.Linear]:
 
 
 def made(chunk_size: int | None = 3) -> Call:
-    return Call(nn.Identity(), "fast", chunk_size, set())
+    return Call(nn.Identity(), "fast", chunk_size, None, set())
 
 
 def run(expression: Expression, call: Call | None) -> tuple[Tensor, list[Tensor]]:

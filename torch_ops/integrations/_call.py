@@ -21,6 +21,7 @@ class Call:
     model: nn.Module
     memory: str
     chunk_size: int | None
+    grad_samples: int | None
     said: set[str]
     grad: bool = True
     context: Any = None

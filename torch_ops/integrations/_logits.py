@@ -185,7 +185,8 @@ def _cross_entropy(
         return F.cross_entropy(input, target, weight, **options, **old)
     call = input.call
     call.fused = True
-    return recipe.loss(target, weight, call.memory, call.chunk_size, options).to(loss_type(input.dtype, input.device))
+    how = {"memory": call.memory, "chunk_size": call.chunk_size, "grad_samples": call.grad_samples}
+    return recipe.loss(target, weight, {**how, **options}).to(loss_type(input.dtype, input.device))
 
 
 def computed(a: Any) -> Any:

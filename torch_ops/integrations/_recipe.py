@@ -36,16 +36,17 @@ class Recipe:
         """The first classes only."""
         return replace(self, terms=tuple([(x, w[:stop], None if b is None else b[:stop]) for x, w, b in self.terms]))
 
-    def loss(self, target: Tensor, weight: Tensor | None, memory: Any, chunk_size: int | None, options: Any) -> Tensor:
+    def loss(self, target: Tensor, weight: Tensor | None, options: dict[str, Any]) -> Tensor:
         """F.cross_entropy of the logits, in nats."""
         x = self.terms[0][0]
         of_logits: dict[str, Any] = {"logit_scale": self.scale}
         if self.cap is not None:
             of_logits = {"logit_scale": self.scale * self.cap, "softcap": self.cap}
-        how: dict[str, Any] = {"memory": memory, "chunk_size": chunk_size, **options, **of_logits}
+        how: dict[str, Any] = {**options, **of_logits}
         # The arrays are in the types of the head's call already, whatever autocast says by now.
         with torch.autocast(x.device.type, enabled=False):
-            if len(self.terms) > 1 and not is_on_mesh(*(a for term in self.terms for a in term)):
+            many = len(self.terms) > 1 and how["grad_samples"] is None
+            if many and not is_on_mesh(*(a for term in self.terms for a in term)):
                 return _of_terms(self.terms, target, weight, **how)
             x, linear_weight, linear_bias = _one_layer(self.terms)
             return linear_cross_entropy(x, linear_weight, target, linear_bias=linear_bias, weight=weight, **how)
@@ -64,6 +65,7 @@ def _of_terms(terms: tuple[Term, ...], target: Tensor, weight: Any, **options: A
     (x, lw, lb), *others = terms
     target = one_row(x, lw, target, None)
     static: Any = {"shift": 0, "memory": options.pop("memory"), "chunk_size": options.pop("chunk_size")}
+    del options["grad_samples"]  # None
     chosen = contract.LossOptions(**options)
     facts = [None if a is None else describe(a) for a in (x, lw, target, lb, weight, None)]
     soft = contract.linear_loss(OP, *facts, options=chosen, **static)

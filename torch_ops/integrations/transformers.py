@@ -28,6 +28,7 @@ def fuse_loss(
     *,
     memory: Literal["fast", "lean"] = "fast",
     chunk_size: int | None = None,
+    grad_samples: int | None = None,
     return_logits: bool | None = None,
 ) -> _M:
     """Make a causal language model of transformers compute its loss without its (N, V) logits, in nats.
@@ -46,6 +47,8 @@ def fuse_loss(
             PEFT, DistributedDataParallel, torch.compile.
         memory: "fast" or "lean", see `torch_ops.linear_cross_entropy`.
         chunk_size: rows (fast) or classes (lean) at a time; None takes the most that fit the workspace.
+        grad_samples: K, for an exact loss whose gradient is sampled at K points a row, or None for the exact one; see
+            `torch_ops.linear_cross_entropy`. Points are drawn from the default generator of the input's device.
         return_logits: whether a call with labels returns logits beside the loss: True computes them and the loss as
             the model does, False leaves them out, None is False in training mode and True in evaluation mode, where
             Trainer's metrics want them. `model(..., return_logits=...)` says so for one call. Without labels logits
@@ -78,6 +81,7 @@ def fuse_loss(
         torch.Size([1, 6, 32])
     """
     contract.head_options("fuse_loss", 0, memory, chunk_size)
+    contract.sampling("fuse_loss", grad_samples, memory)
     if return_logits is not None:
         contract.flag("fuse_loss", "return_logits", return_logits)
     inner = _with_head("fuse_loss", model)
@@ -90,7 +94,7 @@ def fuse_loss(
     own = known.own if known else None
     if on_instance is not None and not leads_to(on_instance, _forward_of(inner)):
         own = vars(inner).pop("forward")
-    inner._fusion = _Fusion(memory, chunk_size, return_logits, own)
+    inner._fusion = _Fusion(memory, chunk_size, grad_samples, return_logits, own)
     _attended(inner)
     return model
 
@@ -138,6 +142,7 @@ class _Fusion:
 
     memory: str
     chunk_size: int | None
+    grad_samples: int | None
     return_logits: bool | None
     own: Callable[..., Any] | None
     said: set[str] = field(default_factory=set)
@@ -177,7 +182,8 @@ def _fused(own: type) -> type:
         keep = fusion.return_logits if asked is None else asked
         labels = kwargs.get("labels") if len(args) <= place else args[place]
         unfused = labels is None or (not self.training if keep is None else keep)
-        call = None if unfused else Call(self, fusion.memory, fusion.chunk_size, fusion.said, torch.is_grad_enabled())
+        how = fusion.memory, fusion.chunk_size, fusion.grad_samples
+        call = None if unfused else Call(self, *how, fusion.said, torch.is_grad_enabled())
         if torch.compiler.is_compiling():
             return _traced(self, call, run, args, kwargs)
         if call is not None:
