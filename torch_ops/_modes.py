@@ -145,8 +145,25 @@ def is_sole(x: Tensor) -> bool:
     while base is not None and node is not None and node is not base.grad_fn:
         known += 1
         node = node.next_functions[0][0] if node.next_functions else None
+    # What hooks were handed of an output is the output itself, which counts no owner more.
+    if any(told_hooks(maker) for maker in (x.grad_fn, None if x._base is None else x._base.grad_fn)):
+        return False
     memory = x.untyped_storage()  # one owner more while it is held
     return _c._storage_Use_Count(memory._cdata) <= known + 1
+
+
+def told_hooks(node: Any) -> bool:
+    """Whether saved-tensor hooks were told what an autograd node saved, its output perhaps."""
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            try:
+                saved = getattr(node, name)
+            except RuntimeError:  # freed: its derivative is done
+                continue
+            for one in saved if isinstance(saved, tuple) else (saved,):
+                if getattr(one, "unpack_hook", None) is not None:
+                    return True
+    return False
 
 
 def may_overwrite(x: Tensor) -> bool:

@@ -101,8 +101,9 @@ def cross_entropy(
         on_all_ignored: what a mean over nothing gives: "nan", or "zero" (with zero gradients).
         stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
         inplace_backward: let the backward pass write the gradient over `input` (dense, not a leaf, no DTensor), so
-            that no second (N, V) buffer exists. Not where saved-tensor hooks stand round another reader of
-            `input` alone: autograd checks no version for that reader, which would see the gradient.
+            that no second (N, V) buffer exists. Not where saved-tensor hooks that hand back what they are given
+            stand round another reader of `input` alone, or a hook or Function of yours holds `input` itself:
+            autograd checks no version for them, and they would see the gradient.
         group: the ranks that `input`, `weight` and soft targets are sharded over by class, in rank order, any
             number of classes each; class indices are those of the whole vocabulary, rows and results the same on
             every rank. DTensor arguments need no group: their mesh has it.

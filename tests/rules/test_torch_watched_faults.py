@@ -40,6 +40,40 @@ def test_compiled_autograd_leaves_the_logits() -> None:
     assert torch.equal(logits.detach(), before)
 
 
+def watched_producer(own: Callable[[Tensor], Tensor], view: bool) -> None:
+    def run(x: Tensor, inplace: bool) -> Tensor:
+        with watched.looking():
+            logits = own(x @ watched.W0.t())
+        logits = logits.view(watched.N, watched.V) if view else logits
+        return torch_ops.cross_entropy(logits, watched.T, inplace_backward=inplace)
+
+    want, got = (watched.gradient(lambda x, i=i: run(x, i)) for i in (False, True))
+    torch.testing.assert_close(got, want)
+
+
+class Doubled(torch.autograd.Function):
+    """2 z, which keeps its output."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        y = 2 * z
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return g * (2 + 0.1 * ctx.saved_tensors[0])
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("own", [torch.tanh, torch.sigmoid, Doubled.apply], ids=["tanh", "sigmoid", "a Function"])
+def test_what_made_the_logits_keeps_them_by_a_hook(own: Callable[[Tensor], Tensor], view: bool) -> None:
+    """Its derivative reads the logits themselves: nobody checks their version, and no owner more is counted."""
+    if not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"):  # pyright: ignore
+        pytest.skip("this PyTorch does not tell the hooks of one saved tensor")
+    watched_producer(own, view)
+
+
 def always_over(args: tuple[Any, ...], layout: tuple[Any, ...], *, inplace: bool) -> Tensor:
     dim, scale, softcap = layout
     return rows.cross_entropy_bwd(*args, dim=dim, scale=scale, softcap=softcap, out=args[0].detach())
@@ -71,6 +105,12 @@ FAULTS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
         lambda: watched.test_counted_operations({"chunk_size": 2}, 3),
     ),
     "a counter is told of nothing": (flops, "tell", lambda: None, test_a_counter_made_before_the_head_was_loaded),
+    "the hooks of what made the logits are not asked for": (
+        modes,
+        "told_hooks",
+        lambda node: False,
+        lambda: watched_producer(torch.tanh, False),
+    ),
     "a compiled backward writes over the logits": (
         rule,
         "_input_bwd",
