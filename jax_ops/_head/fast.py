@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_ops._head.chunks import Cut, Part
-from jax_ops._head.linear import Linear, Sums, ignored_rows, wide, without, zeros
+from jax_ops._head.linear import Linear, Sums, add_rows, ignored_rows, wide, without, zeros
 from jax_ops._parallel.shard import Shard
 from jax_ops._rows import dispatch as rows
 from jax_ops._rows import slices
@@ -156,8 +156,4 @@ def _added(
         sums = sums | {"target": cut.put(sums["target"], d_target, part)}
     if d_weight is not None:
         sums = sums | {"weight": sums["weight"] + d_weight}
-    if dz is None:
-        return sums
-    if "x" in sums:  # rows that are ignored hold zeros in x and dz, but W may not be finite
-        sums = sums | {"x": cut.put(sums["x"], without(head.input_bwd(dz), ignored), part)}
-    return head.add(sums, dz, x)
+    return sums if dz is None else add_rows(sums, cut, part, head, dz, x, ignored)

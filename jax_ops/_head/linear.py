@@ -95,6 +95,13 @@ def zeros(wanted: Sequence[bool], x: Array, head: Linear, target: Array, weight:
     return sums
 
 
+def add_rows(sums: Sums, cut: Cut, part: Part, head: Linear, dz: Array, x: Array, ignored: Array | None) -> Sums:
+    """The gradients with those of a chunk of the rows, whose inputs are x, added."""
+    if "x" in sums:  # rows that are ignored hold zeros in x and dz, but W may not be finite
+        sums = sums | {"x": cut.put(sums["x"], without(head.input_bwd(dz), ignored), part)}
+    return head.add(sums, dz, x)
+
+
 def ignored_rows(target: Array) -> Array | None:
     """Which rows reach no result; None where all do."""
     return None if is_soft(target) else target == IGNORED

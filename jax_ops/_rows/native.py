@@ -14,7 +14,7 @@ from softmax_ext import built
 
 LIBRARY = "libsoftmax_ext_xla.so"
 _ROWS = [f"{op}_{way}" for op in ("softmax", "log_softmax", "cross_entropy") for way in ("fwd", "bwd")]
-_ROWS.append("cross_entropy_fwd_bwd")
+_ROWS += ["cross_entropy_fwd_bwd", "divergence_fwd", "divergence_bwd"]
 
 
 def _find() -> tuple[Any, str]:
@@ -57,9 +57,11 @@ def target(row: str) -> str:
     return f"softmax_ext_{row}"
 
 
+# A library that was built of an earlier checkout has not all of them.
+served = [row for row in _ROWS if hasattr(_library, target(row))]
+
 # At import, which starts no backend: an executable that another process compiled and saved looks for them when it is
 # loaded, before any program is lowered here.
-if _library is not None:
-    for _row in _ROWS:
-        _name = target(_row)
-        jax.ffi.register_ffi_target(_name, jax.ffi.pycapsule(getattr(_library, _name)), platform="cpu")
+for _row in served:
+    _handler = jax.ffi.pycapsule(getattr(_library, target(_row)))
+    jax.ffi.register_ffi_target(target(_row), _handler, platform="cpu")

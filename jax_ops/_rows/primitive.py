@@ -67,7 +67,7 @@ class Row:
         return jax.make_jaxpr(partial(self._flat, **layout))(*avals).out_avals
 
     def _lower(self, ctx: Any, *values: Any, present: Sequence[bool], axis: int, options: Any) -> Any:
-        if self.kernel is None or native.missing or not _serves(ctx):
+        if self.kernel is None or native.missing or self.kernel[0] not in native.served or not _serves(ctx):
             plain = mlir.lower_fun(self._flat, multiple_results=True)
             return plain(ctx, *values, present=present, axis=axis, options=options)
         name, attributes = self.kernel

@@ -1,4 +1,4 @@
-"""Divergences between two linear heads: the reference's values and gradients, every derivative, by chunks."""
+"""Divergences between two linear heads: the reference's values and gradients, by chunks, in half precision."""
 
 from __future__ import annotations
 
@@ -6,144 +6,65 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
-import torch_ops
-from examples.torch_memory import Alive
-from softmax_ext import contract, reference
+from softmax_ext import reference
 from softmax_ext.contract import KINDS
-from tests.judging.divergences import BETA
-from tests.ops.test_divergence import composed
-from torch_ops._rows import native
+from tests.judging.cases import rounded
+from tests.judging.divergences import BETA, DOORS, door  # noqa: F401
 
 CAPPED: dict[str, Any] = {"logit_scale": 1.2, "softcap": 3.0, "teacher_scale": 0.9, "teacher_softcap": 2.0}
-IN = torch.linspace(-2.0, 2.0, 18, dtype=torch.float64).reshape(3, 6).sin() * 3.0
-OF = torch.linspace(1.0, 4.0, 18, dtype=torch.float64).reshape(3, 6).cos() * 2.0
-
-
-@pytest.fixture(params=["plain"] if native.missing else ["native", "plain"])
-def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "plain":
-        monkeypatch.setattr(native, "serves", lambda x, dim: False)
-    return request.param
-
-
-HEAD: dict[str, Tensor] = {
-    "input": IN[:, :3].reshape(1, 3, 3).expand(2, 3, 3) * torch.tensor([[[1.0]], [[0.5]]]).double(),
-    "linear_weight": IN.reshape(6, 3) * 0.5,
-    "linear_bias": torch.linspace(-1, 1, 6, dtype=torch.float64),
-    "teacher_input": OF[:, :4].reshape(1, 3, 4).expand(2, 3, 4) * torch.tensor([[[1.0]], [[-0.5]]]).double(),
-    "teacher_weight": torch.linspace(-1, 2, 24, dtype=torch.float64).cos().reshape(6, 4),
-    "teacher_bias": torch.linspace(1, 2, 6, dtype=torch.float64),
+S = np.sin(np.linspace(-2.0, 2.0, 18)).reshape(3, 6) * 3.0
+T = np.cos(np.linspace(1.0, 4.0, 18)).reshape(3, 6) * 2.0
+HEAD: dict[str, Any] = {
+    "input": np.stack([S[:, :3], 0.5 * S[:, :3]]),
+    "linear_weight": 0.5 * S.reshape(6, 3),
+    "linear_bias": np.linspace(-1, 1, 6),
+    "teacher_input": np.stack([T[:, :4], -0.5 * T[:, :4]]),
+    "teacher_weight": np.cos(np.linspace(-1, 2, 24)).reshape(6, 4),
+    "teacher_bias": np.linspace(1, 2, 6),
 }
-HEAD_KEEP = torch.tensor([[True, False, True], [True, True, False]])
+ROWS: dict[str, Any] = {
+    "token_weight": np.linspace(0.5, 2.0, 6).reshape(2, 3),
+    "keep": np.array([[True, False, True], [True, True, False]]),
+}
+STUDENT = ("input", "linear_weight", "linear_bias")
+# (chunk_size, shift); in JAX every new option costs a compilation
+CHUNKS = {"Torch": [(None, 0), (None, 1), (2, 0), (2, 1), (4, 0)], "Jax": [(4, 1)]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_head_against_the_reference(kind: str, memory: Any, reduction: str, served: str) -> None:
-    token_weight = torch.linspace(0.5, 2.0, 6, dtype=torch.float64).reshape(2, 3)
-    for chunk_size in (None, 2):
-        for shift in (0, 1):
-            options: dict[str, Any] = {"kind": kind, "beta": BETA, "shift": shift, "reduction": reduction, **CAPPED}
-            leaves = {
-                k: v.clone().requires_grad_(k in ("input", "linear_weight", "linear_bias")) for k, v in HEAD.items()
-            }
-            more: dict[str, Any] = {"token_weight": token_weight, "keep": HEAD_KEEP}
-            value = torch_ops.linear_divergence(**leaves, **more, memory=memory, chunk_size=chunk_size, **options)
-            arrays = {k: v.numpy() for k, v in {**HEAD, **more}.items()}
-            np.testing.assert_allclose(value.detach(), reference.linear_divergence(**arrays, **options), rtol=1e-12)
-            up = torch.linspace(1.0, 3.0, value.numel(), dtype=torch.float64).reshape(value.shape)
-            wrt = [leaves[k] for k in ("input", "linear_weight", "linear_bias")]
-            truth = reference.linear_divergence_grad(**arrays, dloss=up.numpy(), **options)
-            for mine, right in zip(torch.autograd.grad(value, wrt, up), truth, strict=True):
-                np.testing.assert_allclose(mine, right, rtol=1e-9, atol=1e-13)
+def test_head_against_the_reference(kind: str, memory: Any, reduction: str, door: Any) -> None:  # noqa: F811
+    arrays = {**HEAD, **ROWS}
+    for chunk_size, shift in CHUNKS[type(door).__name__]:
+        options: dict[str, Any] = {"kind": kind, "beta": BETA, "shift": shift, "reduction": reduction, **CAPPED}
+        truth = reference.linear_divergence(**arrays, **options)
+        up = np.linspace(1.0, 3.0, np.size(truth)).reshape(np.shape(truth))
+        how: Any = {"memory": memory, "chunk_size": chunk_size, **options}
+        value, *grads = door("linear_divergence", arrays, STUDENT, "float64", up, **how)
+        np.testing.assert_allclose(value, truth, rtol=1e-12)
+        for mine, right in zip(grads, reference.linear_divergence_grad(**arrays, dloss=up, **options), strict=True):
+            np.testing.assert_allclose(mine, right, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("memory", ["fast", "lean"])
-def test_head_derivatives(kind: str, memory: str) -> None:
-    fixed = {k: v for k, v in HEAD.items() if k.startswith("teacher")}
-    tw = torch.linspace(0.5, 2.0, 6, dtype=torch.float64).reshape(2, 3)
-
-    def f(x: Tensor, w: Tensor, b: Tensor, tw: Tensor) -> Tensor:
-        more: Any = {"keep": HEAD_KEEP, "token_weight": tw, "kind": kind, "memory": memory, "chunk_size": 2, "shift": 1}
-        return torch_ops.linear_divergence(x, w, linear_bias=b, **fixed, **more)
-
-    def g(x: Tensor, w: Tensor, b: Tensor, tw: Tensor) -> Tensor:
-        t = fixed["teacher_input"] @ fixed["teacher_weight"].T + fixed["teacher_bias"]
-        weight = (tw * HEAD_KEEP)[:, 1:]
-        return (composed((x @ w.T + b)[:, :-1], t[:, :-1], kind) * weight).sum() / weight.sum()
-
-    args = [HEAD[k].clone().requires_grad_() for k in ("input", "linear_weight", "linear_bias")]
-    args.append(tw.clone().requires_grad_())
-    gradcheck(f, args, check_forward_ad=True, check_batched_grad=True)
-    gradgradcheck(f, args, check_fwd_over_rev=True)
-    x, w, b, tw = (a.detach() for a in args)
-    for derive in (torch.func.hessian, lambda h: torch.func.vmap(torch.func.grad(lambda w: h(w).sum()))):
-        at = w if derive is torch.func.hessian else torch.stack([w, 2 * w])
-        mine, theirs = (derive(lambda w, of=of: of(x, w, b, tw))(at) for of in (f, g))
-        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("memory", ["fast", "lean"])
-def test_half_precision_heads(dtype: torch.dtype, memory: Any) -> None:
+def test_half_precision_heads(dtype: str, memory: Any, door: Any) -> None:  # noqa: F811
     """Gradients of a mean over 512 rows neither flush to 0 nor are rounded chunk by chunk."""
-    g = torch.Generator().manual_seed(1)
-    x, w, y, u = (torch.randn(*s, generator=g).to(dtype) for s in ((512, 8), (65, 8), (512, 4), (65, 4)))
-    _ = x.requires_grad_(), w.requires_grad_()
-    value = torch_ops.linear_divergence(x, w, y, u, memory=memory, chunk_size=64)
-    truth = composed(x.double() @ w.double().T, y.double() @ u.double().T, "forward_kl").mean()
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), truth, rtol=4e-3, atol=0)
-    for mine, right in zip(torch.autograd.grad(value, (x, w)), torch.autograd.grad(truth, (x, w)), strict=True):
-        assert mine.dtype == dtype
-        assert (mine.double() - right.double()).norm() < 8e-3 * right.double().norm()
+    r = np.random.default_rng(1)
+    shapes = {"input": (512, 8), "linear_weight": (65, 8), "teacher_input": (512, 4), "teacher_weight": (65, 4)}
+    arrays: dict[str, Any] = {name: rounded(r.standard_normal(shape), dtype) for name, shape in shapes.items()}
+    value, *grads = door("linear_divergence", arrays, STUDENT[:2], dtype, memory=memory, chunk_size=64)
+    np.testing.assert_allclose(value, reference.linear_divergence(**arrays), rtol=4e-3)
+    for mine, right in zip(grads, reference.linear_divergence_grad(**arrays), strict=False):
+        assert np.linalg.norm(mine - right) < 8e-3 * np.linalg.norm(right)
 
 
-@pytest.mark.parametrize("memory", ["fast", "lean"])
-def test_no_array_of_all_logits(memory: Any) -> None:
-    n, v, d = 64, 4096, 8
-    x, w, y, u = (torch.randn(*s) for s in ((n, d), (v, d), (n, d), (v, d)))
-    _ = x.requires_grad_(), w.requires_grad_()
-    with Alive(x, w, y, u) as alive:
-        torch_ops.linear_divergence(x, w, y, u, memory=memory, chunk_size=4).backward()
-    logits = n * v * 4
-    assert alive.peak < 2 * w.numel() * 4 + logits / 4
-    with Alive(x, w, y, u) as whole:
-        torch_ops.divergence(x @ w.T, y @ u.T).backward()
-    assert whole.peak > 2 * logits
-
-
-@pytest.mark.slow
-def test_compiled_and_exported() -> None:
-    arrays = {k: v.clone() for k, v in HEAD.items()}
-    x, w = arrays["input"].requires_grad_(), arrays["linear_weight"].requires_grad_()
-
-    class Both(torch.nn.Module):
-        def forward(self, x: Tensor, w: Tensor) -> Tensor:
-            given: dict[str, Any] = {**arrays, "input": x, "linear_weight": w, "kind": "jsd"}
-            head = torch_ops.linear_divergence(**given)
-            return head + torch_ops.divergence(x @ w.T, arrays["teacher_input"] @ arrays["teacher_weight"].T)
-
-    eager, compiled = Both(), torch.compile(Both(), fullgraph=True)
-    torch.testing.assert_close(compiled(x, w), eager(x, w))
-    grads = [torch.autograd.grad(f(x, w), (x, w)) for f in (compiled, eager)]
-    torch.testing.assert_close(*grads)
-    exported = torch.export.export(eager, (x.detach(), w.detach()))
-    assert not [n for n in exported.graph.nodes if "softmax_ext" in str(n.target)]
-    torch.testing.assert_close(exported.module()(x, w), eager(x, w))
-
-
-def test_heads_must_have_the_same_classes() -> None:
-    given = {**HEAD, "teacher_weight": HEAD["teacher_weight"][:5], "teacher_bias": None}
-    with pytest.raises(
-        ValueError, match=r"^linear_divergence: teacher_weight must have linear_weight's 6 classes; got"
-    ):
-        torch_ops.linear_divergence(**given)  # pyright: ignore
-    assert contract.KINDS == KINDS
+@pytest.mark.parametrize("framework", DOORS)
+def test_heads_must_have_the_same_classes(framework: str) -> None:
+    given = {k: v for k, v in HEAD.items() if k != "teacher_bias"}
+    given["teacher_weight"] = given["teacher_weight"][:5]
+    said = r"^linear_divergence: teacher_weight must have linear_weight's 6 classes; got \(5, 4\)\."
+    with pytest.raises(ValueError, match=said):
+        DOORS[framework]()("linear_divergence", given, STUDENT, "float64")

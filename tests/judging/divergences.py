@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import pytest
 
 from softmax_ext import reference
 from tests.judging.cases import INF, NAN, Array, rounded
 from tests.judging.checks import close
+
+Named = dict[str, Any]
 
 BETA = 0.3
 
@@ -56,3 +63,78 @@ FACTS: dict[str, tuple[list[float], list[float], tuple[float, ...]]] = {
     "the teacher's not a number": ([0.0, 1.0, 2.0], [0.0, NAN, 2.0], (NAN,) * 4),
     "too large": ([0.0, INF, 2.0], [0.0, 1.0, 2.0], (NAN,) * 4),
 }
+
+
+class Torch:
+    """torch_ops on NumPy arrays: values, and gradients of those named, for upstream gradients of 1 or given ones."""
+
+    def __init__(self) -> None:
+        self.ops, self.torch = (importlib.import_module(name) for name in ("torch_ops", "torch"))
+
+    def __call__(self, op: str, arrays: Named, wrt: tuple[str, ...], dtype: str, up: Any = None, **options: Any) -> Any:
+        if "axis" in options:
+            options["dim"] = options.pop("axis")
+        given = {k: self.torch.from_numpy(np.array(v)) for k, v in arrays.items()}
+        given = {k: v.to(getattr(self.torch, dtype)) if v.is_floating_point() else v for k, v in given.items()}
+        leaves = [given[k].requires_grad_() for k in wrt]
+        value = getattr(self.ops, op)(**given, **options)
+        up = self.torch.ones_like(value) if up is None else self.torch.from_numpy(up).to(value.dtype)
+        grads = self.torch.autograd.grad(value, leaves, up)
+        assert all(g.dtype == leaf.dtype for g, leaf in zip(grads, leaves, strict=True))
+        return value.detach().double().numpy(), *(g.double().numpy() for g in grads)
+
+
+class Jax:
+    """jax_ops likewise, under jit; 64-bit types are on for float64 only."""
+
+    def __init__(self) -> None:
+        self.ops, self.jax = (importlib.import_module(name) for name in ("jax_ops", "jax"))
+
+    def __call__(self, op: str, arrays: Named, wrt: tuple[str, ...], dtype: str, up: Any = None, **options: Any) -> Any:
+        jax, jnp = self.jax, self.jax.numpy
+        with jax.enable_x64(dtype == "float64"):
+            given = {k: jnp.asarray(v, dtype if np.asarray(v).dtype.kind == "f" else None) for k, v in arrays.items()}
+            answer = self._compiled(op, wrt, tuple(options.items()))
+            value, grads = answer(given, None if up is None else jnp.asarray(up))
+            assert all(g.dtype == given[k].dtype for k, g in zip(wrt, grads, strict=True))
+            return tuple(np.asarray(a.astype(value.dtype), np.float64) for a in (value, *grads))
+
+    @functools.cache  # noqa: B019
+    def _compiled(self, op: str, wrt: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Any:
+        def answer(arrays: Named, up: Any) -> Any:
+            def of(moving: Named) -> Any:
+                return getattr(self.ops, op)(**{**arrays, **moving}, **dict(options))
+
+            value, pull = self.jax.vjp(of, {k: arrays[k] for k in wrt})
+            (grads,) = pull(self.jax.numpy.ones_like(value) if up is None else up.astype(value.dtype))
+            return value, [grads[k] for k in wrt]
+
+        return self.jax.jit(answer)
+
+
+DOORS = {name: kind for name, kind in (("torch", Torch), ("jax", Jax)) if find_spec(name)}
+SERVED = [f"{name} {rows}" for name in DOORS for rows in ("native", "plain")]
+
+
+@pytest.fixture(params=SERVED)
+def door(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Each framework, by its kernels and without."""
+    name, rows = request.param.split()
+    native = importlib.import_module(f"{name}_ops._rows.native")
+    if rows == "native" and native.missing:
+        pytest.skip(f"no native kernels: {native.missing}")
+    found: Any = DOORS[name]()
+    if rows == "plain" and name == "torch":
+        monkeypatch.setattr(native, "serves", lambda x, dim: False)
+    if rows == "plain" and name == "jax":
+        monkeypatch.setattr(native, "missing", "asked for by a test")
+    if name == "jax":
+        found.jax.clear_caches()
+    yield found
+    if name == "jax":
+        found.jax.clear_caches()
+
+
+def of_logits(door: Any, s: Array, t: Array, dtype: str, **options: Any) -> tuple[Array, Array]:
+    """(the divergence of each row, its gradient)."""
+    return door("divergence", {"input": s, "teacher": t}, ("input",), dtype, reduction="none", **options)

@@ -19,7 +19,6 @@ from softmax_ext.contract import KINDS
 from torch_ops._rows import native
 from torch_ops._rows.arithmetic import capped, compute, exponentials, shifted, slope
 
-STATE = 7  # numbers of a row that the forward leaves for the backward
 # Where |x| is at most this, expm1(x) - x and x - log1p(x) are summed as series.
 _NEAR = 0.35
 
@@ -54,7 +53,7 @@ def divergence_fwd(student: Tensor, teacher: Tensor, keep: Tensor | None, *, pai
     if not s.shape[pair.dim]:
         nothing = torch.full(rows, math.nan, dtype=s.dtype, device=s.device)
         value = nothing if keep is None else nothing.masked_fill(~keep, 0.0)
-        return value, nothing.unsqueeze(-1).expand(*rows, STATE).clone()
+        return value, nothing.unsqueeze(-1).expand(*rows, native.STATE).clone()
     d, p, q, shift = _met(student, teacher, s, t, pair)
     value = _terms(d, p, q, pair).sum(pair.dim)
     mean = _weighed(d, p, q, pair).sum(pair.dim)
@@ -201,15 +200,3 @@ def _less_log1p(w: Tensor) -> Tensor:
     for k in range(29, 1, -2):
         odd = odd * z + 1.0 / k
     return torch.where(w.abs() < _NEAR, v * r - 2.0 * r * z * odd, w - torch.log1p(w))
-
-
-if not native.missing:
-
-    @torch.library.register_fake("softmax_ext::divergence_fwd")
-    def _(student: Tensor, teacher: Tensor, keep: Tensor | None, dim: int, *_: Any) -> tuple[Tensor, Tensor]:
-        (value,) = native.rows_like(student, dim, 1)
-        return value, value.new_empty([*value.shape, STATE])
-
-    @torch.library.register_fake("softmax_ext::divergence_bwd")
-    def _(student: Tensor, *_: Any) -> Tensor:
-        return native.dense_like(student)

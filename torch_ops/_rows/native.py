@@ -113,7 +113,20 @@ def describe(namespace: str, fakes: dict[str, Callable[..., Any]], library: Any)
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
 
-# The same of K classes a row.
+STATE = 7  # numbers of a row that a divergence's forward leaves for its backward
+
+
+def _divergence_like(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    (value,) = rows_like(x, dim, 1)
+    return value, value.new_empty([*value.shape, STATE])
+
+
+# The native ops alone.
+DIVERGENCES: dict[str, Callable[..., Any]] = {
+    "divergence_fwd": lambda student, teacher, keep, dim, *_: _divergence_like(student, dim),
+    "divergence_bwd": lambda student, *_: dense_like(student),
+}
+# Those of K classes a row.
 CLASSES: dict[str, Callable[..., Any]] = {
     "points": lambda z, m, rest, excepted, u, *_: (u.new_empty(u.shape, dtype=torch.int32), m.new_empty(m.shape[0], 2)),
     "picked_fwd": lambda x, w, ids: _matrix(x, ids.shape[0], ids.shape[1], torch.promote_types(x.dtype, torch.float32)),
@@ -128,4 +141,4 @@ CLASSES: dict[str, Callable[..., Any]] = {
 
 if _library is not None:
     _described = torch.library.Library("softmax_ext", "FRAGMENT")
-    describe("softmax_ext", {**FAKES, **CLASSES}, _described)
+    describe("softmax_ext", {**FAKES, **CLASSES, **DIVERGENCES}, _described)
