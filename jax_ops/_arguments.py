@@ -26,6 +26,18 @@ def unwrap_all(arrays: tuple[Any, ...]) -> list[Any]:
     return [None if a is None else unwrap(a, numbers=i < last) for i, a in enumerate(arrays)]
 
 
+def parts_of(target: Any) -> tuple[Any, ...]:
+    """The arrays of a target: one, or the two of a sparse pair."""
+    pair = isinstance(target, tuple | list) and len(target) == 2
+    return tuple(unwrap(a, numbers=False) for a in target) if pair else (target,)
+
+
+def describe_target(parts: tuple[Any, ...]) -> Any:
+    """`describe`, of a pair each."""
+    facts = tuple(None if a is None else describe(a) for a in parts)
+    return facts if len(parts) > 1 else next(iter(facts))
+
+
 def scale_of(logit_scale: Any) -> tuple[Any, Any]:
     """(a scale that is an array, or None; the number that the options then have)."""
     s = unwrap(logit_scale, numbers=False)

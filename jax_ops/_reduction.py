@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_ops._parallel.shard import Shard
-from jax_ops._rows.dispatch import IGNORED, INVALID, is_soft
+from jax_ops._rows.dispatch import IGNORED, INVALID, finite, is_soft, mass_sum, of_rows
 from softmax_ext.contract import LossOptions
 
 
@@ -34,28 +34,36 @@ def coefficients(
     token_weight: Array | None,
     options: LossOptions,
     shard: Shard,
+    probabilities: Array | None = None,
+    axis: int = 1,
 ) -> Coefficients:
     """What each row's numbers are multiplied by; `ones` has the rows' shape and type, targets are canonical or soft.
 
-    Ignored rows have numbers of 0, so a coefficient is one number where no weights are given.
+    Ignored rows have numbers of 0, so a coefficient is one number where no weights are given. With K classes a row,
+    along `axis`, each has its own: its probability, weighted by class.
     """
     s, soft = options.label_smoothing, is_soft(target)
-    kept = jnp.ones_like(ones, dtype=bool) if soft else target != IGNORED
+    marks = of_rows(target, ones.ndim + 1, axis)
+    kept = jnp.ones_like(ones, dtype=bool) if soft else marks != IGNORED
     share: Array = kept.astype(ones.dtype)
-    tokens = nll = 1.0
+    of_row = nll = 1.0
     if token_weight is not None:
-        tokens = jnp.where(kept, token_weight.astype(ones.dtype), 0.0)
+        of_row = jnp.where(kept, token_weight.astype(ones.dtype), 0.0)
+    tokens = of_row if probabilities is None or token_weight is None else jnp.expand_dims(of_row, axis)
+    if probabilities is not None:  # what an ignored slot holds is not read, NaN included
+        nll = jnp.where(target == IGNORED, 0.0, probabilities.astype(ones.dtype))
     if not soft and weight is not None and not (isinstance(shard.total, int) and shard.total == 0):
         t, inside = shard.local(target)
         at = weight.astype(ones.dtype).at[t.clip(0, shard.classes - 1)]
         # Ignored rows read no weight, not even through 0 * inf; an invalid one reads that of class 0.
-        mine = kept if not shard.names else inside | ((target <= INVALID) & (shard.first(target.dtype) == 0))
-        nll = share = shard.sum(jnp.where(mine, at.get(mode="clip", out_sharding=jax.typeof(t).sharding), 0.0))
+        mine = inside | ((target <= INVALID) & (shard.first(target.dtype) == 0)) if shard.names else target != IGNORED
+        of_class = shard.sum(jnp.where(mine, at.get(mode="clip", out_sharding=jax.typeof(t).sharding), 0.0))
+        nll, share = nll * of_class, of_class if probabilities is None else share
     return Coefficients(
         nll=(1.0 - s) * nll * tokens if s < 1.0 else None,
-        smooth=s / _classes(shard.total, ones) * tokens if s > 0.0 else None,
-        square=options.z_loss * tokens if options.z_loss > 0.0 else None,
-        share=share * tokens,
+        smooth=s / _classes(shard.total, ones) * of_row if s > 0.0 else None,
+        square=options.z_loss * of_row if options.z_loss > 0.0 else None,
+        share=share * of_row,
         kept=kept,
     )
 
@@ -65,15 +73,18 @@ def _classes(total: Any, like: Array) -> Any:
     return max(total, 1) if isinstance(total, int) else jnp.asarray(total).astype(like.dtype)
 
 
-def combine(rows: dict[str, Array], target: Array, by: Coefficients) -> Array:
-    """The rows' losses from their nll, smooth and lse."""
+def combine(rows: dict[str, Array], target: Array, by: Coefficients, axis: int = 1) -> Array:
+    """The rows' losses from their nll, smooth and lse; `axis`: where nll has K a row."""
     terms = []
-    if by.nll is not None:
+    if by.nll is not None and rows["nll"].ndim > by.kept.ndim:
+        terms.append(mass_sum(by.nll, rows["nll"], axis))  # pyright: ignore[reportArgumentType]
+    elif by.nll is not None:
         terms.append(by.nll * rows["nll"])
     if by.smooth is not None:
         terms.append(by.smooth * rows["smooth"])
         if not is_soft(target):
-            terms[-1] = jnp.where(target == INVALID, jnp.nan, terms[-1])
+            marks = of_rows(target, rows["smooth"].ndim + 1, axis)
+            terms[-1] = jnp.where(marks == INVALID, jnp.nan, terms[-1])
     if by.square is not None:
         terms.append(by.square * jnp.square(rows["lse"]))
     return sum(terms[1:], terms[0])
@@ -91,25 +102,41 @@ def reduce(total: Array, by: Coefficients, options: LossOptions) -> Array:
 
 
 def finish(
-    rows: dict[str, Array], argmax: Callable[[], Array], target: Array, by: Coefficients, options: LossOptions
+    rows: dict[str, Array],
+    argmax: Callable[[], Array],
+    target: Array,
+    by: Coefficients,
+    options: LossOptions,
+    axis: int = 1,
 ) -> tuple[Array, dict[str, Array]]:
     """(loss, statistics) from the rows' numbers; `argmax()` is each row's largest class."""
-    loss = combine(rows, target, by)
+    loss = combine(rows, target, by, axis)
     if options.reduction != "none":
         loss = reduce(loss.sum(), by, options)
-    return loss, statistics(rows, argmax, target, options)
+    return loss, statistics(rows, argmax, target, options, by.kept.ndim, axis)
 
 
 def statistics(
-    rows: dict[str, Array], argmax: Callable[[], Array], target: Array, options: LossOptions
+    rows: dict[str, Array],
+    argmax: Callable[[], Array],
+    target: Array,
+    options: LossOptions,
+    ndim: int,
+    axis: int = 1,
 ) -> dict[str, Array]:
-    """The statistics asked for, of the target's row shape; ignored rows hold 0 (argmax -1)."""
+    """The statistics asked for, of the rows' `ndim` dimensions; ignored rows hold 0 (argmax -1).
+
+    Of K classes a row "logprob" has the shape of their ids.
+    """
     out: dict[str, Array] = {}
     for name in options.stats:
-        if name == "logprob":
+        if name == "logprob" and rows["nll"].ndim > ndim:
+            out[name] = 0.0 - finite(rows["nll"]) - jnp.where(rows["nll"] < 0, jnp.inf, 0.0)
+        elif name == "logprob":
             out[name] = 0.0 - rows["nll"]
         elif name == "argmax":
-            out[name] = argmax() if is_soft(target) else jnp.where(target == IGNORED, -1, argmax())
+            at = argmax()
+            out[name] = at if is_soft(target) else jnp.where(of_rows(target, ndim + 1, axis) == IGNORED, -1, at)
         else:
             out[name] = rows[name]
     return out

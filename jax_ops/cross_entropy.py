@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_ops._arguments import describe, scale_of, unwrap_all
+from jax_ops._arguments import describe, describe_target, parts_of, scale_of, unwrap_all
 from jax_ops._lowering import as_typed
 from jax_ops._parallel.logits import sharded_row
 from jax_ops._parallel.mesh import lies_otherwise, spread_of, under_auto_axes
@@ -28,7 +28,7 @@ from softmax_ext import contract
 @overload
 def cross_entropy(
     input: ArrayLike,
-    target: ArrayLike,
+    target: ArrayLike | tuple[ArrayLike, ArrayLike],
     weight: ArrayLike | None = None,
     *,
     axis: int = -1,
@@ -46,7 +46,7 @@ def cross_entropy(
 @overload
 def cross_entropy(
     input: ArrayLike,
-    target: ArrayLike,
+    target: ArrayLike | tuple[ArrayLike, ArrayLike],
     weight: ArrayLike | None = None,
     *,
     axis: int = -1,
@@ -63,7 +63,7 @@ def cross_entropy(
 ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 def cross_entropy(
     input: ArrayLike,
-    target: ArrayLike,
+    target: ArrayLike | tuple[ArrayLike, ArrayLike],
     weight: ArrayLike | None = None,
     *,
     axis: int = -1,
@@ -86,10 +86,12 @@ def cross_entropy(
     Args:
         input: logits of at least one dimension; float16, bfloat16, float32 or float64.
         target: class indices, the input's shape without its class axis, any integer type; or
-            probabilities, the input's shape, any floating type (their sum need not be 1).
+            probabilities, the input's shape, any floating type (their sum need not be 1); or a pair of both with K
+            classes a row, (ids, probabilities), where the input has V: the probabilities that add up at the ids.
         weight: one weight per class (V,), any floating type.
         axis: the class axis, in [-ndim, ndim - 1].
-        ignore_index: class index of rows that reach no result; None means -100.
+        ignore_index: class index of rows that reach no result; None means -100. In a pair, of slots that count
+            nothing; a row of such slots reaches no result.
         reduction: "mean" (weighted by class and token weights), "sum" or "none".
         label_smoothing: s in [0, 1]; targets become (1 - s) * target + s / V.
         logit_scale: finite number > 0 the logits are multiplied by first (1 / temperature); or an array () or of the
@@ -100,12 +102,13 @@ def cross_entropy(
         on_all_ignored: what a mean over nothing gives: "nan", or "zero" (with zero gradients).
         stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
         axis_name: inside `jax.shard_map`, the mesh axis (or axes) whose devices have an equal part of the classes
-            each, in their order: of logits, soft targets and weight. Class indices count all of the classes;
-            rows, losses and statistics are the same on every device.
+            each, in their order: of logits, soft targets and weight. Class indices count all of the classes, and a
+            pair is the same on every device; so are rows, losses and statistics.
 
     Returns:
         The loss, float32 for half-precision logits: a scalar, or row-shaped with reduction "none". With `stats`
-        a pair (loss, {name: array}), the statistics of the scaled and capped logits in nats (argmax: integers).
+        a pair (loss, {name: array}), the statistics of the scaled and capped logits in nats (argmax: integers;
+        logprob of a pair: at every id).
         The loss and gradient of a row whose class index is outside [0, V) and not ignore_index are NaN.
 
     Raises:
@@ -129,28 +132,40 @@ def cross_entropy(
         ignore_index, reduction, label_smoothing, factor, softcap, z_loss, on_all_ignored, stats
     )
     arrays = unwrap_all((input, target, weight, token_weight))
-    facts = [None if a is None else describe(a) for a in arrays]
+    parts = parts_of(arrays[1])
+    arrays[1], probabilities = parts[0], parts[1] if len(parts) > 1 else None
+    facts = [None if a is None else describe(a) for a in (arrays[0], *arrays[2:])]
     about = contract.at_least_1d("cross_entropy", "input", facts[0])
     axis = contract.dimension("cross_entropy", "axis", axis, len(about.shape))
     of_scale = None if s is None else describe(s)
-    soft = contract.loss("cross_entropy", about, *facts[1:], options=options, axis=axis, logit_scale=of_scale)
+    soft = contract.loss(
+        "cross_entropy",
+        about,
+        describe_target(parts),
+        *facts[1:],
+        options=options,
+        axis=axis,
+        logit_scale=of_scale,
+    )
 
     shard = shard_of("cross_entropy", axis_name, about.shape[axis])
     raw = not soft and not isinstance(arrays[1], np.ndarray)
     if not soft and not raw:
         arrays[1] = canonical(arrays[1], shard.total, options.ignored)
-    given = [a if a is None or isinstance(a, jax.Array) else jnp.asarray(a) for a in (*arrays, s)]
+    given = [a if a is None or isinstance(a, jax.Array) else jnp.asarray(a) for a in (*arrays, s, probabilities)]
     options = replace(options, stats=tuple(stats))
     how: dict[str, Any] = {"options": options, "shard": shard, "axis": axis, "raw": raw}
     logits, kept = jnp.asarray(given[0]), [i for i in range(len(about.shape)) if i != axis]
-    spread = spread_of(kept, *given) if lies_otherwise(axis, logits, *given[1:]) else None
+    otherwise = probabilities is not None or lies_otherwise(axis, logits, *given[1:])
+    spread = spread_of(kept, *given) if otherwise else None
     found: Any
     if spread is None:
         found = _loss(*given, **how)
     else:  # Where classes are cut, JAX would ask for the sharding of each sum and index over them.
         rows_out = spread.sharding([logits.shape[i] for i in kept])
         loss = rows_out if reduction == "none" else spread.sharding(())
-        out = (loss, dict.fromkeys(stats, rows_out)) if stats else loss
+        several = {"logprob": spread.along(axis).sharding(arrays[1].shape)} if probabilities is not None else {}
+        out = (loss, {name: several.get(name, rows_out) for name in stats}) if stats else loss
         found = under_auto_axes(_loss, *given, spread=spread, out=out, **how)
     return as_asked(found, stats) if stats else found
 
@@ -165,13 +180,14 @@ def _loss(
     w: jax.Array | None,
     tokens: jax.Array | None,
     scale: jax.Array | None,
+    probabilities: jax.Array | None,
     *,
     options: contract.LossOptions,
     shard: Shard,
     axis: int,
     raw: bool,
 ) -> Any:
-    """The loss, and its statistics; targets are soft, canonical, or `raw` class indices."""
+    """The loss, and its statistics; targets are soft, canonical, or `raw` class indices, with K of them a row pairs."""
     if raw:
         t = canonical(t, shard.total, options.ignored)
     if scale is not None:
@@ -183,8 +199,10 @@ def _loss(
         per_row = sharded_row(logits, t, of_class, axis, plan, shard)
     else:
         per_row = row(logits, t, of_class, axis, plan)
-    by = coefficients(jnp.ones_like(per_row[plan.names[0]]), t, w, tokens, options, shard)
-    loss, found = finish(per_row, lambda: _argmax(logits, axis, plan, shard), t, by, options)
+    one = per_row[plan.names[0]]
+    ones = jnp.ones_like(one.sum(axis) if one.ndim == logits.ndim else one)
+    by = coefficients(ones, t, w, tokens, options, shard, probabilities, axis)
+    loss, found = finish(per_row, lambda: _argmax(logits, axis, plan, shard), t, by, options, axis)
     return (loss, found) if options.stats else loss
 
 

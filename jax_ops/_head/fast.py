@@ -32,10 +32,12 @@ def fwd(
 
     kind = wide(x.dtype)
     if shard.names:
-        start = slices.nothing(x, x.shape[:1], kind, plan.names, soft=rows.is_soft(target))
+        start = slices.nothing(x, target, kind, plan.names)
         return slices.numbers(shard.joined(cut.loop(step, start)), target)
-    kept = {*plan.names, "m", "rest"}
-    return cut.loop(step, {name: jnp.zeros_like(x, shape=x.shape[:1], dtype=kind) for name in kept})
+    shapes = dict.fromkeys((*plan.names, "m", "rest"), x.shape[:1])
+    if "nll" in shapes and not rows.is_soft(target):
+        shapes["nll"] = target.shape  # of K classes a row K
+    return cut.loop(step, {name: jnp.zeros_like(x, shape=shape, dtype=kind) for name, shape in shapes.items()})
 
 
 def bwd(
@@ -90,7 +92,7 @@ def fwd_bwd(
         z = head.logits(xi)
         found, grads = _visit(z, t, weight, a, s, c, wanted, shard, plan)
         if smooth is not None and ignored is not None:
-            found["smooth"] = jnp.where(t == rows.INVALID, jnp.nan, found["smooth"])
+            found["smooth"] = jnp.where(rows.of_rows(t, 2, 1) == rows.INVALID, jnp.nan, found["smooth"])
         sums = sums | {name: cut.put(sums[name], found[name], part) for name in found if name in sums}
         if grads is None:
             m, rest = shard.own(found["m"], found["rest"])

@@ -17,10 +17,11 @@ from jax import Array
 from jax_ops._head.chunks import Cut, cut, that_fit
 from jax_ops._head.linear import Linear, wide
 from jax_ops._head.per_row import argmax, per_row
+from jax_ops._head.sampled import sampled_rows
 from jax_ops._head.sum import weighted_sum
 from jax_ops._parallel.shard import Shard
 from jax_ops._reduction import Coefficients
-from jax_ops._rows.dispatch import IGNORED, is_soft
+from jax_ops._rows.dispatch import IGNORED, is_soft, of_rows
 from jax_ops._rules.plan import Plan
 
 
@@ -31,10 +32,12 @@ class Layout(NamedTuple):
     w: Array  # (V, D), or (V, P, D)
     b: Array | None
     up: Array | None  # (V, r), or (V, P, r): of rows (x, u) it multiplies u
-    target: Array  # (n,) or (n, P) class indices, canonical; (n, V) or (n, V, P) probabilities
+    target: Array  # (n,) or (n, P) class indices, canonical, (n, K) or (n, K, P); (n, V) or (n, V, P) probabilities
+    probabilities: Array | None  # of K class indices a row
     token_weight: Array | None  # (n,) or (n, P)
     shape: tuple[int, ...]  # of the rows
-    outside: Any  # which of them the results have
+    inner: int  # how many of its dimensions are the weight's
+    outside: int | None  # how many of the last rows the results have
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -47,8 +50,13 @@ class Layout(NamedTuple):
         return wide(self.x.dtype)
 
     def as_given(self, value: Array) -> Array:
-        """The rows' numbers in the losses' shape."""
-        return value.reshape(self.shape)[self.outside]
+        """The rows' numbers in the losses' shape; with K a row, where the logits have V."""
+        lead, inner = self.shape[: len(self.shape) - self.inner], self.shape[len(self.shape) - self.inner :]
+        several = value.shape[1:2] if value.ndim > len(self.rows) else ()
+        value = value.reshape(*lead, *several, *inner)
+        if self.outside is None:
+            return value
+        return value[..., : self.outside, :] if several else value[..., : self.outside]
 
     def cut(self, lean: bool, chunk_size: int | None, blocks: int) -> Cut:
         """The rows (lean: the classes) in chunks; `blocks` of the rows are on devices of their own."""
@@ -64,6 +72,7 @@ def lay_out(
     w: Array,
     b: Array | None,
     target: Array,
+    probabilities: Array | None,
     token_weight: Array | None,
     *,
     shift: int,
@@ -72,7 +81,7 @@ def lay_out(
 ) -> Layout:
     """The layout of checked arguments with canonical targets."""
     length = x.shape[:-1]
-    x, target, token_weight, outside = _shifted(x, target, token_weight, shift)
+    x, target, probabilities, token_weight, outside = _shifted(x, target, probabilities, token_weight, shift)
     if scale is not None and scale.ndim and x.shape[:-1] != length:  # it goes with the input's rows
         scale = scale[..., : x.shape[-2]]
     (*lead, features), (classes, *inner, _) = x.shape, w.shape
@@ -82,9 +91,11 @@ def lay_out(
         flat = (n, math.prod(inner))
         w = w.reshape(classes, flat[1], w.shape[-1])
         b = None if b is None else b.reshape(classes, flat[1])
-    target = target.reshape((n, classes, *flat[1:]) if is_soft(target) else flat)
+    each = () if not is_soft(target) and probabilities is None else target.shape[len(lead) :][:1]  # V or K
+    target = target.reshape(n, *each, *flat[1:])
+    probabilities = None if probabilities is None else probabilities.reshape(target.shape)
     token_weight = None if token_weight is None else token_weight.reshape(flat)
-    of = Layout(x, w, b, None, target, token_weight, (*lead, *inner), outside)
+    of = Layout(x, w, b, None, target, probabilities, token_weight, (*lead, *inner), len(inner), outside)
     if scale is None is low_rank:
         return of
     scale = scale if scale is None or not scale.ndim else scale.reshape(flat)
@@ -100,7 +111,7 @@ def _side_by_side(of: Layout, scale: Array | None, low_rank: Sequence[Array] | N
     """
     x = of.x
     if not is_soft(of.target):  # such a row reaches no result, not even through 0 * NaN in what multiplies its gradient
-        nothing = of.target == IGNORED
+        nothing = of_rows(of.target, len(of.rows) + 1, 1) == IGNORED
         x = jnp.where(nothing.reshape(x.shape[0], -1).all(1)[:, None], jnp.zeros((), x.dtype), x)
         scale = scale if scale is None or not scale.ndim else jnp.where(nothing, jnp.ones((), scale.dtype), scale)
     more, ups = [], []
@@ -116,7 +127,7 @@ def _side_by_side(of: Layout, scale: Array | None, low_rank: Sequence[Array] | N
     if scale is None:
         return of._replace(x=x)
     if scale.ndim > 1 and not is_soft(of.target):
-        x = jnp.where((of.target == IGNORED)[..., None], jnp.zeros((), x.dtype), x[:, None])
+        x = jnp.where(nothing[..., None], jnp.zeros((), x.dtype), x[:, None])
     elif scale.ndim > 1:
         x = x[:, None]
     kind = wide(x.dtype)
@@ -126,14 +137,22 @@ def _side_by_side(of: Layout, scale: Array | None, low_rank: Sequence[Array] | N
 
 def total(of: Layout, weight: Array | None, by: Coefficients, cut: Cut, shard: Shard, plan: Plan) -> Array:
     """The sum of the rows' losses over rows and positions."""
-    vectors = [None if c is None else jnp.broadcast_to(c, of.rows).astype(of.kind) for c in by[:3]]
+    of_nll = of.rows if of.probabilities is None else of.target.shape
+    shapes = (of_nll, of.rows, of.rows)
+    vectors = [c if c is None else jnp.broadcast_to(c, s).astype(of.kind) for c, s in zip(by, shapes, strict=False)]
     sums = _over_positions(of, partial(weighted_sum, cut=cut, shard=shard, plan=plan), of.target, weight, *vectors)
     return sums.sum()
 
 
-def each_row(of: Layout, weight: Array | None, cut: Cut, shard: Shard, plan: Plan) -> dict[str, Array]:
-    """The rows' numbers by name."""
-    values = _over_positions(of, partial(per_row, cut=cut, shard=shard, plan=plan), of.target, weight)
+def each_row(
+    of: Layout, weight: Array | None, cut: Cut, shard: Shard, plan: Plan, u: Array | None = None
+) -> dict[str, Array]:
+    """The rows' numbers by name; with `u` (n P, K) their gradient is sampled at K points."""
+    how = {"cut": cut, "shard": shard, "plan": plan}
+    if u is None:
+        values = _over_positions(of, partial(per_row, **how), of.target, weight)
+    else:
+        values = _over_positions(of, partial(sampled_rows, **how), of.target, weight, None, u.reshape(*of.rows, -1))
     return dict(zip(plan.names, values, strict=True))
 
 
@@ -144,21 +163,26 @@ def largest(of: Layout, cut: Cut, shard: Shard, plan: Plan) -> Array:
     return _over_positions(of, partial(argmax, cut=cut, shard=shard, plan=plan))
 
 
-def _shifted(x: Array, target: Array, tokens: Array | None, shift: int) -> tuple[Any, ...]:
-    """Each row beside the target `shift` further on, and which rows of the results are asked for."""
+def _shifted(x: Array, target: Array, probabilities: Array | None, tokens: Array | None, shift: int) -> tuple[Any, ...]:
+    """Each row beside the target `shift` further on, and how many rows of the results are asked for."""
     if not shift:
-        return x, target, tokens, ...
+        return x, target, probabilities, tokens, None
     length = x.shape[-2]
     shift = min(shift, length) if isinstance(length, int) else shift  # exported for any length
-    if target.ndim == x.ndim:
+    if is_soft(target):
         tokens = None if tokens is None else tokens[..., shift:]
-        return x[..., : length - shift, :], target[..., shift:, :], tokens, ...
+        return x[..., : length - shift, :], target[..., shift:, :], None, tokens, None
     # The last rows stay, ignored: without them the input would be copied, and a batch spread over devices cut
     # at other places than its blocks.
-    lead = [(0, 0)] * (target.ndim - 1)
-    target = jnp.pad(target[..., shift:], [*lead, (0, shift)], constant_values=IGNORED)
-    tokens = None if tokens is None else jnp.pad(tokens[..., shift:], [*lead, (0, shift)])
-    return x, target, tokens, (..., slice(length - shift))
+    ahead = [(0, 0)] * (x.ndim - 2)
+
+    def moved(a: Array | None, fill: float) -> Any:
+        if a is None:
+            return None
+        later = a[(*[slice(None)] * len(ahead), slice(shift, None))]
+        return jnp.pad(later, [*ahead, (0, shift), *[(0, 0)] * (a.ndim - 1 - len(ahead))], constant_values=fill)
+
+    return x, moved(target, IGNORED), moved(probabilities, 0), moved(tokens, 0), length - shift
 
 
 def _over_positions(of: Layout, fn: Callable[..., Any], *more: Any) -> Any:
@@ -167,6 +191,8 @@ def _over_positions(of: Layout, fn: Callable[..., Any], *more: Any) -> Any:
     if of.w.ndim == 2:
         return fn(*args)
     # more: target, weight per class, and coefficients per row
-    axes = [1 if of.x.ndim > 2 else None, 1, 1, 1, 2 if is_soft(of.target) else 1, None, 1, 1, 1][: len(args)]
+    several = 1 if of.probabilities is None else 2
+    of_target = 2 if is_soft(of.target) else several
+    axes = [1 if of.x.ndim > 2 else None, 1, 1, 1, of_target, None, several, 1, 1][: len(args)]
     axes = [None if a is None else axis for a, axis in zip(args, axes, strict=True)]
     return jax.vmap(fn, in_axes=axes, out_axes=-1)(*args)

@@ -26,7 +26,7 @@ def fwd(
         z, t, inside, w = _slice(x, head.part(cut, part), target, weight, cut, shard, plan, part)
         return slices.merge(state, slices.of(z, t, inside, w, names=plan.names, layout=plan.row()))
 
-    start = slices.nothing(x, x.shape[:1], wide(x.dtype), plan.names, soft=rows.is_soft(target))
+    start = slices.nothing(x, target, wide(x.dtype), plan.names)
     return slices.numbers(shard.joined(cut.loop(step, start)), target)
 
 

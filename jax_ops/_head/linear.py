@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from jax_ops._head.chunks import Cut, Part, cut
 from jax_ops._lowering import when_alone
-from jax_ops._rows.dispatch import IGNORED, is_soft
+from jax_ops._rows.dispatch import IGNORED, is_soft, of_rows
 from jax_ops._rules.autodiff import analytic
 from softmax_ext import machine
 
@@ -104,7 +104,7 @@ def add_rows(sums: Sums, cut: Cut, part: Part, head: Linear, dz: Array, x: Array
 
 def ignored_rows(target: Array) -> Array | None:
     """Which rows reach no result; None where all do."""
-    return None if is_soft(target) else target == IGNORED
+    return None if is_soft(target) else of_rows(target, 2, 1) == IGNORED
 
 
 def without(x: Array, ignored: Array | None) -> Array:

@@ -12,6 +12,7 @@ from jax_ops._head import fast
 from jax_ops._head.chunks import Cut
 from jax_ops._head.linear import Linear
 from jax_ops._parallel.shard import Shard
+from jax_ops._rows.dispatch import finite, mass_sum
 from jax_ops._rules.autodiff import selective
 from jax_ops._rules.plan import Plan
 from jax_ops._rules.varying import alike
@@ -55,7 +56,10 @@ def _weighted_sum(cut: Cut, shard: Shard, plan: Plan, dtypes: tuple[str | None, 
             by = {name: c for name, c in (("nll", nll), ("smooth", smooth), ("lse", square)) if c is not None}
             if "lse" in by:
                 sums["lse"] = jnp.square(sums["lse"])
-            return sum((c * sums[name]).sum() for name, c in by.items()), sums
+            total = sum(_along(c, sums[name]).sum() for name, c in by.items())
+            if nll is not None and nll.ndim > 1:
+                sums["nll"] = finite(sums["nll"])
+            return total, sums
 
         def bwd(sums: dict[str, Any], ct: Any) -> Any:
             own = [name for name in _HEAD if name in sums]
@@ -69,3 +73,8 @@ def _weighted_sum(cut: Cut, shard: Shard, plan: Plan, dtypes: tuple[str | None, 
         return fwd, bwd
 
     return selective(rules)
+
+
+def _along(c: Array, numbers: Array) -> Array:
+    """Each row's part of the sum, of K classes a row with their masses c."""
+    return c * numbers if c.ndim == 1 else mass_sum(c, numbers, 1)

@@ -30,7 +30,7 @@ def _sharded_row(axis: int, plan: Plan, shard: Shard) -> Any:
 
     def fwd(logits: Any, target: Any, weight: Any) -> Any:
         state = slices.of(logits, *shard.local(target), weight, names=plan.names, layout=layout)
-        out = slices.numbers(shard.joined(state), target)
+        out = slices.numbers(shard.joined(state, axis), target, axis)
         sums = (out.get("mass"), out.get("e"))
         return tuple(out[name] for name in plan.names), (logits, target, weight, out["m"], out["rest"], *sums)
 

@@ -30,6 +30,10 @@ class Spread:
         pairs = zip(axes, shape, strict=True)
         return NamedSharding(self.mesh, PartitionSpec(*(a if a and n % self._size(a) == 0 else None for a, n in pairs)))
 
+    def along(self, axis: int) -> Spread:
+        """The same with one more dimension, which is not cut, of what has K numbers a row."""
+        return Spread(self.mesh, (*self.axes[:axis], (), *self.axes[axis:]))
+
     def _size(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[name] for name in axes)
 

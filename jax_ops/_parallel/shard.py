@@ -44,9 +44,9 @@ class Shard:
         """The maximum over the devices, held constant; whether it is NaN where a device has one is not said."""
         return lax.pmax(self._cast(lax.stop_gradient(x)), self.names) if self.names else lax.stop_gradient(x)
 
-    def joined(self, state: slices.State) -> slices.State:
-        """What the devices' slices say together."""
-        return slices.over(state, self.largest, self.sum) if self.names else state
+    def joined(self, state: slices.State, axis: int = 1) -> slices.State:
+        """What the devices' slices say together; of K classes a row nll has them along `axis`."""
+        return slices.over(state, self.largest, self.sum, axis) if self.names else state
 
     def first_largest(self, top: Array, at: Array) -> Array:
         """The first class whose logit is largest, or NaN, from the largest of each device and its class there."""

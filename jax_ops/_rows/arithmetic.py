@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_ops._rows.classes import MASKED
+
 LOWEST = -1000.0  # exp of this and of everything below is 0, in float64 too
 
 
@@ -119,3 +121,25 @@ def pick(logits: Array, target: Array, m: Array, axis: int, scale: float, softca
     picked = jnp.take_along_axis(logits, t.clip(0, classes - 1), axis, mode="clip")
     d, _ = shifted(capped(picked, scale, softcap), m)
     return jnp.where((t < 0) | (t >= classes), jnp.nan, d)
+
+
+def each_nll(
+    logits: Array, log_total: Array, target: Array, m: Array, axis: int, scale: float, softcap: float | None
+) -> Array:
+    """-log p at K classes a row along `axis`: MASKED where it is infinite, NaN where the target names no class."""
+    classes = logits.shape[axis]
+    if classes == 0:
+        return jnp.full_like(m, jnp.nan, shape=target.shape)
+    picked = jnp.take_along_axis(logits, target.clip(0, classes - 1), axis, mode="clip")
+    d, _ = shifted(capped(picked, scale, softcap), m)
+    nll = jnp.where((d == -jnp.inf) & jnp.isfinite(log_total), MASKED, log_total - d)
+    return jnp.where((target < 0) | (target >= classes), jnp.nan, nll)
+
+
+def spread(each: Array, target: Array, like: Array, axis: int) -> Array:
+    """`each` of K classes a row added up at its class, in an array like the logits; 0 wherever no class is named."""
+    if like.shape[axis] == 0:
+        return like
+    index = [lax.broadcasted_iota(target.dtype, target.shape, i) for i in range(target.ndim)]
+    index[axis] = target.clip(0)
+    return jnp.zeros_like(like).at[tuple(index)].add(each, mode="drop")

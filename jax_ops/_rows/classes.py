@@ -11,11 +11,36 @@ from jax import Array
 
 IGNORED = -1  # canonical target of a row that reaches no result
 INVALID = -2  # canonical target of a row whose class index names no class
+MASKED = -1.0  # what nll says of one of K classes that has no probability, whose nll is infinite: none is negative
 
 
 def is_soft(target: Array) -> bool:
     """Whether targets are probabilities rather than class indices."""
     return jnp.issubdtype(target.dtype, jnp.floating)
+
+
+def of_rows(target: Array, ndim: int, axis: int) -> Array:
+    """One class index a row of logits of `ndim` dimensions: of K along `axis`, IGNORED if all are, INVALID if any is.
+
+    One a row already, and soft targets, are as they were.
+    """
+    if target.ndim < ndim or is_soft(target):
+        return target
+    low = target.min(axis, initial=IGNORED)
+    return jnp.where(low == INVALID, low, target.max(axis, initial=IGNORED))
+
+
+def mass_sum(mass: Array, nll: Array, axis: int) -> Array:
+    """sum_k mass_k nll_k over K classes a row: of an infinite nll (MASKED) infinite, but nothing where no mass is."""
+    masked = nll < 0
+    lost = jnp.where(masked & (mass != 0), jax.lax.stop_gradient(mass) * jnp.inf, 0.0)
+    # Added, not chosen: 0 in value, a masked class still takes its part of the gradient, as a dense target's.
+    return (mass * finite(nll) + lost).sum(axis)
+
+
+def finite(nll: Array) -> Array:
+    """nll of K classes a row, 0 where it is infinite (MASKED)."""
+    return nll + (nll < 0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -39,14 +64,15 @@ def without_ignored(logits: Array, target: Array, axis: int) -> Array:
     """The logits with ignored rows at 0: not even through 0 * NaN do they reach a derivative."""
     if is_soft(target):
         return logits
-    return jnp.where(jnp.expand_dims(target == IGNORED, axis), jnp.zeros((), logits.dtype), logits)
+    ignored = of_rows(target, logits.ndim, axis) == IGNORED
+    return jnp.where(jnp.expand_dims(ignored, axis), jnp.zeros((), logits.dtype), logits)
 
 
 def alive_rows(axis: int, target: Array, *arrays: Array | None) -> tuple[Any, Any, Any]:
-    """The first three arrays, of logits or rows, `alive` but for ignored rows whichever of all is differentiated."""
+    """Logits and two arrays of rows, `alive` but for ignored rows whichever of all is differentiated."""
     if is_soft(target):
         return arrays[:3]  # pyright: ignore[reportReturnType]
-    ignored = target == IGNORED
+    ignored = of_rows(target, arrays[0].ndim, axis) == IGNORED  # pyright: ignore[reportOptionalMemberAccess]
     return tuple(alive(axis, a, ignored, *arrays) for a in arrays[:3])  # pyright: ignore[reportReturnType]
 
 

@@ -15,19 +15,23 @@ from jax import Array
 
 from jax_ops._rows import plain
 from jax_ops._rows.arithmetic import capped, class_row, compute, slope
-from jax_ops._rows.classes import IGNORED, INVALID, alive, is_soft
+from jax_ops._rows.classes import IGNORED, INVALID, MASKED, alive, finite, is_soft, mass_sum, of_rows
 from jax_ops._rows.plain import cross_entropy_mass_bwd
 from jax_ops._rows.primitive import Row, transposable
 
 __all__ = [
     "IGNORED",
     "INVALID",
+    "MASKED",
     "alive",
     "capped",
     "class_row",
     "compute",
     "cross_entropy_mass_bwd",
+    "finite",
     "is_soft",
+    "mass_sum",
+    "of_rows",
     "slope",
 ]
 

@@ -24,14 +24,16 @@ from jax_ops._rows.arithmetic import (
     class_row,
     compute,
     dot,
+    each_nll,
     entropy_of,
     exponentials,
     nll_gradient,
     pick,
     shifted,
     slope,
+    spread,
 )
-from jax_ops._rows.classes import IGNORED, alive, alive_rows, is_soft, upstream_of, without_ignored
+from jax_ops._rows.classes import IGNORED, alive, alive_rows, is_soft, of_rows, upstream_of, without_ignored
 from jax_ops._rows.mean import centred, distribution, log_softmax, softmax
 
 _LAYOUT = ("axis", "scale", "softcap")
@@ -93,10 +95,12 @@ def cross_entropy_fwd(
     """(nll, lse, [smooth], [entropy], m, rest), row-shaped, in nats.
 
     nll = -log p_target for class indices (not weighted), -sum_j w_j y_j log p_j for soft targets y;
-    smooth = -sum_j w_j log p_j; entropy = -sum_j p_j log p_j.
+    smooth = -sum_j w_j log p_j; entropy = -sum_j p_j log p_j. With K class indices a row, along `axis`, nll has their
+    shape: 0 at IGNORED, MASKED where it is infinite.
     """
+    nothing = of_rows(target, logits.ndim, axis) == IGNORED
     if not is_soft(target):
-        logits = alive(axis, logits, target == IGNORED, weight)
+        logits = alive(axis, logits, nothing, weight)
     d, e, m, rest = exponentials(capped(logits, scale, softcap), axis)
     log_total = jnp.log1p(rest)
     w = class_row(weight, d, axis)
@@ -105,6 +109,8 @@ def cross_entropy_fwd(
         # an empty sum would forget that nothing has no distribution
         empty = d.shape[axis] == 0
         nll = jnp.full_like(rest.squeeze(axis), jnp.nan) if empty else dot(mass, log_total - d, axis)
+    elif target.ndim == d.ndim:
+        nll = each_nll(logits, log_total, target, m, axis, scale, softcap)
     else:
         nll = (log_total - pick(logits, target, m, axis, scale, softcap)).squeeze(axis)
     rows = [nll, (m + log_total).squeeze(axis)]
@@ -113,7 +119,7 @@ def cross_entropy_fwd(
     if entropy:
         rows.append(entropy_of(d, e, rest, axis).squeeze(axis))
     if not is_soft(target):
-        rows = [jnp.where(target == IGNORED, 0.0, row) for row in rows]
+        rows = [jnp.where(target == IGNORED if row is nll else nothing, 0.0, row) for row in rows]
     return (*rows, m.squeeze(axis), rest.squeeze(axis))
 
 
@@ -143,17 +149,20 @@ def cross_entropy_bwd(
     ups = {name: up for name, up in ups.items() if up is not None}
     logits, m, rest = alive_rows(axis, target, logits, m, rest, weight, *ups.values())
     factors = _factors(logits, target, weight, m, rest, tuple(ups), axis=axis, scale=scale, softcap=softcap)
-    dz = jnp.zeros_like(factors["p"])
+    dz, marks = jnp.zeros_like(factors["p"]), of_rows(target, logits.ndim, axis)
     for name, up in ups.items():
         if name in factors:
-            dz = dz + upstream_of(up, target, axis) * factors[name]
-    if d_nll is not None and not is_soft(target):
+            dz = dz + upstream_of(up, marks, axis) * factors[name]
+    if d_nll is not None and target.ndim == dz.ndim and not is_soft(target):
+        mass = spread(upstream_of(d_nll, target, None), target, dz, axis)
+        dz = dz + nll_gradient(mass, factors["p"], factors["q"], factors["confident"], axis)
+    elif d_nll is not None and not is_soft(target):
         classes = lax.broadcasted_iota(target.dtype, dz.shape, axis)
         dp = jnp.where(classes == jnp.expand_dims(target, axis), -factors["q"], factors["p"])
         dz = dz + upstream_of(d_nll, target, axis) * dp
     dz = dz * slope(logits, scale, softcap)
     if not is_soft(target):  # an ignored row, or a class weight, may be NaN, which 0 does not silence
-        dz = jnp.where(jnp.expand_dims(target == IGNORED, axis), 0.0, dz)
+        dz = jnp.where(jnp.expand_dims(marks == IGNORED, axis), 0.0, dz)
     return dz.astype(logits.dtype)
 
 
@@ -180,18 +189,24 @@ def cross_entropy_bwd_transpose(
     logits, m, rest = alive_rows(axis, target, logits, m, rest, weight, dx)
     f = _factors(logits, target, weight, m, rest, names, axis=axis, scale=scale, softcap=softcap)
     dz = compute(dx) * slope(logits, scale, softcap)
-    found = []
+    found, marks = [], of_rows(target, logits.ndim, axis)
     for name in names:
         if name in f:
-            found.append((f[name] * dz).sum(axis))
+            found.append(upstream_of((f[name] * dz).sum(axis), marks, None))
             continue
         own = jnp.where(f["confident"], dz, 0.0).sum(axis, keepdims=True)
         g, others = dz - own, jnp.where(f["confident"], 0.0, f["p"]).sum(axis)
         q = jnp.where(f["confident"], f["q"], 0.0).sum(axis) + 1.0 - f["confident"].any(axis)
-        index = jnp.expand_dims(target.clip(0), axis)
-        at = jnp.take_along_axis(g, index, axis, mode="clip").squeeze(axis)
-        found.append((f["p"] * g).sum(axis) - at + own.squeeze(axis) * (others - q))
-    return tuple(upstream_of(row, target, None).astype(rest.dtype) for row in found)
+        of_row, index = (f["p"] * g).sum(axis), target.clip(0)
+        moved = own.squeeze(axis) * (others - q)
+        if target.ndim == g.ndim:
+            at = jnp.take_along_axis(g, index, axis, mode="clip") if g.shape[axis] else 0.0 * index
+            row = jnp.expand_dims(of_row, axis) - at + jnp.expand_dims(moved, axis)
+        else:
+            at = jnp.take_along_axis(g, jnp.expand_dims(index, axis), axis, mode="clip").squeeze(axis)
+            row = of_row - at + moved
+        found.append(upstream_of(row, target, None))
+    return tuple(row.astype(rest.dtype) for row in found)
 
 
 def _factors(
@@ -263,7 +278,7 @@ def cross_entropy_mass_bwd(
         d_target = d_target.astype(target.dtype)
         mass = mass + c * target.astype(d.dtype)
     if d_smooth is not None:
-        mass = mass + upstream_of(d_smooth, target, axis)
+        mass = mass + upstream_of(d_smooth, of_rows(target, d.ndim, axis), axis)
     if weight is not None:
         others = [i for i in range(d.ndim) if i != axis]
         d_weight = (mass * minus_log_p).sum(others)

@@ -67,7 +67,7 @@ class Row:
         return jax.make_jaxpr(partial(self._flat, **layout))(*avals).out_avals
 
     def _lower(self, ctx: Any, *values: Any, present: Sequence[bool], axis: int, options: Any) -> Any:
-        if self.kernel is None or native.missing or self.kernel[0] not in native.served or not _serves(ctx):
+        if self.kernel is None or native.missing or self.kernel[0] not in native.served or not serves(ctx):
             plain = mlir.lower_fun(self._flat, multiple_results=True)
             return plain(ctx, *values, present=present, axis=axis, options=options)
         name, attributes = self.kernel
@@ -163,7 +163,7 @@ def transposable(
     return row
 
 
-def _serves(ctx: Any) -> bool:
+def serves(ctx: Any) -> bool:
     """Whether the kernels may stand in the program being lowered.
 
     Only in one for the CPU alone, and not in an export, which has to run anywhere. Not where XLA itself partitions over

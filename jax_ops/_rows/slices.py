@@ -28,13 +28,15 @@ from jax_ops._rows.arithmetic import LOWEST
 State = dict[str, Array]
 
 
-def nothing(like: Array, shape: tuple[int, ...], kind: Any, names: tuple[str, ...], *, soft: bool) -> State:
-    """What no class at all says of the rows."""
+def nothing(like: Array, target: Array, kind: Any, names: tuple[str, ...]) -> State:
+    """What no class at all says of the rows (n,)."""
+    soft, rows_ = rows.is_soft(target), like.shape[:1]
     start = {"m": -jnp.inf, "rest": -1.0}
     start |= {f"{k}{name}": 0.0 for name in ("nll", "smooth") if name in names for k in "uS"}
     start |= {"mass": 0.0} if soft and "nll" in names else {}
     start |= {"e": 0.0} if "entropy" in names else {}
-    return {name: jnp.full_like(like, value, shape=shape, dtype=kind) for name, value in start.items()}
+    shapes: dict[str, tuple[int, ...]] = {} if soft else {"unll": target.shape, "Snll": target.shape}
+    return {n: jnp.full_like(like, value, shape=shapes.get(n, rows_), dtype=kind) for n, value in start.items()}
 
 
 def of(
@@ -45,7 +47,7 @@ def of(
     # All -inf in the slice: no distribution there, and no part in the row's.
     dead = jax.lax.stop_gradient(z.max(axis, initial=-jnp.inf) == -jnp.inf)
     if inside is not None:
-        dead = dead & (t != rows.IGNORED)
+        dead = dead & (rows.of_rows(t, z.ndim, axis) != rows.IGNORED)
     alive = rows.alive(axis, z, dead, t, weight)
     values = rows.cross_entropy_fwd(alive, t, weight, **layout, smooth=smooth, entropy=entropy)
     m, rest = jax.lax.stop_gradient(values[-2]), jnp.where(dead, 0.0, values[-1])
@@ -55,7 +57,8 @@ def of(
 
     def mass_sums(name: str, value: Array, mass: Array, some: Array | bool) -> State:
         # sum_j mass_j (m - z_j): the row's number without mass log1p(rest), of which it is the larger.
-        u = jnp.where(dead, jnp.where(some, jnp.inf, 0.0), value - mass * log_total)
+        gone, total = along(dead, mass, axis), along(log_total, mass, axis)
+        u = jnp.where(gone, jnp.where(some, jnp.inf, 0.0), value - mass * total)
         return {f"u{name}": u, f"S{name}": mass}
 
     if "nll" in names:
@@ -68,8 +71,9 @@ def of(
             state |= mass_sums("nll", values[0], live.sum(axis), (masses != 0).any(axis))
             state["mass"] = masses.sum(axis)
         else:
-            nll = jnp.where(inside, values[0] - log_total, 0.0)
-            state |= mass_sums("nll", nll, jnp.zeros_like(m), inside) | {"Snll": inside.astype(m.dtype)}
+            nll = jnp.where(values[0] < 0, jnp.inf, values[0]) if t.ndim == z.ndim else values[0]
+            nll = jnp.where(inside, nll - along(log_total, nll, axis), 0.0)
+            state |= mass_sums("nll", nll, jnp.zeros_like(nll), inside) | {"Snll": inside.astype(m.dtype)}
     if smooth:
         mass = jnp.full_like(m, z.shape[axis]) if weight is None else jnp.where(dead, jnp.zeros_like(m), weight.sum())
         state |= mass_sums("smooth", values[2], mass, z.shape[axis] > 0 if weight is None else (weight != 0).any())
@@ -78,8 +82,8 @@ def of(
     return state
 
 
-def merge(a: State, b: State) -> State:
-    """What two disjoint slices say together."""
+def merge(a: State, b: State, axis: int = 1) -> State:
+    """What two disjoint slices say together; of K classes a row nll has them along `axis`."""
     m = jnp.maximum(a["m"], b["m"])
     (more_a, e_a, by_a), (more_b, e_b, by_b) = _moved(a, m), _moved(b, m)
     out = {"m": m, "rest": jnp.where(a["m"] >= b["m"], a["rest"] + more_b, b["rest"] + more_a)}
@@ -87,7 +91,7 @@ def merge(a: State, b: State) -> State:
         if name.startswith("S"):
             out[name] = a[name] + b[name]
             u = f"u{name[1:]}"
-            out[u] = (a[u] - _times(a[name], by_a)) + (b[u] - _times(b[name], by_b))
+            out[u] = (a[u] - _times(a[name], by_a, axis)) + (b[u] - _times(b[name], by_b, axis))
     if "mass" in a:
         out["mass"] = a["mass"] + b["mass"]
     if "e" in a:
@@ -95,7 +99,7 @@ def merge(a: State, b: State) -> State:
     return out
 
 
-def over(state: State, largest: Callable[[Array], Array], sum_of: Callable[[Array], Array]) -> State:
+def over(state: State, largest: Callable[[Array], Array], sum_of: Callable[[Array], Array], axis: int = 1) -> State:
     """What the slices of all devices say together, in two messages: a maximum and one sum, of a few numbers a row."""
     m = largest(state["m"])  # with or without the NaN of one slice: its row's sums carry that
     more, e, by = _moved(state, m)
@@ -105,28 +109,36 @@ def over(state: State, largest: Callable[[Array], Array], sum_of: Callable[[Arra
     for name in state:
         if name.startswith("S"):
             u = f"u{name[1:]}"
-            parts |= {name: state[name], u: state[u] - _times(state[name], by)}
+            parts |= {name: state[name], u: state[u] - _times(state[name], by, axis)}
     if "mass" in state:
         parts["mass"] = state["mass"]
     if "e" in state:
         parts["e"] = e
-    out = dict(zip(parts, sum_of(jnp.stack(list(parts.values()))), strict=True))
+    lines = [jnp.moveaxis(v, axis, 0) if v.ndim > m.ndim else v[None] for v in parts.values()]
+    found, out, at = sum_of(jnp.concatenate(lines)), {}, 0
+    for (name, value), line in zip(parts.items(), lines, strict=True):
+        own = found[at : at + line.shape[0]]
+        out[name], at = jnp.moveaxis(own, 0, axis) if value.ndim > m.ndim else own[0], at + line.shape[0]
     out["rest"] = out["rest"] + (out.pop("top") - 1.0)
     return out | {"m": m}
 
 
-def numbers(state: State, target: Array) -> State:
+def numbers(state: State, target: Array, axis: int = 1) -> State:
     """The rows' lse, and nll, smooth and entropy where the state has their sums; m, rest, mass and e."""
     m, rest = state["m"], jnp.where(jnp.isfinite(state["m"]), state["rest"], jnp.nan)
     log_total = jnp.log1p(rest)
     out = {"lse": m + log_total}
-    out |= {k[1:]: state[f"u{k[1:]}"] + state[k] * log_total for k in state if k.startswith("S")}
+    sums = {k[1:]: (state[f"u{k[1:]}"], state[k]) for k in state if k.startswith("S")}
+    out |= {name: u + mass * along(log_total, mass, axis) for name, (u, mass) in sums.items()}
     if "e" in state:
         out["entropy"] = log_total - state["e"] / (1.0 + rest)
     if not rows.is_soft(target):
+        several, marks = target.ndim > m.ndim, rows.of_rows(target, m.ndim + 1, axis)
         if "nll" in out:
-            out["nll"] = jnp.where(target <= rows.INVALID, jnp.nan, out["nll"])
-        out = {name: jnp.where(target == rows.IGNORED, 0.0, value) for name, value in out.items()}
+            nll = jnp.where(out["nll"] == jnp.inf, rows.MASKED, out["nll"]) if several else out["nll"]
+            out["nll"] = jnp.where(target <= rows.INVALID, jnp.nan, nll)
+        ignored = {"nll": target == rows.IGNORED}
+        out = {name: jnp.where(ignored.get(name, marks == rows.IGNORED), 0.0, value) for name, value in out.items()}
     return out | {"m": m, "rest": rest} | {name: state[name] for name in ("mass", "e") if name in state}
 
 
@@ -157,7 +169,8 @@ def upstream(
     if d_nll is not None and inside is None:
         others.append(d_nll * (mass - _masses(t, weight, z.dtype, axis).sum(axis)))
     elif d_nll is not None:
-        others.append(jnp.where(inside, 0.0, d_nll))
+        elsewhere = jnp.where(inside | (t == rows.IGNORED), 0.0, d_nll)
+        others.append(elsewhere.sum(axis) if t.ndim == z.ndim else elsewhere)
         d_nll = jnp.where(inside | (t < 0), d_nll, 0.0)
     if d_smooth is not None:
         here = z.shape[axis] if weight is None else weight.sum()
@@ -210,5 +223,10 @@ def _moved(state: State, m: Array) -> tuple[Array, Array, Array]:
     return f * total, e, by
 
 
-def _times(mass: Array, by: Array) -> Array:
-    return mass * jnp.where(mass == 0, 0.0, by)
+def _times(mass: Array, by: Array, axis: int) -> Array:
+    return mass * jnp.where(mass == 0, 0.0, along(by, mass, axis))
+
+
+def along(row: Array, like: Array, axis: int) -> Array:
+    """Numbers of the rows, beside those of K classes a row along `axis`."""
+    return jnp.expand_dims(row, axis) if like.ndim > row.ndim else row

@@ -51,12 +51,12 @@ def selective(rules: Callable[[tuple[bool, ...]], tuple[Callable[..., Any], Call
     @as_typed
     def function(*arrays: Any) -> Any:
         fwd, _ = rules((False,) * len(arrays))
-        return _apart(lambda *arrays: fwd(*arrays)[0], *arrays)
+        return apart(lambda *arrays: fwd(*arrays)[0], *arrays)
 
     @as_typed
     def tangent(primals: Any, tangents: Any) -> Any:
-        wanted = tuple(map(_moves, primals, tangents))
-        out, pull = _apart(lambda *arrays: jax.vjp(reverse(wanted), *arrays), *primals)
+        wanted = tuple(map(moves, primals, tangents))
+        out, pull = apart(lambda *arrays: jax.vjp(reverse(wanted), *arrays), *primals)
         saved, structure = jax.tree.flatten(pull)
         ups, shape = jax.tree.flatten(out)
 
@@ -72,7 +72,7 @@ def selective(rules: Callable[[tuple[bool, ...]], tuple[Callable[..., Any], Call
     return jax.jit(function, inline=True)
 
 
-def _moves(x: Any, tangent: Any) -> bool:
+def moves(x: Any, tangent: Any) -> bool:
     if x is None or isinstance(tangent, jax.custom_derivatives.SymbolicZero):
         return False
     return _is_real(x)
@@ -83,7 +83,7 @@ def _moves(x: Any, tangent: Any) -> bool:
 # them. A policy that saw the rules' matmuls would keep all of the logits.
 
 
-def _apart(fn: Callable[..., Any], *arrays: Any) -> Any:
+def apart(fn: Callable[..., Any], *arrays: Any) -> Any:
     """fn(*arrays) as one primitive. What is one of the arrays, or another result as well, is not computed again."""
     leaves, given = jax.tree.flatten(arrays)
     shape: Any = None

@@ -29,7 +29,7 @@ def times(logits: Array, scale: Array, axis: int, target: Array) -> Array:
     kind = jnp.promote_types(logits.dtype, jnp.float32)
     x, s = logits.astype(kind), scale.astype(kind)
     if not rows.is_soft(target):
-        nothing = target == rows.IGNORED
+        nothing = rows.of_rows(target, logits.ndim, axis) == rows.IGNORED
         x = jnp.where(jnp.expand_dims(nothing, axis), 0.0, x)
         s = jnp.where(nothing, 1.0, s) if s.ndim else s
     s = jnp.expand_dims(s, axis) if s.ndim else s

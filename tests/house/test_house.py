@@ -106,6 +106,7 @@ def _functions(path: Path) -> list[str]:
 TWINS = [
     "softmax",
     "cross_entropy",
+    "linear_at",
     "linear_cross_entropy",
     "_reduction",
     "_report",
@@ -120,8 +121,8 @@ TWINS = [
     "_head/lean",
     "_head/sum",
 ]
-# What JAX has no need of: a short way for small calls, buffers, and choices that a compiler makes; or not yet: pairs.
-ONE_ONLY = {"mean", "visit", "rows_that_fit", "weighted", "one_pass", "canonical_parts", "each_nll"}
+# What JAX has no need of: a short way for small calls, buffers, and choices that a compiler makes.
+ONE_ONLY = {"mean", "visit", "rows_that_fit", "weighted", "one_pass", "canonical_parts"}
 
 
 @pytest.mark.parametrize("file", TWINS)

@@ -37,7 +37,7 @@ LADDERS = {
         ["_parallel"],
         ["_reduction"],
         ["_head"],
-        ["softmax", "cross_entropy", "divergence", "linear_cross_entropy"],
+        ["softmax", "cross_entropy", "divergence", "linear_at", "linear_cross_entropy"],
         ["optax_names"],
         ["__init__"],
         ["_report"],

@@ -37,9 +37,12 @@ ARRAYS: dict[str, np.ndarray] = {
     "cw": R.uniform(0.5, 1.5, V),
     "tw": R.uniform(0.5, 1.5, N),
     "s": R.uniform(0.5, 1.5, N),
+    "v": R.uniform(0.1, 1.1, (N, 3)),
     "down": R.standard_normal((2, X.shape[1])),
     "up": R.standard_normal((V, 2)),
 }
+# K classes a row: a repeated one, one of another device each, an ignored slot and row
+IDS = np.array([[1, 14, 1], [14, 3, 9], [-100, -100, -100], [15, -100, 2], [0, 8, 7], [7, 6, 5]])
 FULL: dict[str, Any] = {"label_smoothing": 0.2, "logit_scale": 0.7, "softcap": 9.0, "z_loss": 0.1}
 CAPPED: dict[str, Any] = {"softcap": 9.0, "z_loss": 0.1}
 STATS = ("lse", "logprob", "entropy", "argmax")
@@ -65,7 +68,7 @@ class Case:
 
     def specs(self, axis: Any, rows: Any = None) -> dict[str, P]:
         by = {"x": P(rows), "w": P(axis), "b": P(axis), "y": P(rows, axis), "cw": P(axis), "tw": P(rows)}
-        by |= {"z": P(rows, axis), "s": P(rows), "down": P(), "up": P(axis)}
+        by |= {"z": P(rows, axis), "s": P(rows), "down": P(), "up": P(axis), "v": P(rows)}
         return {name: by[name] for name in self.names}
 
     def call(self, a: dict[str, Any], t: Any, axis_name: Any = None) -> Any:
@@ -73,7 +76,7 @@ class Case:
         given |= {"logit_scale": a["s"]} if "s" in a else {}
         if axis_name is not None:
             given["axis_name"] = axis_name
-        target = a["y"] if self.soft else t
+        target = a["y"] if self.soft else (IDS, a["v"]) if "v" in a else t
         if self.op == "cross_entropy":
             return jax_ops.cross_entropy(a["z"], target, **given)
         low = (a["down"], a["up"]) if "up" in a else None
@@ -91,6 +94,9 @@ CASES = {
     "logits, all": Case("cross_entropy", "z cw tw", **FULL, stats=STATS),
     "logits, soft": Case("cross_entropy", "z y cw tw", True, **FULL, stats=("entropy",)),
     "logits, scales": Case("cross_entropy", "z cw s", **CAPPED, stats=("lse",)),
+    "logits, pair": Case("cross_entropy", "z v cw tw", **FULL, stats=STATS),
+    "fast, pair": Case("linear_cross_entropy", "x w b v cw", **FULL, chunk_size=4),
+    "lean, pair": Case("linear_cross_entropy", "x w v", **CAPPED, chunk_size=1, stats=STATS, memory="lean"),
     "fast": Case("linear_cross_entropy", "x w"),
     "fast, low rank": Case("linear_cross_entropy", "x w b down up s", **CAPPED, chunk_size=4),
     "lean, low rank": Case("linear_cross_entropy", "x w b down up s", **CAPPED, memory="lean", stats=("lse",)),
@@ -160,6 +166,9 @@ RUNS = [
     ("rows, soft", True, False),
     ("lean, all", True, True),
     ("lean, soft", False, False),
+    ("logits, pair", True, True),
+    ("fast, pair", False, True),
+    ("lean, pair", True, False),
 ]
 
 
