@@ -137,6 +137,8 @@ def statistics(
         elif name == "argmax":
             at = argmax()
             out[name] = at if is_soft(target) else jnp.where(of_rows(target, ndim + 1, axis) == IGNORED, -1, at)
+        elif name == "rank":
+            out[name] = jnp.where(target < 0, -1, rows[name])
         else:
             out[name] = rows[name]
     return out
@@ -145,4 +147,4 @@ def statistics(
 def as_asked(found: tuple[Array, dict[str, Array]], names: Sequence[str]) -> tuple[Array, dict[str, Array]]:
     """A loss with its statistics in the order asked for, indices in the type JAX has for integers around the call."""
     (loss, stats), kind = found, jax.dtypes.canonicalize_dtype(int)
-    return loss, {name: stats[name].astype(kind) if name == "argmax" else stats[name] for name in names}
+    return loss, {n: stats[n].astype(kind) if n in ("argmax", "rank") else stats[n] for n in names}

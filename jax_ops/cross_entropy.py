@@ -17,6 +17,7 @@ from jax_ops._lowering import as_typed
 from jax_ops._parallel.logits import sharded_row
 from jax_ops._parallel.mesh import lies_otherwise, spread_of, under_auto_axes
 from jax_ops._parallel.shard import Shard, shard_of
+from jax_ops._parallel.statistics import MORE, statistics_of
 from jax_ops._reduction import as_asked, coefficients, finish
 from jax_ops._rows.dispatch import capped, is_soft
 from jax_ops._rows.targets import canonical
@@ -58,7 +59,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     token_weight: ArrayLike | None = None,
     on_all_ignored: str = "nan",
-    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax"]],
+    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax", "log_sum_sq", "mean_logit", "rank"]],
     axis_name: str | Sequence[str] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 def cross_entropy(
@@ -100,15 +101,16 @@ def cross_entropy(
         z_loss: number >= 0; adds z_loss * lse^2 to each kept row, not multiplied by class weights.
         token_weight: one weight per row, the shape of the class indices.
         on_all_ignored: what a mean over nothing gives: "nan", or "zero" (with zero gradients).
-        stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
+        stats: names among "lse", "logprob", "entropy", "argmax", "log_sum_sq" (log sum p^2), "mean_logit" (over the
+            classes) and "rank" (how many logits are larger than the target's) to return for each row as well.
         axis_name: inside `jax.shard_map`, the mesh axis (or axes) whose devices have an equal part of the classes
             each, in their order: of logits, soft targets and weight. Class indices count all of the classes, and a
             pair is the same on every device; so are rows, losses and statistics.
 
     Returns:
         The loss, float32 for half-precision logits: a scalar, or row-shaped with reduction "none". With `stats`
-        a pair (loss, {name: array}), the statistics of the scaled and capped logits in nats (argmax: integers;
-        logprob of a pair: at every id).
+        a pair (loss, {name: array}), the statistics of the scaled and capped logits in nats (argmax, rank:
+        integers; logprob and rank of a pair: at every id).
         The loss and gradient of a row whose class index is outside [0, V) and not ignore_index are NaN.
 
     Raises:
@@ -201,6 +203,7 @@ def _loss(
         per_row = row(logits, t, of_class, axis, plan)
     one = per_row[plan.names[0]]
     ones = jnp.ones_like(one.sum(axis) if one.ndim == logits.ndim else one)
+    per_row |= statistics_of([n for n in options.stats if n in MORE], logits, t, axis, plan, shard)
     by = coefficients(ones, t, w, tokens, options, shard, probabilities, axis)
     loss, found = finish(per_row, lambda: _argmax(logits, axis, plan, shard), t, by, options, axis)
     return (loss, found) if options.stats else loss

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_ops._arguments import describe, describe_target, parts_of, scale_of, unwrap, unwrap_all
-from jax_ops._head.layout import each_row, largest, lay_out, total
+from jax_ops._head.layout import each_row, largest, lay_out, more, total
 from jax_ops._lowering import as_typed
 from jax_ops._parallel.mesh import spread_of, under_auto_axes
 from jax_ops._parallel.shard import Shard, shard_of
+from jax_ops._parallel.statistics import MORE
 from jax_ops._reduction import as_asked, coefficients, finish, reduce
 from jax_ops._rows.dispatch import is_soft
 from jax_ops._rows.targets import canonical
@@ -68,7 +69,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     token_weight: ArrayLike | None = None,
     on_all_ignored: str = "nan",
-    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax"]],
+    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax", "log_sum_sq", "mean_logit", "rank"]],
     shift: int = 0,
     memory: str = "fast",
     chunk_size: int | None = None,
@@ -126,7 +127,8 @@ def linear_cross_entropy(
         z_loss: number >= 0; adds z_loss * lse^2 to each kept row, not multiplied by class weights.
         token_weight: one weight per row, the shape of the class indices.
         on_all_ignored: what a mean over nothing gives: "nan", or "zero" (with zero gradients).
-        stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
+        stats: names among "lse", "logprob", "entropy", "argmax", "log_sum_sq" (log sum p^2), "mean_logit" (over the
+            classes) and "rank" (how many logits are larger than the target's) to return for each row as well.
         shift: k >= 0; the loss of input[..., :-k, :] and target[..., k:], token_weight likewise. A logit_scale of the
             rows' shape goes with the input.
         memory: "fast" works by chunks of the rows, "lean" by slices of the classes, and keeps less.
@@ -143,8 +145,8 @@ def linear_cross_entropy(
 
     Returns:
         The loss, float32 for half-precision input: a scalar, or row-shaped with reduction "none". With `stats`
-        a pair (loss, {name: array}), the statistics of the scaled and capped logits in nats (argmax: integers;
-        logprob of a pair: at every id).
+        a pair (loss, {name: array}), the statistics of the scaled and capped logits in nats (argmax, rank:
+        integers; logprob and rank of a pair: at every id).
         A row whose class index is outside [0, V) and not ignore_index has a NaN loss and gradient, and makes
         those of linear_weight and linear_bias NaN.
 
@@ -241,7 +243,11 @@ def _loss(
     of_class = plan.class_weight(class_weight, x.dtype, soft=is_soft(t))
     if options.reduction != "none" and not options.stats and not lean and u is None:
         return reduce(total(of, of_class, by, *how), by, options)
-    loss, found = finish(each_row(of, of_class, *how, u), lambda: largest(of, *how), of.target, by, options)
+    names = [n for n in options.stats if n in MORE]
+    rows = each_row(of, of_class, *how, u)
+    if names:  # by rows, whose logits all classes have
+        rows |= more(of, tuple(names), of.cut(False, None if lean else chunk_size, blocks), shard, plan)
+    loss, found = finish(rows, lambda: largest(of, *how), of.target, by, options)
     loss = of.as_given(loss) if options.reduction == "none" else loss
     return (loss, {name: of.as_given(value) for name, value in found.items()}) if options.stats else loss
 

@@ -145,6 +145,8 @@ def statistics(
             if not target.is_floating_point():
                 marks = of_rows(target, rows["lse"].dim() + 1, dim)
                 out[name] = out[name].masked_fill(marks == IGNORED, -1)
+        elif name == "rank":
+            out[name] = rows[name].masked_fill(target < 0, -1)
         else:
             out[name] = rows[name]
     return out

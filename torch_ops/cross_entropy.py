@@ -20,6 +20,7 @@ from torch_ops._rows.targets import canonical_parts
 from torch_ops._rules.cross_entropy import mean, row
 from torch_ops._rules.plan import Plan
 from torch_ops._rules.scaled import ignored, scaled_row, times
+from torch_ops._rules.statistics import MORE, statistics_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,7 +58,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
     on_all_ignored: str = "nan",
-    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax"]],
+    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax", "log_sum_sq", "mean_logit", "rank"]],
     inplace_backward: bool = False,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
@@ -99,7 +100,8 @@ def cross_entropy(
         z_loss: number >= 0; adds z_loss * lse^2 to each kept row, not multiplied by class weights.
         token_weight: one weight per row, the shape of the class indices.
         on_all_ignored: what a mean over nothing gives: "nan", or "zero" (with zero gradients).
-        stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
+        stats: names among "lse", "logprob", "entropy", "argmax", "log_sum_sq" (log sum p^2), "mean_logit" (over the
+            classes) and "rank" (how many logits are larger than the target's) to return for each row as well.
         inplace_backward: let the backward pass write the gradient over `input` (dense, not a leaf, no DTensor), so
             that no second (N, V) buffer exists. Not where saved-tensor hooks that hand back what they are given
             stand round another reader of `input` alone, or a hook or Function of yours holds `input` itself:
@@ -110,8 +112,8 @@ def cross_entropy(
 
     Returns:
         The loss, float32 for half-precision logits: a scalar, or row-shaped with reduction "none". With `stats`
-        a pair (loss, {name: tensor}), the statistics of the scaled and capped logits in nats (argmax: int64;
-        logprob of a pair: at every id).
+        a pair (loss, {name: tensor}), the statistics of the scaled and capped logits in nats (argmax, rank:
+        int64; logprob and rank of a pair: at every id).
 
     Raises:
         TypeError: an argument of the wrong type; options but logit_scale are Python values, never tensors.
@@ -186,10 +188,19 @@ def cross_entropy(
     over = inplace_backward and may_overwrite(input)
     rows = row if scale is None else partial(scaled_row, scale)
     values = rows(input, target, of_class, dim, *plan[:4], over)
-    per_row = dict(zip(plan.names, values, strict=False))
+    per_row = dict(zip(plan.names, values, strict=False)) | _more(stats, input, scale, target, plan, dim)
     by = coefficients(per_row["lse"], target, weight, token_weight, options, classes, probabilities, dim)
     loss, found = finish(per_row, partial(_z, input, scale, target, plan, dim), target, by, options, dim)
     return (loss, found) if stats else loss
+
+
+def _more(names: Any, input: Tensor, scale: Any, target: Tensor, plan: Plan, dim: int) -> dict[str, Tensor]:
+    """The statistics that the loss has no use for."""
+    wanted = [n for n in names if n in MORE]
+    if not wanted:
+        return {}
+    x = input if scale is None else times(input, scale, dim, ignored(input, target, dim))
+    return statistics_of(wanted, x, target, dim, plan.scale, plan.softcap)
 
 
 def _z(input: Tensor, scale: Tensor | None, target: Tensor, plan: Plan, dim: int) -> Tensor:

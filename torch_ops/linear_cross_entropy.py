@@ -60,7 +60,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
     on_all_ignored: str = "nan",
-    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax"]],
+    stats: Sequence[Literal["lse", "logprob", "entropy", "argmax", "log_sum_sq", "mean_logit", "rank"]],
     shift: int = 0,
     memory: Literal["fast", "lean"] = "fast",
     chunk_size: int | None = None,
@@ -116,7 +116,8 @@ def linear_cross_entropy(
         z_loss: adds z_loss * lse^2 to each row.
         token_weight: one weight per row, the shape of the integer target.
         on_all_ignored: what a mean over nothing gives: "nan" or "zero" (with zero gradients).
-        stats: names among "lse", "logprob", "entropy", "argmax" to return for each row as well.
+        stats: names among "lse", "logprob", "entropy", "argmax", "log_sum_sq" (log sum p^2), "mean_logit" (over the
+            classes) and "rank" (how many logits are larger than the target's) to return for each row as well.
         shift: k judges input[..., :-k, :] by target[..., k:], and by token_weight likewise: 1 for the next token. A
             logit_scale of the rows' shape goes with the input.
         memory: "fast" works by chunks of rows, "lean" by slices of the vocabulary; see Memory.
@@ -131,8 +132,8 @@ def linear_cross_entropy(
 
     Returns:
         The loss, float32 for half-precision inputs: a scalar, or row-shaped with reduction "none". With `stats`
-        a pair (loss, {name: tensor}), the statistics of the scaled and capped logits in nats (argmax: int64;
-        logprob of a pair: at every id).
+        a pair (loss, {name: tensor}), the statistics of the scaled and capped logits in nats (argmax, rank:
+        int64; logprob and rank of a pair: at every id).
 
     Raises:
         TypeError: an argument of the wrong type; options but logit_scale are Python values, never tensors.

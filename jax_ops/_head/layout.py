@@ -18,6 +18,7 @@ from jax_ops._head.chunks import Cut, cut, that_fit
 from jax_ops._head.linear import Linear, wide
 from jax_ops._head.per_row import argmax, per_row
 from jax_ops._head.sampled import sampled_rows
+from jax_ops._head.statistics import head_statistics
 from jax_ops._head.sum import weighted_sum
 from jax_ops._parallel.shard import Shard
 from jax_ops._reduction import Coefficients
@@ -154,6 +155,12 @@ def each_row(
     else:
         values = _over_positions(of, partial(sampled_rows, **how), of.target, weight, None, u.reshape(*of.rows, -1))
     return dict(zip(plan.names, values, strict=True))
+
+
+def more(of: Layout, names: Sequence[str], cut: Cut, shard: Shard, plan: Plan) -> dict[str, Array]:
+    """The statistics that the loss has no use for, by name."""
+    values = _over_positions(of, partial(head_statistics, names=names, cut=cut, shard=shard, plan=plan), of.target)
+    return dict(zip(names, values, strict=True))
 
 
 def largest(of: Layout, cut: Cut, shard: Shard, plan: Plan) -> Array:

@@ -183,8 +183,9 @@ def _targets_and_weights(
     if soft and options.ignored >= 0:
         rule = "be negative with class probabilities as targets"
         wrong_value(op, "ignore_index", rule, options.ignore_index)
-    if soft and "logprob" in options.stats:
-        wrong_value(op, "stats", "not name 'logprob' with class probabilities as targets", "logprob")
+    for name in ("logprob", "rank"):
+        if soft and name in options.stats:
+            wrong_value(op, "stats", f"not name {name!r} with class probabilities as targets", name)
     for name, array, shape in (
         ("weight", weight, (full[axis],)),
         ("token_weight", token_weight, rows),

@@ -20,7 +20,7 @@ from softmax_ext.contract.sentences import (
 
 REDUCTIONS = ("mean", "sum", "none")
 ON_ALL_IGNORED = ("nan", "zero")
-STATS = ("lse", "logprob", "entropy", "argmax")
+STATS = ("lse", "logprob", "entropy", "argmax", "log_sum_sq", "mean_logit", "rank")
 MEMORY = ("fast", "lean")
 
 

@@ -32,6 +32,7 @@ class Rows(NamedTuple):
     bad: Array  # target names no class
     logprob: Array  # log p of the target: row-shaped, (.., K) of a sparse one
     slots: tuple[Array, Array, Array] | None = None  # of a sparse target
+    index: Any = None  # of class indices, 0 where they name no class
 
 
 def rows_of(
@@ -46,7 +47,7 @@ def rows_of(
     w = np.ones(classes, WIDE) if weight is None else wide(weight)
     tw = np.ones(rows, WIDE) if token_weight is None else wide(token_weight)
     keep, bad, wt = np.ones(rows, bool), np.zeros(rows, bool), np.ones(rows, WIDE)
-    slots = None
+    slots = index = None
     if isinstance(target, Pair):
         y, keep, bad = target.dense(classes, o.ignored)
         y, slots = y * w, target.slots(classes, o.ignored)
@@ -75,7 +76,7 @@ def rows_of(
         at, kept, no_class = slots
         logprob = np.take_along_axis(logp, at, -1) if classes else np.full(at.shape, np.nan)
         logprob = np.where(kept, np.where(no_class, np.nan, logprob), 0)
-    return Rows(z, dz, p, q, logp, lse, -mass_sum(p, logp), nll, y, w, wt, tw, keep, bad, logprob, slots)
+    return Rows(z, dz, p, q, logp, lse, -mass_sum(p, logp), nll, y, w, wt, tw, keep, bad, logprob, slots, index)
 
 
 def _smoothed(r: Rows, o: LossOptions) -> tuple[Any, Any]:
@@ -110,12 +111,33 @@ def loss_of(r: Rows, o: LossOptions) -> Any:
 
 def stats_of(r: Rows, o: LossOptions) -> dict[str, Array]:
     """The statistics asked for."""
+    # log sum_j p_j^2 = lse(2 z) - 2 lse(z), less twice the maximum in both: a confident row's is no log of 1
+    top, top2 = (np.max(logp, -1, initial=-np.inf) for logp in (r.logp, parts(2 * r.z)[2]))
     values = {"lse": r.lse, "logprob": r.logprob, "entropy": r.entropy}
+    values |= {"log_sum_sq": 2 * top - top2, "mean_logit": np.sum(r.z, -1) / max(r.z.shape[-1], 1)}
     stats = {n: np.where(r.keep if v.ndim == r.keep.ndim else True, v, 0) for n, v in values.items()}
     stats = {n: v.astype(np.float64) for n, v in stats.items()}
     if "argmax" in o.stats:
         stats["argmax"] = np.where(r.keep, np.argmax(r.z.astype(np.float64), -1), -1)
+    if "rank" in o.stats:
+        stats["rank"] = _rank(r)
     return {name: stats[name] for name in o.stats}
+
+
+def _rank(r: Rows) -> Array:
+    """How many logits are larger than the target's, NaN the largest; -1 where there is no such class."""
+    if r.slots is None:
+        at, good = r.index[..., None], (r.keep & ~r.bad)[..., None]
+    else:
+        at, kept, no_class = r.slots
+        good = kept & ~no_class
+    if not r.z.shape[-1]:
+        return np.full(r.lse.shape if r.slots is None else at.shape, -1)
+    z = r.z.astype(np.float64)
+    mine = np.take_along_axis(z, at, -1)[..., None, :]
+    count = np.sum((z[..., None] > mine) | (np.isnan(z)[..., None] & ~np.isnan(mine)), -2)
+    count = np.where(good, count, -1)
+    return count[..., 0] if r.slots is None else count
 
 
 def gradient_of(r: Rows, o: LossOptions, dloss: ArrayLike, dstats: Mapping[str, ArrayLike]) -> Array:
@@ -139,6 +161,11 @@ def gradient_of(r: Rows, o: LossOptions, dloss: ArrayLike, dstats: Mapping[str, 
     if "entropy" in up:
         h = r.p * (r.logp + r.entropy[..., None])
         d = d - up["entropy"] * np.where(r.p == 0, 0, h)
+    if "log_sum_sq" in up:  # 2 (softmax(2 z) - p), from the others' side where one class has most
+        p2, q2, _, _ = parts(2 * r.z)
+        d = d + up["log_sum_sq"] * 2 * np.where(r.p > 0.5, r.q - q2, p2 - r.p)
+    if "mean_logit" in up:
+        d = d + up["mean_logit"] / r.p.shape[-1]
     d = np.where(r.bad[..., None], np.nan, d * r.dz)  # chain rule through C(scale x)
     return np.where(r.keep[..., None], d, 0)
 
@@ -183,8 +210,9 @@ def cross_entropy(
     r = rows_of(last(input, axis), _target(target, axis), weight, token_weight, o)
     loss = np.asarray(loss_of(r, o), np.float64)
     stats = stats_of(r, o)
-    if r.slots is not None and "logprob" in stats:
-        stats["logprob"] = np.moveaxis(stats["logprob"], -1, axis)
+    for name in ("logprob", "rank"):
+        if r.slots is not None and name in stats:
+            stats[name] = np.moveaxis(stats[name], -1, axis)
     return (loss, stats) if o.stats else loss
 
 
@@ -207,7 +235,7 @@ def cross_entropy_grad(
     Args:
         input: as in cross_entropy, and so what is not named here.
         dloss: dL/dloss, of the loss's shape.
-        dstats: dL/d(stat) by name ("lse", "logprob", "entropy"), of the statistics' shape.
+        dstats: dL/d(stat) by name ("lse", "logprob", "entropy", "log_sum_sq", "mean_logit"), of the statistics' shape.
 
     Returns:
         dL/dinput, the shape of input.

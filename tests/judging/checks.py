@@ -27,6 +27,8 @@ C = {
     "cross_entropy entropy": 8.0,  # (5.7, 5.0)
     "cross_entropy gradient": 8.0,  # (5.9, 6.2)
     "cross_entropy logit_scale": 8.0,
+    "cross_entropy log_sum_sq": 8.0,
+    "cross_entropy mean_logit": 4.0,
 }
 
 # What the exps of half-precision rows in the Triton kernels are good for; tests of those set FAST_HALVES to it. log2 of
@@ -76,8 +78,8 @@ def judge(op: str, dtype: str, answer: Answer, truth: Answer, scale: Answer) -> 
             known = f"{op}{kind}" if name in ("value", "input") else f"{op} {name}"
             c = max(C[known], FAST_HALVES if dtype in HALF else 0.0)
             close(ours[name], right[name], size[name], dtype=_type(op, dtype, kind), c=c, what=known)
-    if "argmax" in truth[0]:
-        np.testing.assert_array_equal(answer[0]["argmax"], truth[0]["argmax"])
+    for name in {"argmax", "rank"} & truth[0].keys():
+        np.testing.assert_array_equal(answer[0][name], truth[0][name])
 
 
 def _type(op: str, dtype: str, kind: str) -> str:
@@ -167,6 +169,9 @@ def _loss_scales(
     lse = (np.abs(m) + np.log1p(np.expm1(logp.min(-1, keepdims=True))) + mean)[..., 0]
     entropy = _dot(p, logp)[..., None]
     value = {"lse": lse, "logprob": _dot(y, logp + r + mean)}
+    p2 = reference.softmax(2 * z)
+    value["log_sum_sq"] = np.log1p(np.expm1(logp.min(-1))) * 3 + 2 * (mean + np.sum(p2 * r, -1, keepdims=True))[..., 0]
+    value["mean_logit"] = np.mean(np.abs(z) * (1 + classes / 256), -1)
     value["entropy"] = (entropy + _dot(p, (r + mean) * (logp + entropy))[..., None])[..., 0]
 
     s = label_smoothing
@@ -187,6 +192,8 @@ def _loss_scales(
     d = d + p * (1 + r + mean) * (2 * z_loss * g * lse[..., None] + up.get("lse", 0))
     surprise = np.where(p > 0, logp + entropy + r + mean, 0)
     d = d + up.get("entropy", 0) * p * (1 + r + mean) * surprise
+    d = d + up.get("log_sum_sq", 0) * 2 * np.where(p > 0.5, q, p) * (2 + 2 * r + 2 * mean) * 2
+    d = d + up.get("mean_logit", 0) / classes
     if softcap is not None:
         bend = np.abs(u / softcap)
         d = np.where(np.isneginf(u), 0, d * (1 + 2 * bend) / np.cosh(bend) ** 2)

@@ -20,6 +20,7 @@ from tests.judging import quick
 Named = dict[str, Any]
 Answer = tuple[Named, Named]
 HALF = ("bfloat16", "float16")
+INTEGERS = ("argmax", "rank")
 
 
 def loss_dtype(dtype: str) -> str:
@@ -79,7 +80,7 @@ class Torch:
                 leaf.requires_grad_()
         values = _named(self.raw(op, **given, **options))
         kind = _expected(op, dtype)
-        assert all(str(v.dtype) == f"torch.{kind}" for k, v in values.items() if k != "argmax")
+        assert all(str(v.dtype) == f"torch.{kind}" for k, v in values.items() if k not in INTEGERS)
         grads = {}
         if upstream is not None:
             ups = [self.array(u, kind) for u in upstream.values()]
@@ -123,7 +124,7 @@ class Jax:
             kind = _expected(op, dtype)
             ups = None if upstream is None else {k: self.array(u, kind) for k, u in upstream.items()}
             values, grads = self._compiled(op, tuple(sorted(options.items())), dtype == "float64")(given, ups)
-            assert all(v.dtype == kind for k, v in values.items() if k != "argmax")
+            assert all(v.dtype == kind for k, v in values.items() if k not in INTEGERS)
             assert all(g.dtype == given[k].dtype for k, g in grads.items())
             return tuple({k: self.numpy(v) for k, v in d.items()} for d in (values, grads))  # pyright: ignore
 

@@ -88,11 +88,11 @@ def head_equals_the_unsharded_loss() -> None:
 
 @check
 def scales_and_low_ranks_equal_the_unsharded_loss() -> None:
-    """Arrays that are the same on every rank have the whole gradient on every rank."""
+    """Arrays that are the same on every rank have the whole gradient on every rank; every statistic is the row's."""
     for sizes in SIZES[dist.get_world_size()]:
         full, t, part = arrays(sum(sizes)), targets(sum(sizes)), Part(sizes)
         for scale in ("s", "one"):
-            given: Any = {"softcap": 9.0, "z_loss": 0.05, "stats": ("lse", "entropy")}
+            given: Any = {"softcap": 9.0, "z_loss": 0.05, "stats": ("lse", "log_sum_sq", "mean_logit", "rank")}
             of_logits = {n: full[n] for n in ("z", "w", scale)}
             whole, mine = logits_loss(t, given, None), logits_loss(t, given, group())
             compare(whole, mine, of_logits, part, f"logits {sizes} {scale}", orders=1)

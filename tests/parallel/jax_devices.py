@@ -52,7 +52,9 @@ def total(out: Any) -> Any:
     """One number that every differentiable result enters, unevenly."""
     loss, stats = out if isinstance(out, tuple) else (out, {})
     loss = (loss * jnp.linspace(0.5, 1.5, loss.size).reshape(loss.shape)).sum()
-    return loss + sum((0.3 + 0.2 * i) * v.sum() for i, (k, v) in enumerate(sorted(stats.items())) if k != "argmax")
+    return loss + sum(
+        (0.3 + 0.2 * i) * v.sum() for i, (k, v) in enumerate(sorted(stats.items())) if k not in ("argmax", "rank")
+    )
 
 
 class Case:
@@ -93,13 +95,15 @@ CASES = {
     "logits": Case("cross_entropy", "z"),
     "logits, all": Case("cross_entropy", "z cw tw", **FULL, stats=STATS),
     "logits, soft": Case("cross_entropy", "z y cw tw", True, **FULL, stats=("entropy",)),
-    "logits, scales": Case("cross_entropy", "z cw s", **CAPPED, stats=("lse",)),
     "logits, pair": Case("cross_entropy", "z v cw tw", **FULL, stats=STATS),
     "fast, pair": Case("linear_cross_entropy", "x w b v cw", **FULL, chunk_size=4),
     "lean, pair": Case("linear_cross_entropy", "x w v", **CAPPED, chunk_size=1, stats=STATS, memory="lean"),
+    "logits, scales": Case("cross_entropy", "z cw s", **CAPPED, stats=("lse", "log_sum_sq", "mean_logit", "rank")),
     "fast": Case("linear_cross_entropy", "x w"),
     "fast, low rank": Case("linear_cross_entropy", "x w b down up s", **CAPPED, chunk_size=4),
-    "lean, low rank": Case("linear_cross_entropy", "x w b down up s", **CAPPED, memory="lean", stats=("lse",)),
+    "lean, low rank": Case(
+        "linear_cross_entropy", "x w b down up s", **CAPPED, memory="lean", stats=("log_sum_sq", "rank", "mean_logit")
+    ),
     "fast, all": Case("linear_cross_entropy", "x w b cw tw", **FULL, chunk_size=4),
     "fast, soft": Case("linear_cross_entropy", "x w b y cw tw", True, **FULL),
     "rows, all": Case("linear_cross_entropy", "x w b cw tw", **FULL, chunk_size=4, stats=STATS, reduction="none"),

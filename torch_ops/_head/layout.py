@@ -160,9 +160,11 @@ def each_row(
     weight: Tensor | None,
     plan: Plan,
     rows: Callable[..., Sequence[Tensor]] = per_row,
+    more: tuple[Sequence[str], Callable[..., Sequence[Tensor]]] | None = None,
 ) -> dict[str, Tensor]:
-    """The rows' numbers by name, (n, P); nll of K classes a row (n, K, P)."""
+    """The rows' numbers by name, (n, P); nll of K classes a row (n, K, P). `more`: names and the function of others."""
     names, columns = plan.names, []
+    others = () if more is None else more[0]
     for x, lw, lb, up, target in _heads(of):
         kept = _kept(target)
         index = _both(of.index, kept)
@@ -170,15 +172,20 @@ def each_row(
         target = target if kept is None else target.index_select(0, kept)
         values = rows(x, lw, lb, up, target, weight, *plan)
         values = [v for i, v in enumerate(values) if i < len(names) or i == len(names) + 2]  # all but m and rest
+        if more is not None:
+            values = [*values, *more[1](x, lw, lb, up, target)]
         if kept is not None:
             values = [v.new_zeros(of.n, *v.shape[1:]).index_copy(0, kept, v) for v in values]
         columns.append(values)
     if not columns:
         empty = _nothing(of, torch.promote_types(of.x.dtype, torch.float32)).expand(of.n, 0)
-        found = {**dict.fromkeys(names, empty), "argmax": empty.detach().long()}
-        return found if of.probabilities is None else {**found, "nll": empty.unsqueeze(1).expand(of.target.shape)}
+        found = {**dict.fromkeys((*names, *others), empty), **dict.fromkeys(("argmax", "rank"), empty.detach().long())}
+        if of.probabilities is None:
+            return found
+        each = empty.unsqueeze(1).expand(of.target.shape)
+        return {**found, "nll": each, "rank": each.detach().long()}
     joined = (v[0].unsqueeze(-1) if len(v) == 1 else torch.stack(v, -1) for v in zip(*columns, strict=True))
-    return dict(zip([*names, "argmax"], joined, strict=False))
+    return dict(zip([*names, *["argmax"] * plan.argmax, *others], joined, strict=True))
 
 
 def _nothing(of: Layout, dtype: torch.dtype) -> Tensor:

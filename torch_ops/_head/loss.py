@@ -13,9 +13,11 @@ from torch import Tensor
 from softmax_ext.contract import LossOptions
 from torch_ops._head.layout import each_row, lay_out, total
 from torch_ops._head.sampled import sampled_rows
+from torch_ops._head.statistics import head_statistics
 from torch_ops._reduction import coefficients, finish, reduce
 from torch_ops._rows.targets import canonical_parts
 from torch_ops._rules.plan import Plan
+from torch_ops._rules.statistics import MORE
 
 OP = "linear_cross_entropy"
 ARRAYS = ("input", "linear_weight", "target", "linear_bias", "weight", "token_weight", "logit_scale", "A", "B")
@@ -46,12 +48,14 @@ def loss_of(
     w = plan.class_weight(weight, kind, soft=soft)
     ones = torch.ones((), dtype=kind, device=x.device).expand(of.n, math.prod(lw.shape[1:-1]))
     by = coefficients(ones, of.target, weight, of.token_weight, options, classes, of.probabilities)
+    names = [n for n in options.stats if n in MORE]
+    more = (names, partial(head_statistics, names, plan)) if names else None
     if sampled is not None:
-        rows = each_row(of, w, plan, partial(sampled_rows, *sampled))
+        rows = each_row(of, w, plan, partial(sampled_rows, *sampled), more)
     elif options.reduction != "none" and not options.stats and memory == "fast":
         return reduce(total(of, w, by, plan), by, options)
     else:
-        rows = each_row(of, w, plan)
+        rows = each_row(of, w, plan, more=more)
     loss, found = finish(rows, lambda: rows["argmax"], of.target, by, options, 1)
     loss = loss.reshape(of.shape) if options.reduction == "none" else loss
     return (loss, {name: of.as_given(value) for name, value in found.items()}) if options.stats else loss

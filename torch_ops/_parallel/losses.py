@@ -20,6 +20,7 @@ from softmax_ext.contract import LossOptions
 from torch_ops import _modes as modes
 from torch_ops._head.layout import each_row, lay_out, total
 from torch_ops._head.per_row import per_row
+from torch_ops._head.statistics import head_statistics
 from torch_ops._head.sum import weighted_sum
 from torch_ops._parallel.collectives import maximum, shared, summed
 from torch_ops._parallel.head import HeadShard
@@ -28,12 +29,14 @@ from torch_ops._parallel.mesh import Place, head_place, is_on_mesh, logits_place
 from torch_ops._parallel.rules import sharded_rows
 from torch_ops._parallel.sampled import sampled_shards
 from torch_ops._parallel.shard import Shard, shard_of
+from torch_ops._parallel.statistics import of_head, of_logits
 from torch_ops._reduction import Coefficients, coefficients, finish, reduce
 from torch_ops._rows import dispatch as rows
 from torch_ops._rows.targets import canonical
 from torch_ops._rules.cross_entropy import row
 from torch_ops._rules.plan import Plan
 from torch_ops._rules.scaled import ignored, times
+from torch_ops._rules.statistics import MORE, statistics_of
 
 _T = TypeVar("_T")
 
@@ -67,6 +70,11 @@ def cross_entropy(
     else:
         values = row(x, target, w, axis, *plan[:4], False)
         per_row = dict(zip(plan.names, values, strict=False))
+    names = [n for n in options.stats if n in MORE]
+    if here is None:
+        per_row |= statistics_of(names, x, target, axis, plan.scale, plan.softcap)
+    else:
+        per_row |= of_logits(names, x, target, axis, plan, here)
     by = _coefficients(per_row["lse"], target, weight, token_weight, options, classes, here, probabilities, axis)
     capped = lambda: rows.capped(x.detach(), plan.scale, plan.softcap)  # noqa: E731
     loss, stats = finish(per_row, capped, target, by, options, axis, partial(_reduce, place))
@@ -108,10 +116,12 @@ def linear_cross_entropy(
     if sampled is None and options.reduction != "none" and not options.stats and memory == "fast" and in_step:
         loss = _reduce(place, total(of, w, by, plan, weighted_sum if source is None else source.sum), by, options)
         return _results(loss, {}, options, place, here, shape)
+    names = [n for n in options.stats if n in MORE]
+    found = partial(head_statistics, names, plan) if here is None else partial(of_head, names, plan, here)
     each = per_row if source is None else source.rows
     if sampled is not None:
         each = sampled_shards(*sampled, place, here)
-    numbers = each_row(of, w, plan, each)
+    numbers = each_row(of, w, plan, each, (names, found) if names else None)
     loss, stats = finish(numbers, lambda: numbers["argmax"], of.target, by, options, 1, partial(_reduce, place))
     loss = loss.reshape(of.shape) if options.reduction == "none" else loss
     stats = {name: of.as_given(value) for name, value in stats.items()}

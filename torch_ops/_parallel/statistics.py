@@ -1,0 +1,130 @@
+"""Statistics of rows whose classes are sharded, as `_rules/statistics.py` has them of whole rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ops._head.chunks import that_fit
+from torch_ops._head.per_row import logits as head_logits
+from torch_ops._head.row_map import Chunked, RowMap, run
+from torch_ops._parallel.collectives import shared, summed
+from torch_ops._parallel.head import HeadShard
+from torch_ops._parallel.logits import LogitsShard
+from torch_ops._parallel.rules import sharded_rows
+from torch_ops._parallel.shard import Shard, first_of_all
+from torch_ops._rows import dispatch as rows
+from torch_ops._rules.plan import Plan
+from torch_ops._rules.statistics import bounded, doubled, larger
+
+
+def of_logits(names: Sequence[str], x: Tensor, target: Tensor, dim: int, plan: Plan, shard: Shard) -> dict[str, Tensor]:
+    """Those named of each row, of a shard of its logits."""
+    x = _without(x, target, dim)
+    with torch.no_grad():
+        z = rows.capped(x, plan.scale, plan.softcap)
+    nll = lambda plan, top: sharded_rows(LogitsShard(plan, shard, dim, False), x, top, None)["nll"]  # noqa: E731
+    total = lambda: bounded(rows.compute(x), plan.scale, plan.softcap).sum(dim)  # noqa: E731
+    numbers = partial(_numbers, shard=shard, dim=dim)
+    return _found(
+        names, target, plan, shard, nll, total, lambda what, *args: numbers(what, z, *args), x.dtype, dim, x.dim()
+    )
+
+
+def of_head(
+    names: Sequence[str], plan: Plan, shard: Shard, x: Tensor, lw: Tensor, lb: Any, up: Any, target: Tensor
+) -> list[Tensor]:
+    """The same of a shard of a head, in their order."""
+    x = _without(x, target, 1)
+    layer = (lw, lb, up)
+    plan = plan._replace(argmax=False, smooth=False, entropy=False)
+    nll = lambda plan, top: HeadShard(plan, shard).rows(x, *layer, top, None)[0]  # noqa: E731
+
+    def mapped(call: Callable[..., Sequence[Tensor]], count: int, *more: Tensor) -> Any:
+        by_row = (True, False, False, False, *[True] * len(more))
+        return RowMap(call, by_row, (True,) * count), (shared(x, shard.group), *layer, *more)
+
+    def total() -> Tensor:
+        def call(x: Tensor, lw: Tensor, lb: Any, up: Any) -> list[Tensor]:
+            return [bounded(rows.compute(head_logits(x, lw, lb, up)), plan.scale, plan.softcap).sum(1)]
+
+        fn, arrays = mapped(call, 1)
+        size = that_fit(None, 16 * max(1, lw.shape[0]), x.itemsize)
+        return Chunked.apply(fn, size, *arrays)[0]  # pyright: ignore[reportOptionalSubscript]
+
+    @torch.no_grad()
+    def numbers(what: str, *args: Tensor) -> Any:
+        def call(x: Tensor, lw: Tensor, lb: Any, up: Any, *args: Tensor) -> Any:
+            z = rows.capped(head_logits(x, lw, lb, up), plan.scale, plan.softcap)
+            return _numbers(what, z, *args, shard=shard, dim=1)
+
+        fn, arrays = mapped(call, 2 if what == "top" else 1, *args)
+        return run(fn, that_fit(None, 4 * max(1, lw.shape[0]), 4), *arrays)
+
+    return [*_found(names, target, plan, shard, nll, total, numbers, x.dtype, 1, 2).values()]
+
+
+def _found(
+    names: Sequence[str],
+    target: Tensor,
+    plan: Plan,
+    shard: Shard,
+    nll: Callable[[Plan, Tensor], Tensor],
+    total: Callable[[], Tensor],
+    numbers: Callable[..., Any],
+    kind: torch.dtype,
+    dim: int,
+    ndim: int,
+) -> dict[str, Tensor]:
+    nothing = None if target.is_floating_point() else rows.of_rows(target, ndim, dim) == rows.IGNORED
+    out = {}
+    for name in names:
+        if name == "log_sum_sq":
+            value, place = numbers("top")
+            top = first_of_all(value, place, shard)
+            top = top if nothing is None else top.masked_fill(nothing, rows.IGNORED)
+            scale, cap = doubled(plan.scale, plan.softcap, kind)
+            once = plan._replace(smooth=False, entropy=False, argmax=False)
+            out[name] = nll(once._replace(scale=scale, softcap=cap), top) - 2.0 * nll(once, top)
+        elif name == "mean_logit":
+            out[name] = summed(total(), shard.group) / shard.classes
+        else:
+            mine = summed(numbers("at", target)[0], shard.group)
+            count = summed(numbers("larger", mine)[0].to(torch.float64), shard.group).to(torch.int64)
+            out[name] = count.masked_fill(target < 0, -1)
+        if nothing is not None and name != "rank":
+            out[name] = out[name].masked_fill(nothing, 0.0)
+    return out
+
+
+def _numbers(what: str, z: Tensor, *args: Tensor, shard: Shard, dim: int) -> tuple[Tensor, ...]:
+    """Of a shard's logits the first maximum and its place, the one at a class or 0, or how many are larger."""
+    if what == "larger":
+        each = args[0] if args[0].dim() == z.dim() else args[0].unsqueeze(dim)
+        counts = torch.cat([larger(z, v, dim) for v in each.split(1, dim)], dim)
+        return (counts if args[0].dim() == z.dim() else counts.squeeze(dim),)
+    if what == "top":
+        if z.shape[dim]:
+            return z.amax(dim), z.argmax(dim)
+        none = z.sum(dim)
+        return torch.full_like(none, -math.inf), torch.zeros_like(none, dtype=torch.int64)
+    inside, at = shard.local(args[0])
+    if not z.shape[dim]:
+        return (torch.zeros_like(args[0], dtype=z.dtype),)
+    if args[0].dim() == z.dim():
+        picked = z.gather(dim, at.clamp(min=0))
+    else:
+        picked = z.gather(dim, at.clamp(min=0).unsqueeze(dim)).squeeze(dim)
+    return (picked.where(inside, 0.0),)
+
+
+def _without(x: Tensor, target: Tensor, dim: int) -> Tensor:
+    """x with zeros in its ignored rows, which reach no result, not even through 0 * NaN."""
+    if target.is_floating_point():
+        return x
+    return x.masked_fill((rows.of_rows(target, x.dim(), dim) == rows.IGNORED).unsqueeze(dim), 0.0)

@@ -1,0 +1,95 @@
+"""Statistics of a row that the loss itself has no use for: log_sum_sq, mean_logit and rank.
+
+legend:  z the logits scaled and capped, p = softmax(z), r = softmax(2 z), t any class of the row, V classes
+formula: log_sum_sq = log sum_j p_j^2 = (lse(2 z) - 2 z_t) - 2 (lse(z) - z_t), two nll's of one class: at the first
+         maximum neither cancels, nor the gradient 2 (r_j - p_j), in a confident row's maximum 2 (1 - p) - 2 (1 - r)
+         mean_logit = sum_j z_j / V;  rank = how many z_j > z_target, NaN the largest
+2 C(s x) is the cap 2 c of 2 s x, so both rows have the rules of a row, and every order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from softmax_ext.contract import fitted
+from torch_ops._modes import is_none
+from torch_ops._rows import dispatch as rows
+from torch_ops._rules.cross_entropy import row
+
+MORE = ("log_sum_sq", "mean_logit", "rank")  # the names of a call's statistics that are formed here
+
+
+def statistics_of(
+    names: Sequence[str], logits: Tensor, target: Tensor, dim: int, scale: float, softcap: float | None
+) -> dict[str, Tensor]:
+    """Those named of each row; of a row that `target` ignores 0, its rank -1."""
+    nothing = None if target.is_floating_point() else rows.of_rows(target, logits.dim(), dim) == rows.IGNORED
+    if nothing is not None:  # such a row reaches no result, not even through 0 * NaN
+        logits = logits.masked_fill(nothing.unsqueeze(dim), 0.0)
+    logits, found = rows.compute(logits), {}  # what is made of them twice is summed before it is rounded
+    for name in names:
+        if name == "rank":
+            found[name] = ranks(rows.capped(logits.detach(), scale, softcap), target, dim)
+        else:
+            make = _log_sum_sq if name == "log_sum_sq" else _mean
+            value = make(logits, dim, scale, softcap)
+            found[name] = value if nothing is None else value.masked_fill(nothing, 0.0)
+    return found
+
+
+def doubled(scale: float, softcap: float | None, kind: torch.dtype) -> tuple[float, float | None]:
+    """(scale, softcap) of twice the logits."""
+    limits = torch.finfo(torch.promote_types(kind, torch.float32))
+    return fitted(2.0 * scale, None if softcap is None else 2.0 * softcap, limits.tiny, limits.max)
+
+
+def _log_sum_sq(logits: Tensor, dim: int, scale: float, softcap: float | None) -> Tensor:
+    if is_none(logits.shape[dim]):
+        return rows.compute(logits).sum(dim) + math.nan
+    top = rows.capped(logits.detach(), scale, softcap).argmax(dim)
+    twice, once = (
+        row(logits, top, None, dim, *by, False, False, False)[0]
+        for by in (doubled(scale, softcap, logits.dtype), (scale, softcap))
+    )
+    return twice - 2.0 * once
+
+
+def _mean(logits: Tensor, dim: int, scale: float, softcap: float | None) -> Tensor:
+    return bounded(logits, scale, softcap).mean(dim)
+
+
+def bounded(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """The logits scaled and capped, with a derivative that keeps its digits where the cap is nearly flat."""
+    if softcap is None:
+        return rows.capped(logits, scale, None)
+    lost = logits == -math.inf  # the cap is flat there
+    u = logits.masked_fill(lost, 0.0) * scale / softcap
+    near = (u > -0.5) & (u < 0.5)
+    far = torch.where(near, 1.0, u)
+    # tanh u = 1 - 2 sigmoid(-2 u): the derivative of tanh as torch forms it, 1 - tanh^2, would be 0 from 9 on
+    of_far = torch.where(far > 0, 1.0 - 2.0 * torch.sigmoid(-2.0 * far), 2.0 * torch.sigmoid(2.0 * far) - 1.0)
+    tanh = torch.where(near, torch.tanh(torch.where(near, u, 0.0)), of_far)
+    return (softcap * tanh).masked_fill(lost, -math.inf)
+
+
+def ranks(z: Tensor, target: Tensor, dim: int) -> Tensor:
+    """How many are larger than the target's, or each of K targets'; -1 where there is no such class."""
+    each = target if target.dim() == z.dim() else target.unsqueeze(dim)
+    if is_none(z.shape[dim]):
+        found = torch.full_like(each, -1)
+    else:
+        at = each.clamp(0, z.shape[dim] - 1)
+        mine = z.gather(dim, at)
+        counts = [larger(z, v, dim) for v in mine.split(1, dim)]
+        found = torch.cat(counts, dim) if counts else torch.zeros_like(each)
+    found = found.masked_fill(each < 0, -1)
+    return found if target.dim() == z.dim() else found.squeeze(dim)
+
+
+def larger(z: Tensor, than: Tensor, dim: int) -> Tensor:
+    """How many of each row are larger than one number of it, keeping `dim`."""
+    return ((z > than) | (z.isnan() & ~than.isnan())).sum(dim, keepdim=True)
