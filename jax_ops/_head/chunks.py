@@ -74,6 +74,11 @@ class Cut:
         """
         if self.count == 1:
             return step(carry, 0)
+        if any(getattr(jax.config, f"jax_{name}", False) for name in ("scan3", "remat3")):
+            # JAX (0.10.2) cannot transpose these loops and checkpoints to come: a pushed tangent came out wrong.
+            for part in range(self.count):
+                carry = step(carry, part)
+            return carry
         again = jax.checkpoint(step, prevent_cse=False)
         return lax.scan(lambda c, i: (again(c, i), None), carry, jnp.arange(self.count))[0]
 

@@ -16,25 +16,22 @@ from jax_ops._rows.arithmetic import exponentials, shifted
 def centred(g: Array, p: Array, axis: int, confident: Array | None = None) -> Array:
     """g - sum(p g) for probabilities p; where nobody says which is more than half, rounding may have changed their sum.
 
-    Each is a difference to the mean: of g - c for any c (`_pivot`) it is the same.
+    Each is a difference to the mean: of g - c for any c it is the same.
     """
+    # All that the pivot asks of a row is one reading of it: sums side by side become one loop of XLA's.
+    mean = (lax.stop_gradient(p) * g).sum(axis, keepdims=True)
     total: Array | float = 1.0
     if confident is None:
-        total, confident = p.sum(axis, keepdims=True), p > 0.5
+        total, top = p.sum(axis, keepdims=True), p.max(axis, keepdims=True, initial=0.0)
         total = jnp.where(total == 0, 1.0, total)  # a row of zeros has no distribution and no gradient
-    g = g - _pivot(g, p / total, confident, axis)
+        mean, confident, some = mean / lax.stop_gradient(total), p > 0.5, top > 0.5
+    else:
+        some = confident.any(axis, keepdims=True)
+    # A number that g may lose before sums round: that of the class with more than half, else their mean. Rows of one
+    # sum weigh it out again, so that p is held constant. (A class with less than half would not do: of g one-hot there
+    # the mean is all that the others have.)
+    g = g - jnp.where(some, jnp.where(confident, g, 0.0).sum(axis, keepdims=True), mean)
     return g - (p * g).sum(axis, keepdims=True) / total
-
-
-def _pivot(g: Array, p: Array, confident: Array, axis: int) -> Array:
-    """A number that a row's g may lose before sums round: that of the class with more than half, else their mean.
-
-    Rows of one sum weigh it out again, so that p is held constant. (A class with less than half would not do: of g
-    one-hot there the mean is all that the others have.)
-    """
-    mean = (lax.stop_gradient(p) * g).sum(axis, keepdims=True)
-    own = jnp.where(confident, g, 0.0).sum(axis, keepdims=True)
-    return jnp.where(confident.any(axis, keepdims=True), own, mean)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

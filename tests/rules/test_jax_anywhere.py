@@ -91,6 +91,28 @@ def test_strictest_settings_change_nothing(op: str, kind: str) -> None:
         _agree(a, b, 2e-2 if kind == "bfloat16" else 2e-4)
 
 
+COMING = ("custom_vjp3", "remat3", "scan3")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", COMING)
+@pytest.mark.parametrize("op", [op for op in ZOO if "head" in op])
+def test_what_jax_will_do_one_day_changes_nothing(op: str, name: str) -> None:
+    """The rules under the transforms that JAX (0.10.2) is to have; a user's own scan has no derivative there yet."""
+    if not hasattr(jax.config, f"jax_{name}"):
+        pytest.skip(f"JAX {jax.__version__} has no jax_{name}")
+    f, x = ZOO[op]
+    uses = {**USES, "jvp": lambda f: lambda x: jax.jvp(f, (x,), (jnp.cos(x),))[1]}
+    before = getattr(jax.config, f"jax_{name}")
+    due = {use: make(f)(jnp.asarray(x)) for use, make in uses.items()}
+    try:
+        jax.config.update(f"jax_{name}", True)
+        for use, make in uses.items():
+            _agree(make(f)(jnp.asarray(x)), due[use])
+    finally:
+        jax.config.update(f"jax_{name}", before)
+
+
 def test_saboteur_of_strictness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and biases of our own are of fewer dimensions than what they are added to."""
     from jax_ops._head import linear
