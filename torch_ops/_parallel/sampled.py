@@ -102,7 +102,7 @@ class SampledShard:
     def _spans(self, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where in the sum over all ranks this one's begins and ends, and all of it: the same numbers on every rank."""
         group = self.shard.group
-        first = torch.as_tensor(self.shard.begin, device=own.device, dtype=torch.float64).expand(1)
+        first = own.new_zeros(1) + self.shard.begin  # own is float64; a number is added where the array lies
         table = gathered(torch.cat([first, own]), group)
         order = table[:, 0].sort(stable=True)[1]
         ends = [torch.zeros_like(own)]
