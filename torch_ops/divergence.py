@@ -6,13 +6,13 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops._arguments import autocast, describe, enter_graph
+from torch_ops._head.columns import apart, in_parts
 from torch_ops._head.divergence import divergence_rows, divergence_sum
 from torch_ops._modes import can_look
 from torch_ops._rules.divergence import divergence_row
@@ -189,10 +189,12 @@ def linear_divergence(
     of_scale = None if scale is None else describe(scale)
     contract.linear_divergence("linear_divergence", *facts, options=options, **static, logit_scale=of_scale)
     _constant("linear_divergence", teacher_input=tx, teacher_weight=tw, teacher_bias=tb)
-    if scale is not None:
-        x, lw, lb = _scaled(x, lw, lb, scale, keep, int(shift))
     pair = _pair(options, 1, torch.promote_types(x.dtype, tx.dtype))
+    if scale is not None and scale.dim() and shift:
+        scale = scale[..., : max(x.shape[-2] - int(shift), 0)]
     x, tx, token_weight, keep, shape = _laid_out(x, tx, token_weight, keep, int(shift))
+    if scale is not None:
+        x, lw, lb = _scaled(x, lw, lb, scale.reshape(-1) if scale.dim() else scale, keep)
     some, index = keep, None
     if keep is not None and can_look(keep) and not keep.all():  # rows that do not count never reach a matmul
         index, some = keep.nonzero().squeeze(1), None
@@ -210,16 +212,18 @@ def linear_divergence(
     return losses.reshape(shape) if reduction == "none" else _reduced(losses.sum(), weight, keep, reduction)
 
 
-def _scaled(x: Tensor, lw: Tensor, lb: Any, scale: Tensor, keep: Any, shift: int) -> tuple[Tensor, Tensor, None]:
-    """(s x, W), or with a bias (s x, s) and (W, b)."""
+def _scaled(x: Tensor, lw: Tensor, lb: Any, scale: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+    """(s x, W) of rows, or with a bias (s x, s) and (W, b); s in two parts, and b twice, where one would be rounded."""
     if keep is not None:  # such a row reaches no result, not even through 0 * NaN
-        counts = F.pad(keep[..., shift:], (0, shift)) if shift else keep
-        x = x.masked_fill(~counts.unsqueeze(-1), 0.0)
-        scale = scale.masked_fill(~counts, 1.0) if scale.dim() else scale
+        x = x.masked_fill(~keep.unsqueeze(-1), 0.0)
+        scale = scale.masked_fill(~keep, 1.0) if scale.dim() else scale
+    columns = [] if lb is None else in_parts(scale, x)
     if lb is not None:
-        x, lw = torch.cat([x, torch.ones_like(x[..., :1])], -1), torch.cat([lw, lb.unsqueeze(1)], 1)
+        finite, lb = apart(lb)
+        lw = torch.cat([lw, *[finite.unsqueeze(1)] * len(columns)], 1)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) * (scale.unsqueeze(-1) if scale.dim() else scale)).to(x.dtype), lw, None
+    x = (x.to(wide) * (scale.unsqueeze(-1) if scale.dim() else scale)).to(x.dtype)
+    return torch.cat([x, *columns], 1), lw, lb
 
 
 def _pair(options: contract.DivergenceOptions, dim: int, dtype: torch.dtype) -> tuple[Any, ...]:

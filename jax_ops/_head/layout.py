@@ -107,22 +107,25 @@ def lay_out(
 def _side_by_side(of: Layout, scale: Array | None, low_rank: Sequence[Array] | None) -> Layout:
     """The same head over rows (x, u) that hold the scale and what A makes of x: its gradients are plain products.
 
-    s (x WT + (x AT) BT + b) = (s x) WT + (s x AT) BT + s bT, so x grows by r numbers a row, or by one for the bias, and
+    s (x WT + (x AT) BT + b) = (s x) WT + (s x AT) BT + s bT, so x grows by r numbers a row, or two for the bias, and
     neither W nor the logits are touched: dL/ds is <dL/d(x, u), (x, u)>, from the gradient that there is anyway.
     """
     x = of.x
     if not is_soft(of.target):  # such a row reaches no result, not even through 0 * NaN in what multiplies its gradient
         nothing = of_rows(of.target, len(of.rows) + 1, 1) == IGNORED
-        x = jnp.where(nothing.reshape(x.shape[0], -1).all(1)[:, None], jnp.zeros((), x.dtype), x)
+        unjudged = nothing if nothing.ndim == 1 else nothing.all(tuple(range(1, nothing.ndim)))
+        x = jnp.where(unjudged.reshape(x.shape[0])[:, None], jnp.zeros((), x.dtype), x)
         scale = scale if scale is None or not scale.ndim else jnp.where(nothing, jnp.ones((), scale.dtype), scale)
     more, ups = [], []
     if low_rank is not None:
         more.append(Linear(low_rank[0], None).logits(x).astype(x.dtype))
         ups.append(low_rank[1])
+    kind, columns = wide(x.dtype), 0
     if scale is not None and of.b is not None:
-        more.append(jnp.ones_like(x, shape=(x.shape[0], 1)))
-        ups.append(of.b[..., None])
-        of = of._replace(b=None)
+        columns = 1 if x.dtype == kind else 2  # two whose sum it is, where one would be rounded
+        lost = of.b == -jnp.inf  # such a class stays a bias: 0 * -inf would reach the scale's gradient
+        ups += [jnp.where(lost, jnp.zeros((), of.b.dtype), of.b)[..., None]] * columns
+        of = of._replace(b=jnp.where(lost, -jnp.inf, 0.0).astype(of.b.dtype))
     x = jnp.concatenate([x, *more], 1) if more else x
     of = of._replace(up=jnp.concatenate(ups, -1) if len(ups) > 1 else ups[0] if ups else None)
     if scale is None:
@@ -131,9 +134,14 @@ def _side_by_side(of: Layout, scale: Array | None, low_rank: Sequence[Array] | N
         x = jnp.where(nothing[..., None], jnp.zeros((), x.dtype), x[:, None])
     elif scale.ndim > 1:
         x = x[:, None]
-    kind = wide(x.dtype)
-    product = x.astype(kind) * (scale[..., None] if scale.ndim else scale).astype(kind)
-    return of._replace(x=product.astype(x.dtype))
+    by = (scale[..., None] if scale.ndim else scale).astype(kind)
+    product = (x.astype(kind) * by).astype(x.dtype)
+    if columns:
+        s = jnp.broadcast_to(by, (*product.shape[:-1], 1))
+        high = s if columns == 1 else jax.lax.stop_gradient(s).astype(x.dtype)
+        low = [] if columns == 1 else [(s - high.astype(kind)).astype(x.dtype)]  # it has the scale's derivative
+        product = jnp.concatenate([product, high, *low], -1)
+    return of._replace(x=product)
 
 
 def total(of: Layout, weight: Array | None, by: Coefficients, cut: Cut, shard: Shard, plan: Plan) -> Array:
@@ -153,7 +161,9 @@ def each_row(
     if u is None:
         values = _over_positions(of, partial(per_row, **how), of.target, weight)
     else:
-        values = _over_positions(of, partial(sampled_rows, **how), of.target, weight, None, u.reshape(*of.rows, -1))
+        values = _over_positions(
+            of, partial(sampled_rows, **how), of.target, weight, None, u.reshape(*of.rows, u.shape[-1])
+        )
     return dict(zip(plan.names, values, strict=True))
 
 

@@ -129,7 +129,8 @@ def _backward(
             log_p = rows.capped(raw[:, :samples], plan.scale, plan.softcap) - lse[:, None]
             c = -d_entropy[:, None]
             off = off + c * (q / samples)[:, None] * (log_p + h[:, None])
-            on = on + c * p * (h[:, None] - jnp.where(at < 0, 0.0, nll).clip(0.0))
+            shown = jnp.where((at < 0) | (nll == jnp.inf), 0.0, nll).clip(0.0)  # there p is 0
+            on = on + c * p * (h[:, None] - shown)
     c = jnp.concatenate([jnp.broadcast_to(off, (n, samples)), on], 1) * slope
     c = jnp.where(kept[:, None], jnp.where((marks == rows.INVALID)[:, None], jnp.nan, c), 0.0)
     return _products(x, w, b, ids, c, smooth, kept, wanted)

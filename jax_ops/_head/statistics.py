@@ -11,6 +11,7 @@ from jax_ops._head.chunks import Cut, Part
 from jax_ops._head.linear import Linear, ignored_rows, wide, without
 from jax_ops._parallel.shard import Shard
 from jax_ops._parallel.statistics import statistics_of
+from jax_ops._rows.dispatch import is_soft
 from jax_ops._rules.plan import Plan
 from jax_ops._rules.varying import alike
 
@@ -28,7 +29,12 @@ def head_statistics(
 ) -> tuple[Array, ...]:
     """Those named of each row, in their order; their logits are formed once more."""
     x, w, b, up, target = shard.own(*alike(shard.wide(x), w, b, up, target, but=shard.names))
-    x, head = x.astype(w.dtype), Linear(w, b, up)
+    # In the type that gradients are summed in over chunks; of half-precision numbers the same products.
+    kind = wide(x.dtype)
+    x, head = (
+        x.astype(w.dtype).astype(kind),
+        Linear(w.astype(kind), *(a if a is None else a.astype(kind) for a in (b, up))),
+    )
 
     def step(out: dict[str, Array], part: Part) -> dict[str, Array]:
         t = cut.take(target, part)
@@ -36,7 +42,8 @@ def head_statistics(
         found = statistics_of(names, z, t, 1, plan, shard)
         return {name: cut.put(out[name], found[name], part) for name in out}
 
-    kinds = {name: jnp.argmax(jnp.zeros(1)).dtype if name == "rank" else wide(x.dtype) for name in names}
-    start = {name: jnp.zeros_like(x, shape=x.shape[:1], dtype=kind) for name, kind in kinds.items()}
+    kinds = {name: jnp.argmax(jnp.zeros(1)).dtype if name == "rank" else kind for name in names}
+    shapes = {name: target.shape if name == "rank" and not is_soft(target) else x.shape[:1] for name in names}
+    start = {name: jnp.zeros_like(x, shape=shapes[name], dtype=one) for name, one in kinds.items()}
     found = cut.loop(step, start)
     return tuple(found[name] for name in names)

@@ -148,12 +148,16 @@ def _summed(program: Any, axis: Any, dims: Sequence[int | None], outs: Sequence[
             rest = iter(own)
             found = jaxpr_as_fun(program)(*(a if d is None else next(rest) for a, d in zip(args, dims, strict=True)))
             pairs = list(zip(found, outs, strict=True))
-            together = [s + v for s, v in zip(sums, (v for v, d in pairs if d is None), strict=True)]
+            together = [s + v.astype(s.dtype) for s, v in zip(sums, (v for v, d in pairs if d is None), strict=True)]
             return together, [v for v, d in pairs if d is not None]
 
         alone = [a for a, d in zip(program.out_avals, outs, strict=True) if d is None]
-        sums, each = lax.scan(step, [jnp.zeros(a.shape, a.dtype) for a in alone], several)
-        summed, mine = iter(sums), iter(each)
+        wide = [
+            jnp.promote_types(a.dtype, jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in alone
+        ]
+        start = [jnp.zeros(a.shape, kind) for a, kind in zip(alone, wide, strict=True)]
+        sums, each = lax.scan(step, start, several)
+        summed, mine = (s.astype(a.dtype) for s, a in zip(sums, alone, strict=True)), iter(each)
         return [next(summed) if d is None else next(mine) for d in outs]
 
     return call

@@ -77,7 +77,7 @@ def test_statistics_move_with_the_scale(fw, statistic):
 def test_frozen_logits_are_not_visited_again(fw, kind, monkeypatch):
     """dL/ds comes from nll, lse, smooth and H: the backward runs no row function."""
     arrays, upstream, options = problem("float32", kind, "rows")
-    some = slice(0, 14)  # mass on a masked class hides what the other classes add
+    some = slice(0, 10)  # mass on a masked class hides what the other classes add, a row of equal logits all of it
     arrays = {k: v if k == "weight" else v[some] for k, v in arrays.items()}
     upstream = {k: v if np.ndim(v) == 0 else v[some] for k, v in upstream.items()}
     truth = checks.oracle("cross_entropy", arrays, upstream, **options)[1]["logit_scale"]

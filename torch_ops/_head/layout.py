@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_ops import _modes as modes
+from torch_ops._head.columns import apart, in_parts
 from torch_ops._head.per_row import per_row
 from torch_ops._head.sum import weighted_sum
 from torch_ops._reduction import Coefficients
@@ -98,7 +99,7 @@ def lay_out(
 def _side_by_side(of: Layout, scale: Tensor | None, low_rank: Any, beside: Any) -> Layout:
     """The same head over rows (x, u) that hold the scale and what A makes of x: its gradients are plain products.
 
-    s (x WT + (x AT) BT + b) = (s x) WT + (s x AT) BT + s bT, so x grows by r numbers a row, or by one for the bias, and
+    s (x WT + (x AT) BT + b) = (s x) WT + (s x AT) BT + s bT, so x grows by r numbers a row, or two for the bias, and
     neither W nor the logits are touched: dL/ds is <dL/d(x, u), (x, u)>, from the gradient that there is anyway.
     """
     x = of.x if of.index is None else of.x.index_select(0, of.index)
@@ -113,15 +114,18 @@ def _side_by_side(of: Layout, scale: Tensor | None, low_rank: Any, beside: Any) 
     if low_rank is not None:
         more.append(F.linear(x, low_rank[0]))
         ups.append(low_rank[1])
+    by_position = scale is not None and scale.dim() > 0 and of.linear_weight.dim() > 2
+    columns: list[Tensor] = []
     if scale is not None and of.linear_bias is not None:
-        more.append(x.new_ones(x.shape[0], 1))
-        ups.append(of.linear_bias.unsqueeze(-1))
-        of = of._replace(linear_bias=None)
+        columns = [x.new_ones(x.shape[0], 1)] if by_position else in_parts(scale.reshape(-1), x)
+        finite, masked = apart(of.linear_bias)
+        ups += [finite.unsqueeze(-1)] * len(columns)
+        of = of._replace(linear_bias=masked)
     x = torch.cat([x, *more], 1) if more else x
-    of = of._replace(x=x, index=None, up=torch.cat(ups, -1) if len(ups) > 1 else ups[0] if ups else None)
-    if scale is None or (scale.dim() and of.linear_weight.dim() > 2):
-        return of._replace(scale=scale)
-    return of._replace(x=_times(x, scale.reshape(-1)))
+    if scale is not None and not by_position:
+        x, scale = _times(x, scale.reshape(-1)), None
+    x = torch.cat([x, *columns], 1) if columns else x
+    return of._replace(x=x, index=None, up=torch.cat(ups, -1) if len(ups) > 1 else ups[0] if ups else None, scale=scale)
 
 
 def _times(x: Tensor, scale: Tensor) -> Tensor:

@@ -204,7 +204,8 @@ def _backward(
             log_p = rows.capped(raw[:, :samples], plan.scale, plan.softcap) - lse.unsqueeze(1)
             c = -d_entropy.unsqueeze(1)
             off = off + c * (q / samples).unsqueeze(1) * (log_p + h.unsqueeze(1))
-            on = on + c * surprise * (h.unsqueeze(1) - nll.masked_fill(at < 0, 0.0).clamp(min=0.0))
+            shown = nll.masked_fill((at < 0) | (nll == torch.inf), 0.0)  # there p is 0
+            on = on + c * surprise * (h.unsqueeze(1) - shown.clamp(min=0.0))
         slope = rows.slope(raw, plan.scale, plan.softcap)
         c = torch.cat([off.expand(n, samples), on], 1) * slope
     else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_ops._head.chunks import that_fit
+from torch_ops._head.linear import formed_in
 from torch_ops._head.per_row import derived_size, logits
 from torch_ops._head.row_map import Chunked, RowMap, run
 from torch_ops._modes import is_constant
@@ -57,5 +58,6 @@ def _map(names: tuple[str, ...], plan: Plan) -> RowMap:
 def _call(
     names: tuple[str, ...], plan: Plan, x: Tensor, lw: Tensor, lb: Tensor | None, up: Tensor | None, target: Tensor
 ) -> list[Tensor]:
-    z = logits(x, lw, lb, up)
+    kind = formed_in(x, target)  # that of the loss: rank and argmax are of one row
+    z = logits(x.to(kind), lw.to(kind), *(a if a is None else a.to(kind) for a in (lb, up)))
     return [*statistics_of(names, z, target, 1, plan.scale, plan.softcap).values()]

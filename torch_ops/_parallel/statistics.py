@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_ops._head.chunks import that_fit
+from torch_ops._head.linear import formed_in
 from torch_ops._head.per_row import logits as head_logits
 from torch_ops._head.row_map import Chunked, RowMap, run
 from torch_ops._parallel.collectives import shared, summed
@@ -40,7 +41,9 @@ def of_head(
     names: Sequence[str], plan: Plan, shard: Shard, x: Tensor, lw: Tensor, lb: Any, up: Any, target: Tensor
 ) -> list[Tensor]:
     """The same of a shard of a head, in their order."""
-    x = _without(x, target, 1)
+    kind = formed_in(x, target)  # that of the loss: rank and argmax are of one row
+    x, lw = _without(x, target, 1).to(kind), lw.to(kind)
+    lb, up = (a if a is None else a.to(kind) for a in (lb, up))
     layer = (lw, lb, up)
     plan = plan._replace(argmax=False, smooth=False, entropy=False)
     nll = lambda plan, top: HeadShard(plan, shard).rows(x, *layer, top, None)[0]  # noqa: E731

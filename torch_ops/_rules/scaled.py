@@ -27,8 +27,9 @@ from torch_ops._rules.plan import Plan
 
 # Elements of logits that are multiplied at a time: 4 MiB of float32, which a CPU's cache holds.
 _PIECE, _PIECE_ON_DEVICE = 1 << 20, 1 << 26
-# Below it nll - H cancels: both go to log V, what is left of them to s (x_t - mean x). A quarter costs two bits.
-_SMALL = 0.25
+# Where logits nearly agree nll - H cancels: both go to log V, what is left of them to s (x_t - mean x). So each row's H
+# must lie this far below log V: half the variance of logits that are spread evenly.
+_SPREAD = 0.03125
 
 
 def scaled_row(
@@ -93,7 +94,7 @@ class ScaledRow(Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         logits, scale, target, weight, dim, softcap, smooth, entropy, ctx.inplace = args
         ctx.plan, ctx.dim = Plan(1.0, softcap, smooth, entropy), dim
-        ctx.by_numbers = softcap is None and modes.can_look(scale) and bool((scale >= _SMALL).all())
+        ctx.by_numbers = softcap is None and modes.can_look(scale) and bool((scale > 0).all())
         learns = ctx.by_numbers and scale.requires_grad
         wanted = ctx.plan._replace(entropy=entropy or learns)
         *found, m, rest = _values(logits, scale, target, weight, dim, wanted)
@@ -114,7 +115,7 @@ class ScaledRow(Function):
         if again or of_target or of_weight or not modes.may_write(*ups) or modes.is_transforming():
             return *_of_product(arrays, ups, plan, dim, needs, again), *(None,) * 5
         d_logits = d_scale = None
-        if of_scale and ctx.by_numbers and ups[3] is None and _are_known(numbers, target, plan):
+        if of_scale and ctx.by_numbers and ups[3] is None and _are_known(numbers, target, plan, logits.shape[dim]):
             d_scale, of_scale = _of_numbers(numbers, arrays, ups, dim), False
         if of_logits or of_scale:
             over = ctx.inplace and modes.is_untracked(logits, scale, *ups) and modes.is_sole(logits)
@@ -185,10 +186,14 @@ def _along(x: Tensor, g: Tensor, s: Tensor, m: Tensor, d_lse: Tensor | None, sof
     return total if d_lse is None else total + c.squeeze(dim) * d_lse
 
 
-def _are_known(numbers: list[Tensor], target: Tensor, plan: Plan) -> bool:
-    """Whether the sums over classes are finite: mass on a masked class hides what the others add."""
-    sums = [numbers[0]] * target.is_floating_point() + [numbers[2]] * plan.smooth if numbers else []
-    return all(bool(v.isfinite().all()) for v in sums)
+def _are_known(numbers: list[Tensor], target: Tensor, plan: Plan, classes: int) -> bool:
+    """Whether the sums over classes are finite and differ: mass on a masked class hides what the others add."""
+    if not numbers:
+        return False
+    sums = [numbers[0]] * target.is_floating_point() + [numbers[2]] * plan.smooth
+    return all(bool(v.isfinite().all()) for v in sums) and bool(
+        (numbers[-1] < math.log(max(classes, 1)) - _SPREAD).all()
+    )
 
 
 def _of_numbers(numbers: list[Tensor], arrays: Any, ups: list[Any], dim: int) -> Tensor:

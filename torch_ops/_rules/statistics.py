@@ -4,6 +4,7 @@ legend:  z the logits scaled and capped, p = softmax(z), r = softmax(2 z), t any
 formula: log_sum_sq = log sum_j p_j^2 = (lse(2 z) - 2 z_t) - 2 (lse(z) - z_t), two nll's of one class: at the first
          maximum neither cancels, nor the gradient 2 (r_j - p_j), in a confident row's maximum 2 (1 - p) - 2 (1 - r)
          mean_logit = sum_j z_j / V;  rank = how many z_j > z_target, NaN the largest
+         (where all logits are nearly equal both rows round r and p by themselves, and the gradient's digits go)
 2 C(s x) is the cap 2 c of 2 s x, so both rows have the rules of a row, and every order.
 """
 
