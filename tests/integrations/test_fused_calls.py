@@ -388,9 +388,10 @@ def test_sampled_gradient() -> None:
     apart, mean = (float((g - exact).norm()) for g in (draws[0], torch.stack(draws).mean(0)))
     assert 0.02 * float(exact.norm()) < apart
     assert mean < 0.4 * apart
-    for wrong, words in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"grad_samples": 0}, "be a Python integer >= 1"),
         ({"grad_samples": 4, "memory": "lean"}, "be None"),
-    ):
+    )
+    for wrong, words in refused:
         with pytest.raises(ValueError, match=f"^fuse_loss: grad_samples must {words}"):
             fuse_loss(make(), **wrong)
