@@ -146,8 +146,10 @@ template <class T> void softmax_bwd_row(const T* dy, const T* y, T* dx, int64_t 
       const double size = lane_sum<F>(first.size), off = __builtin_fabs(mean), top = lane_max<F>(first.top);
       known = !(off > 0.5 * size && lane_max<F>(first.most) - top * off < 0.5 * size);
       if (known && top <= 0.5) break;
-      m = first.place(y, V);
-      expects = get(y + m) > F(0.5);
+      // As a row of which it is expected: the bits are not to depend on the row before, whatever y is.
+      expects = top > 0.5;
+      m = expects ? first_from(y, V, over_half, dy) : first.place(y, V);
+      if (m < 0) m = first.place(y, V);
       known = known && !expects;
       if (known) break;
       if (!expects && c != 0) continue;  // the first dy are no measure of those that count, nor is s about them
