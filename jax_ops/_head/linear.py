@@ -141,21 +141,18 @@ def _slow_halves(dtype: Any) -> bool:
     return dtype != jnp.bfloat16 or not machine.instruction_sets() & {"avx512_bf16", "amx_bf16"}
 
 
-# Half-precision operands on the CPU: in float32, piece by piece of the classes, but for logits where it is fast.
+# Half-precision operands on the CPU (`when_alone`): in float32, by pieces of the classes, but logits where it is fast.
 def _half_logits_pieces(x: Array, w: Array) -> Array:
     if not _slow_halves(x.dtype):
         return _half_logits_whole(x, w)
 
-    def pieces(x: Array, w: Array) -> Array:
-        classes, x = _pieces(w, x), x.astype(jnp.float32)
-        z = jnp.zeros_like(x, shape=(x.shape[0], w.shape[0]))
+    classes, x = _pieces(w, x), x.astype(jnp.float32)
+    z = jnp.zeros_like(x, shape=(x.shape[0], w.shape[0]))
 
-        def step(z: Array, part: Part) -> Array:
-            return classes.put(z, _dot(x, classes.take(w, part).astype(x.dtype), 1, 1), part, 1)
+    def step(z: Array, part: Part) -> Array:
+        return classes.put(z, _dot(x, classes.take(w, part).astype(x.dtype), 1, 1), part, 1)
 
-        return classes.loop(step, z)
-
-    return lax.platform_dependent(x, w, cpu=pieces, default=_half_logits_whole)
+    return classes.loop(step, z)
 
 
 def _half_logits_whole(x: Array, w: Array) -> Array:
@@ -173,15 +170,12 @@ def _half_logits_bwd(saved: tuple[Array, Array], ct: Array) -> tuple[Array, Arra
 
 
 def _half_input_bwd_pieces(dz: Array, w: Array) -> Array:
-    def pieces(dz: Array, w: Array) -> Array:
-        classes = _pieces(w, dz)
+    classes = _pieces(w, dz)
 
-        def step(dx: Array, part: Part) -> Array:
-            return dx + _dot(classes.take(dz, part, 1), classes.take_fresh(w, part).astype(dz.dtype), 1, 0)
+    def step(dx: Array, part: Part) -> Array:
+        return dx + _dot(classes.take(dz, part, 1), classes.take_fresh(w, part).astype(dz.dtype), 1, 0)
 
-        return classes.loop(step, jnp.zeros_like(dz, shape=(dz.shape[0], w.shape[1])))
-
-    return lax.platform_dependent(dz, w, cpu=pieces, default=_half_input_bwd_whole)
+    return classes.loop(step, jnp.zeros_like(dz, shape=(dz.shape[0], w.shape[1])))
 
 
 def _half_input_bwd_whole(dz: Array, w: Array) -> Array:

@@ -72,12 +72,15 @@ def divergence_bwd(
 
 
 def _plain_fwd(student: Array, teacher: Array, keep: Array | None, **options: Any) -> tuple[Array, Array]:
-    """divergence_fwd in jax.numpy; its state is for kernels only, which have no part here."""
+    """divergence_fwd in jax.numpy; its state is for kernels, which have no part here.
+
+    Where one serves the backward all the same (a pullback taken to another device), it finds no number and gives NaN.
+    """
     pair = Pair(**options)
     value = _value(pair, *_kept(student, teacher, keep, pair))
     if keep is not None:
         value = jnp.where(keep, value, 0.0)
-    return value, jnp.zeros_like(lax.stop_gradient(value), shape=(*value.shape, STATE))
+    return value, jnp.full_like(lax.stop_gradient(value), jnp.inf, shape=(*value.shape, STATE))
 
 
 def _plain_bwd(

@@ -149,3 +149,17 @@ def test_the_teacher_is_a_constant() -> None:
     np.testing.assert_allclose(own, jax.grad(lambda a: jax_ops.divergence(a, 2.0 * s))(s), rtol=1e-6)
     jax.checkpoint(jax.grad(lambda s: jax_ops.divergence(s, t)))(s)
     jax.lax.scan(lambda c, _: (c - jax.grad(lambda s: jax_ops.divergence(s, t))(c), None), s, jnp.arange(2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kernel_told_no_state_gives_nan(kind: str) -> None:
+    """Forward by jax.numpy and backward by a kernel, as where a pullback moves to another device: never a number."""
+    if native.missing:
+        pytest.skip(f"no native kernels: {native.missing}")
+    pair = rows.Pair(1, kind, BETA, 1.0, None, 1.0, None)
+    s, t = (jnp.asarray(np.random.default_rng(i).standard_normal((3, 20)), jnp.float32) for i in (0, 1))
+    value, state = rows._plain_fwd(s, t, None, **pair._asdict())
+    own, known = rows.divergence_fwd(s, t, None, pair=pair)
+    np.testing.assert_allclose(value, own, rtol=1e-5)
+    assert jnp.isfinite(rows.divergence_bwd(s, t, None, known, jnp.ones(3), pair=pair)).all()
+    assert jnp.isnan(rows.divergence_bwd(s, t, None, state, jnp.ones(3), pair=pair)).all()

@@ -24,7 +24,7 @@ PIECE_ON_DEVICE = 1 << 24
 def spans(n: int, size: int) -> list[tuple[int, int]]:
     """(begin, end) of the fewest nearly equal pieces of n with at most `size` each; one empty piece of nothing.
 
-    Pieces of TILE or more begin at a multiple of it, so that one more may be needed.
+    Pieces of TILE or more begin at a multiple of it and so are a little shorter than `size`, those of 127 by half.
     """
     if n <= size:  # asked first: an exported program's number of rows is a symbol, and this is all it need know
         return [(0, n)]
