@@ -75,9 +75,11 @@ docs: $(STAMP)
 accuracy: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy
 
-# Our ops beside the built-ins; options: BENCH="--op softmax --shape 1024x32000", or BENCH=--help.
+# Our ops beside the built-ins, and without options large results in fresh memory too; options:
+# BENCH="--op softmax --shape 1024x32000", or BENCH=--help.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench $(BENCH)
+	$(if $(BENCH),,$(BIN)/python -m benchmarks.fresh)
 
 # A language model's head at full size, in minutes and 24 GiB: BENCH="--shape 820x2304@256000" takes a tenth of the time.
 bench-head: $(STAMP)

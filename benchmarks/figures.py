@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks import accuracy_plot, overview_plot, page_tables, records, scaling_plot, speed_plot, table
 from benchmarks.accuracy import Error
 from benchmarks.features import Answer
+from benchmarks.fresh import Fresh
 from benchmarks.gpu_lines import DeviceLine
 from benchmarks.page_tables import TABLES, Kept, Machine
 from benchmarks.scaling import swept
@@ -75,6 +76,7 @@ def read(folder: Path, first: str) -> Kept:
         records.read(confident.Point, folder / "confident.csv"),
         records.read(Answer, folder / "features.csv"),
         [records.read(DeviceLine, file) for file in files(folder, DeviceLine)],
+        [records.read(Fresh, file) for file in sorted((folder / "fresh").glob("*.csv"))],
     )
 
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from benchmarks import fresh as fresh_memory
 from benchmarks import gpu_lines, leaderboard, table
 from benchmarks.accuracy import ALL, CALLS, QUANTITIES, UNITS, Error
 from benchmarks.features import Answer
@@ -56,6 +57,7 @@ class Kept:
     trainings: list[confident.Point]
     answers: list[Answer]
     devices: list[list[gpu_lines.DeviceLine]]  # each one's of `python -m benchmarks.gpu`
+    fresh: list[list[fresh_memory.Fresh]]  # each machine's
 
     @property
     def shown(self) -> Machine:
@@ -265,6 +267,15 @@ def scaling(kept: Kept) -> str:
     return f"![Time and memory by N, V and D](scaling.png)\n\n{table.machine(kept.scaling)}:\n\n{found}"
 
 
+def fresh(kept: Kept) -> str:
+    """Large results in fresh memory, on every machine."""
+    blocks = []
+    for lines in kept.fresh:
+        name = f"{lines[0].device}, {lines[0].threads} threads"
+        blocks.append(f"{name}:\n\n{markdown(fresh_memory.HEAD, fresh_memory.told(lines))}")
+    return "\n\n".join(blocks)
+
+
 def gpu(kept: Kept) -> str:
     """Our calls on each device."""
     blocks = []
@@ -276,7 +287,7 @@ def gpu(kept: Kept) -> str:
 
 
 TABLES: dict[str, Callable[[Kept], str]] = {
-    **{f.__name__: f for f in (machine, overview, accuracy, weights, trainings, speed, heads, scaling, gpu)},
+    **{f.__name__: f for f in (machine, overview, accuracy, weights, trainings, speed, heads, scaling, fresh, gpu)},
     "features": lambda kept: leaderboard.features(kept.answers),
     "refusals": lambda kept: leaderboard.refusals(kept.answers),
     "peers": lambda kept: leaderboard.peers(kept.answers, [one.lines for one in kept.machines]),

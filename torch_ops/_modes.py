@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -154,16 +155,20 @@ def is_sole(x: Tensor) -> bool:
 
 def told_hooks(node: Any) -> bool:
     """Whether saved-tensor hooks were told what an autograd node saved, its output perhaps."""
-    for name in dir(node):
-        if name.startswith("_raw_saved_"):
-            try:
-                saved = getattr(node, name)
-            except RuntimeError:  # freed: its derivative is done
-                continue
-            for one in saved if isinstance(saved, tuple) else (saved,):
-                if getattr(one, "unpack_hook", None) is not None:
-                    return True
+    for name in _saved_names(type(node)):
+        try:
+            saved = getattr(node, name)
+        except RuntimeError:  # freed: its derivative is done
+            continue
+        for one in saved if isinstance(saved, tuple) else (saved,):
+            if getattr(one, "unpack_hook", None) is not None:
+                return True
     return False
+
+
+@lru_cache(maxsize=256)  # `dir` takes longer than a small loss and its gradient
+def _saved_names(node: type) -> list[str]:
+    return [name for name in dir(node) if name.startswith("_raw_saved_")]
 
 
 def may_overwrite(x: Tensor) -> bool:

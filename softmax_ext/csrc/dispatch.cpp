@@ -1,11 +1,7 @@
-// Chooses the kernels for this CPU once, cuts calls into units, and advises memory.
+// Chooses the kernels for this CPU once and cuts calls into units.
 #include "dispatch.h"
 
 #include <atomic>
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 namespace softmax_ext {
 namespace {
@@ -97,17 +93,6 @@ bool run(Fn fn, const void* args, int64_t begin, int64_t end) {
   }
 #endif
   return base::run(fn, type, args, begin, end);
-}
-
-void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // Fresh memory costs a fault per page: a copy of (1024, 32000) floats into it takes 38 ms with 4 KiB pages,
-  // 9 ms with 2 MiB ones (transparent huge pages in mode "madvise"). Advice about pages already there is free.
-  constexpr uintptr_t page = 4096;
-  if (bytes < (4 << 20)) return;
-  uintptr_t from = ((uintptr_t)data + page - 1) / page * page, to = ((uintptr_t)data + (uintptr_t)bytes) / page * page;
-  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace softmax_ext

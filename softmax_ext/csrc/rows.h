@@ -174,9 +174,6 @@ void prepare(CrossEntropy& args);
 // Runs units [begin, end). False: out of memory for scratch space (a few V * 16 values a thread).
 bool run(Fn fn, const void* args, int64_t begin, int64_t end);
 
-// Asks for huge pages under a fresh buffer of at least 4 MiB, before anything writes to it.
-void advise_huge_pages(void* data, int64_t bytes);
-
 // Which instruction set serves: 2 AVX-512, 1 AVX2 + FMA + F16C, 0 the build's baseline (NEON on arm64).
 int instruction_set();
 const char* instruction_set_name();

@@ -252,3 +252,6 @@ extern "C" __attribute__((visibility("default"))) const char* softmax_ext_instru
 extern "C" __attribute__((visibility("default"))) int softmax_ext_limit_instruction_set(int level) {
   return limit_instruction_set(level);
 }
+extern "C" __attribute__((visibility("default"))) int64_t softmax_ext_judge_huge_pages(int64_t bytes, int64_t nanoseconds) {
+  return judge_huge_pages(bytes, nanoseconds);
+}

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "huge_pages.h"
 #include "rows.h"
 
 namespace softmax_ext::door {
@@ -89,8 +90,9 @@ inline Tensor new_like(const Tensor& x) {  // contiguous, whatever the strides o
 template <class Args> void run_units(Fn fn, const Args& args) {
   Plan p = plan(args);
   std::atomic<bool> ok{true};
+  Writing writing(args);
   auto part = [&](int64_t begin, int64_t end) {
-    if (!run(fn, &args, begin, end)) ok = false;
+    if (!writing.run(fn, &args, begin, end)) ok = false;
   };
   if (p.units <= p.grain) part(0, p.units);
   else torch::stable::parallel_for(0, p.units, p.grain, part);

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <string>
 
+#include "huge_pages.h"
 #include "rows.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -29,6 +30,7 @@ struct Shared {
   int64_t units, chunk, chunks, done = 0;
   Fn fn;
   const void* args;  // lives in the caller, who returns only after the last chunk
+  Writing* writing;  // so does this
   std::mutex mutex;
   std::condition_variable finished;
 
@@ -36,7 +38,7 @@ struct Shared {
     int64_t mine = 0;
     for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks; ++mine) {
       int64_t begin = c * chunk, end = begin + chunk < units ? begin + chunk : units;
-      if (!run(fn, args, begin, end)) ok = false;
+      if (!writing->run(fn, args, begin, end)) ok = false;
     }
     if (mine == 0) return;
     std::lock_guard<std::mutex> lock(mutex);
@@ -46,10 +48,11 @@ struct Shared {
 
 template <class Args> Error run_units(ffi::ThreadPool& pool, Fn fn, const Args& args) {
   Plan p = plan(args);
+  Writing writing(args);
   bool ok = true;
   int64_t threads = p.units > p.grain ? pool.num_threads() : 1;
   if (threads <= 1) {
-    ok = run(fn, &args, 0, p.units);
+    ok = writing.run(fn, &args, 0, p.units);
   } else {
     auto shared = std::make_shared<Shared>();
     shared->units = p.units;
@@ -57,6 +60,7 @@ template <class Args> Error run_units(ffi::ThreadPool& pool, Fn fn, const Args& 
     shared->chunks = (p.units + shared->chunk - 1) / shared->chunk;
     shared->fn = fn;
     shared->args = &args;
+    shared->writing = &writing;
     int64_t helpers = threads - 1 < shared->chunks - 1 ? threads - 1 : shared->chunks - 1;
     for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->work(); });
     shared->work();

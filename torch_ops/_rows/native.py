@@ -46,6 +46,11 @@ def limit_instruction_set(level: int) -> int:
     return _library.softmax_ext_limit_instruction_set(level)
 
 
+def judge_huge_pages(size: int, nanoseconds: int) -> int:
+    """For tests: as if a result of so many bytes had taken so long; how many go without huge pages now."""
+    return _library.softmax_ext_judge_huge_pages(ctypes.c_int64(size), ctypes.c_int64(nanoseconds))
+
+
 def serves(x: Tensor, dim: int) -> bool:
     """Whether the native kernels take x; exported programs hold no op of ours, so that they run anywhere."""
     return serves_matrix(x) and not is_none(x.shape[dim])
