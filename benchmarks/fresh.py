@@ -15,7 +15,7 @@ import importlib
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,8 @@ OPS = {
     "torch": ("softmax", "softmax_bwd", "cross_entropy_grad"),
     "jax": ("softmax", "softmax_bwd", "cross_entropy_value_and_grad"),
 }
-ALONE, AFTER, KEPT = "alone", "after others", "kept"
+CONDITIONS = ALONE, AFTER, KEPT = "alone", "after others", "kept"
+BUILT_IN = "built-in"
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,13 @@ class Fresh:
     high_ms: float  # the 90th percentile
     rounds: int
 
-    @property
-    def cell(self) -> tuple[str, ...]:
-        """What is measured together."""
-        return self.framework, self.op, self.shape, self.condition
-
 
 def main(given: Sequence[str] | None = None) -> int:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser("python -m benchmarks.fresh", description=__doc__)
     parser.add_argument("--door", nargs="+", choices=DOORS, default=DOORS, help="whose ops (default: both)")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help=f"of {CLASSES} float32 classes")
-    parser.add_argument("--condition", nargs="+", choices=(ALONE, AFTER, KEPT), default=(ALONE, AFTER, KEPT))
+    parser.add_argument("--condition", nargs="+", choices=CONDITIONS, default=CONDITIONS)
     parser.add_argument("--seconds", type=float, default=1.5, help="for the rounds of an op (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=11, help="at least so many (default: %(default)s)")
     parser.add_argument("--device", default=machine.name(), help="the machine's name in the results")
@@ -119,34 +115,33 @@ def _short(seconds: float) -> float:
     return float(f"{seconds * 1e3:.4g}")
 
 
-def cells(lines: Sequence[Fresh]) -> Iterator[tuple[Fresh, Fresh, Fresh]]:
-    """(ours, the built-in's, the copy) of all that was measured together."""
-    together: dict[tuple[str, ...], dict[str, Fresh]] = {}
-    for line in lines:
-        together.setdefault(line.cell, {})[line.call] = line
-    for cell in together.values():
-        ours, copy = cell.pop(table.OURS), cell.pop(table.COPY)
-        (rival,) = cell.values()
-        yield ours, rival, copy
-
-
-HEAD = ("", "op", "result, MiB", "process", "built-in's median / ours", "its 90th percentile / ours", "ours in copies")
+HEAD = ("", "op", "result, MiB", *(text for one in CONDITIONS for text in (one, "slow calls")), "kept, in copies")
 
 
 def told(lines: Sequence[Fresh]) -> list[tuple[str, ...]]:
-    """A line a cell; below 1 the built-in is faster."""
+    """A row for each op and size: the built-in's median by ours, and its 90th percentile by ours, in each condition."""
+    rows: dict[tuple[str, str, float], dict[tuple[str, str], Fresh]] = {}
+    places = {cell: place for place, cell in enumerate((door, op) for door in OPS for op in OPS[door])}
+    for line in sorted(lines, key=lambda line: (places[line.framework.split()[0], line.op], line.mebibytes)):
+        calls = rows.setdefault((line.framework.split()[0], line.op, line.mebibytes), {})
+        calls[line.condition, line.call if line.call in (table.OURS, table.COPY) else BUILT_IN] = line
     return [
         (
-            ours.framework.split()[0],
-            ours.op,
-            f"{ours.mebibytes:g}",
-            ours.condition,
-            f"{rival.median_ms / ours.median_ms:.2f}",
-            f"{rival.high_ms / ours.high_ms:.2f}",
-            f"{ours.median_ms / copy.median_ms:.2f}",
+            door,
+            f"`{op}`",
+            f"{size:g}",
+            *(text for one in CONDITIONS for text in _by(calls.get((one, BUILT_IN)), calls.get((one, table.OURS)))),
+            _by(calls.get((KEPT, table.OURS)), calls.get((KEPT, table.COPY)))[0],
         )
-        for ours, rival, copy in cells(lines)
+        for (door, op, size), calls in rows.items()
     ]
+
+
+def _by(one: Fresh | None, other: Fresh | None) -> tuple[str, str]:
+    """Quotients of medians and of slow calls."""
+    if one is None or other is None:
+        return "", ""
+    return f"{one.median_ms / other.median_ms:.2f}", f"{one.high_ms / other.high_ms:.2f}"
 
 
 def show(lines: Sequence[Fresh]) -> Table:

@@ -95,7 +95,7 @@ def _lines(about: dict[str, Any]) -> list[str]:
 
 
 def _huge_pages(setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> str:
-    """The mode in force and what it means for fresh results of 32 MiB and more, which the kernels ask huge pages for."""
+    """The mode in force and what it means for fresh results of 32 MiB and more, which ask for huge pages."""
     if sys.platform != "linux":
         return "not Linux"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,9 @@ def test_each_condition_is_measured_in_processes_of_its_own(tmp_path: Path, caps
 
 def test_the_median_and_the_slow_calls_are_told_apart() -> None:
     lines = [_line("ours", 2.0, 10.0), _line("torch", 4.0, 5.0), _line("copy", 1.0, 1.0)]
-    assert fresh.told(lines) == [("torch", "softmax", "0.03", "alone", "2.00", "0.50", "2.00")]
+    assert fresh.told(lines) == [("torch", "`softmax`", "0.03", "2.00", "0.50", "", "", "", "", "")]
+    kept = [replace(line, condition=KEPT) for line in lines]
+    assert fresh.told(lines + kept)[0][3:] == ("2.00", "0.50", "", "", "2.00", "0.50", "2.00")
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
