@@ -21,8 +21,9 @@ from jax_ops._parallel.statistics import MORE, statistics_of
 from jax_ops._reduction import as_asked, coefficients, finish
 from jax_ops._rows.dispatch import capped, is_soft
 from jax_ops._rows.targets import canonical
-from jax_ops._rules.cross_entropy import row, times
+from jax_ops._rules.cross_entropy import row
 from jax_ops._rules.plan import Plan
+from jax_ops._rules.scaled import ignored, times
 from softmax_ext import contract
 
 
@@ -194,7 +195,7 @@ def _loss(
         t = canonical(t, shard.total, options.ignored)
     if scale is not None:
         (own,) = shard.own(scale)
-        logits = times(logits, own, axis, t)
+        logits = times(logits, own, axis, ignored(logits, t, axis))
     plan = Plan.of(options, logits.dtype)
     of_class = plan.class_weight(w, logits.dtype, soft=is_soft(t))
     if shard.names:

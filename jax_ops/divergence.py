@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_ops._arguments import describe, unwrap
+from jax_ops._arguments import describe, scale_of, unwrap
 from jax_ops._head.chunks import cut, that_fit
+from jax_ops._head.columns import scaled
 from jax_ops._head.divergence import divergence_rows, divergence_sum
 from jax_ops._head.linear import wide
 from jax_ops._lowering import as_typed
 from jax_ops._parallel.mesh import spread_of, under_auto_axes
 from jax_ops._rows.divergence import Pair
 from jax_ops._rules.divergence import constant, divergence_row
+from jax_ops._rules.scaled import times
 from softmax_ext import contract
 
 
@@ -27,7 +29,7 @@ def divergence(
     *,
     kind: Literal["forward_kl", "reverse_kl", "jsd", "tv"] = "forward_kl",
     beta: float = 0.5,
-    logit_scale: float = 1.0,
+    logit_scale: ArrayLike = 1.0,
     teacher_scale: float = 1.0,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -49,7 +51,8 @@ def divergence(
         teacher: logits of the input's shape, any floating type, without a gradient.
         kind: "forward_kl", "reverse_kl", "jsd" or "tv".
         beta: number in (0, 1), the teacher's share of the mixture of "jsd".
-        logit_scale: finite number > 0 the student's logits are multiplied by first (1 / temperature).
+        logit_scale: finite number > 0 the student's logits are multiplied by first (1 / temperature); or an array () or
+            of the rows' shape, differentiable.
         teacher_scale: the same for the teacher's logits.
         softcap: finite number > 0 or None; then the student's logits become softcap * tanh(logits / softcap).
         teacher_softcap: the same for the teacher's logits.
@@ -78,13 +81,15 @@ def divergence(
         >>> round(jax_ops.divergence(student, teacher).item(), 4)
         0.2662
     """
-    options = contract.DivergenceOptions(kind, beta, logit_scale, teacher_scale, softcap, teacher_softcap, reduction)
+    s, factor = scale_of(logit_scale)
+    options = contract.DivergenceOptions(kind, beta, factor, teacher_scale, softcap, teacher_softcap, reduction)
     arrays = [None if a is None else unwrap(a, numbers=False) for a in (input, teacher, token_weight, keep)]
     facts, *more = [None if a is None else describe(a) for a in arrays]
     facts = contract.at_least_1d("divergence", "input", facts)
     at = contract.dimension("divergence", "axis", axis, len(facts.shape))
-    contract.divergence("divergence", facts, *more, options=options, axis=at)
-    given: list[Any] = [None if a is None else jnp.asarray(a) for a in arrays]
+    of_scale = None if s is None else describe(s)
+    contract.divergence("divergence", facts, *more, options=options, axis=at, logit_scale=of_scale)
+    given: list[Any] = [None if a is None else jnp.asarray(a) for a in (*arrays, s)]
     given[1] = constant("divergence", "teacher")(given[1])
     rows = [i for i in range(len(facts.shape)) if i != at]
     return _spread(_of_logits, given, rows, facts.shape, options, axis=at)
@@ -100,7 +105,7 @@ def linear_divergence(
     teacher_bias: ArrayLike | None = None,
     kind: Literal["forward_kl", "reverse_kl", "jsd", "tv"] = "forward_kl",
     beta: float = 0.5,
-    logit_scale: float = 1.0,
+    logit_scale: ArrayLike = 1.0,
     teacher_scale: float = 1.0,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -126,14 +131,16 @@ def linear_divergence(
         teacher_bias: (V,), of teacher_input's type, without a gradient.
         kind: "forward_kl", "reverse_kl", "jsd" or "tv".
         beta: number in (0, 1), the teacher's share of the mixture of "jsd".
-        logit_scale: the student's logits are multiplied by this first.
+        logit_scale: the student's logits are multiplied by this first: a number, or an array () or of the rows' shape
+            (...), differentiable. It multiplies the input; beside a linear_bias the weight is copied with it.
         teacher_scale: the teacher's logits are multiplied by this first.
         softcap: then the student's are bounded to softcap * tanh(logits / softcap).
         teacher_softcap: the same for the teacher's logits.
         token_weight: one weight per row (...).
         keep: booleans (...): other rows reach no result, even when they are NaN.
         reduction: "mean" (over the kept rows, weighted by token_weight), "sum" or "none".
-        shift: k compares positions [..., :-k, :], by token_weight and keep of [..., k:].
+        shift: k compares positions [..., :-k, :], by token_weight and keep of [..., k:]. A logit_scale of the rows'
+            shape goes with the input.
         memory: "fast" or "lean"; see Memory.
         chunk_size: rows at a time; None takes the most whose logits, of both heads, fit the workspace.
 
@@ -160,13 +167,15 @@ def linear_divergence(
         >>> round(jax_ops.linear_divergence(x, weight, 2.0 * x, weight).item(), 4)
         0.1156
     """
-    options = contract.DivergenceOptions(kind, beta, logit_scale, teacher_scale, softcap, teacher_softcap, reduction)
+    s, factor = scale_of(logit_scale)
+    options = contract.DivergenceOptions(kind, beta, factor, teacher_scale, softcap, teacher_softcap, reduction)
     every = (input, linear_weight, teacher_input, teacher_weight, linear_bias, teacher_bias, token_weight, keep)
     arrays = [None if a is None else unwrap(a, numbers=False) for a in every]
     facts = [None if a is None else describe(a) for a in arrays]
     static: Any = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
-    contract.linear_divergence("linear_divergence", *facts, options=options, **static)
-    given: list[Any] = [None if a is None else jnp.asarray(a) for a in arrays]
+    of_scale = None if s is None else describe(s)
+    contract.linear_divergence("linear_divergence", *facts, options=options, **static, logit_scale=of_scale)
+    given: list[Any] = [None if a is None else jnp.asarray(a) for a in (*arrays, s)]
     for i, name in ((2, "teacher_input"), (3, "teacher_weight"), (5, "teacher_bias")):
         if given[i] is not None:
             given[i] = constant("linear_divergence", name)(given[i])
@@ -194,10 +203,13 @@ def _of_logits(
     t: jax.Array,
     tokens: jax.Array | None,
     keep: jax.Array | None,
+    scale: jax.Array | None,
     *,
     options: contract.DivergenceOptions,
     axis: int,
 ) -> jax.Array:
+    if scale is not None:
+        x = times(x, scale, axis, None if keep is None else ~keep)
     dtype = jnp.promote_types(x.dtype, t.dtype)
     values = divergence_row(x.astype(dtype), t.astype(dtype), keep, _pair(options, axis, dtype))
     return _reduced(values, _weight(values, tokens, keep), keep, options)
@@ -214,6 +226,7 @@ def _of_heads(
     tb: jax.Array | None,
     tokens: jax.Array | None,
     keep: jax.Array | None,
+    scale: jax.Array | None,
     *,
     options: contract.DivergenceOptions,
     shift: int,
@@ -228,6 +241,8 @@ def _of_heads(
     n = math.prod(lead)
     x, tx = x.reshape(n, x.shape[-1]), tx.reshape(n, tx.shape[-1])
     tokens, keep = (a if a is None else a.reshape(n) for a in (tokens, keep))
+    if scale is not None:
+        x, w, b = scaled(x, w, b, scale.reshape(n) if scale.ndim else scale, keep)
     kind = wide(jnp.promote_types(x.dtype, tx.dtype))
     fits = that_fit(chunk_size, 2 * w.shape[0], kind.itemsize, by_rows=True)
     how = (cut(n, fits, strided=True, blocks=blocks), _pair(options, 1, kind))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_ops._head.chunks import Cut, cut, that_fit
+from jax_ops._head.columns import apart, in_parts
 from jax_ops._head.linear import Linear, wide
 from jax_ops._head.per_row import argmax, per_row
 from jax_ops._head.sampled import sampled_rows
@@ -120,12 +121,12 @@ def _side_by_side(of: Layout, scale: Array | None, low_rank: Sequence[Array] | N
     if low_rank is not None:
         more.append(Linear(low_rank[0], None).logits(x).astype(x.dtype))
         ups.append(low_rank[1])
-    kind, columns = wide(x.dtype), 0
+    columns = 0
     if scale is not None and of.b is not None:
-        columns = 1 if x.dtype == kind else 2  # two whose sum it is, where one would be rounded
-        lost = of.b == -jnp.inf  # such a class stays a bias: 0 * -inf would reach the scale's gradient
-        ups += [jnp.where(lost, jnp.zeros((), of.b.dtype), of.b)[..., None]] * columns
-        of = of._replace(b=jnp.where(lost, -jnp.inf, 0.0).astype(of.b.dtype))
+        columns = 1 if x.dtype == of.kind else 2  # as many as `in_parts` makes
+        finite, b = apart(of.b)
+        ups += [finite[..., None]] * columns
+        of = of._replace(b=b)
     x = jnp.concatenate([x, *more], 1) if more else x
     of = of._replace(up=jnp.concatenate(ups, -1) if len(ups) > 1 else ups[0] if ups else None)
     if scale is None:
@@ -134,13 +135,10 @@ def _side_by_side(of: Layout, scale: Array | None, low_rank: Sequence[Array] | N
         x = jnp.where(nothing[..., None], jnp.zeros((), x.dtype), x[:, None])
     elif scale.ndim > 1:
         x = x[:, None]
-    by = (scale[..., None] if scale.ndim else scale).astype(kind)
-    product = (x.astype(kind) * by).astype(x.dtype)
+    by = (scale[..., None] if scale.ndim else scale).astype(of.kind)
+    product = (x.astype(of.kind) * by).astype(x.dtype)
     if columns:
-        s = jnp.broadcast_to(by, (*product.shape[:-1], 1))
-        high = s if columns == 1 else jax.lax.stop_gradient(s).astype(x.dtype)
-        low = [] if columns == 1 else [(s - high.astype(kind)).astype(x.dtype)]  # it has the scale's derivative
-        product = jnp.concatenate([product, high, *low], -1)
+        product = jnp.concatenate([product, *in_parts(scale, product)], -1)
     return of._replace(x=product)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jax_ops._rows import dispatch as rows
@@ -19,24 +17,6 @@ def row(logits: Array, target: Array, weight: Array | None, axis: int, plan: Pla
     """The numbers asked for of each row, with every derivative; targets canonical or soft."""
     arrays = alike(logits, as_rows(target, logits, axis), weight)
     return dict(zip(plan.names, _row(axis, plan)(*arrays), strict=True))
-
-
-def times(logits: Array, scale: Array, axis: int, target: Array) -> Array:
-    """Logits times a row's number or one number, in the compute type; a -inf logit stays -inf.
-
-    Of ignored rows the product is 0: they reach no result, not even through 0 * NaN.
-    """
-    kind = jnp.promote_types(logits.dtype, jnp.float32)
-    x, s = logits.astype(kind), scale.astype(kind)
-    if not rows.is_soft(target):
-        nothing = rows.of_rows(target, logits.ndim, axis) == rows.IGNORED
-        x = jnp.where(jnp.expand_dims(nothing, axis), 0.0, x)
-        s = jnp.where(nothing, 1.0, s) if s.ndim else s
-    s = jnp.expand_dims(s, axis) if s.ndim else s
-    # A masked logit has the gradient s g that its mass gives it, but says nothing of s, not even 0 * inf.
-    lost = jnp.isneginf(x)
-    masked = x * jnp.maximum(jnp.abs(jax.lax.stop_gradient(s)), jnp.finfo(kind).tiny)
-    return jnp.where(lost, masked, jnp.where(lost, 0.0, x) * s)
 
 
 @cache

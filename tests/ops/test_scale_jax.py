@@ -1,0 +1,118 @@
+"""Divergences in JAX whose scale is an array: values and gradients of every order against the plain product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_ops
+from tests.judging.quick import QUICK
+from tests.ops.test_divergence_jax import composed
+
+R = np.random.default_rng(4)
+X, W, B, Y, U = (R.standard_normal(s) for s in ((2, 5, 3), (7, 3), (7,), (2, 5, 4), (7, 4)))
+SCALES = {"one": np.asarray(1.3), "rows": 0.5 + R.random((2, 5))}
+Moving = tuple[Any, ...]
+
+
+def product(x: Any, w: Any, b: Any, s: Any) -> Any:
+    return (x @ w.T + b) * (s[..., None] if s.ndim else s)
+
+
+def both(memory: Any, kind: Any) -> tuple[Any, Any, Any]:
+    """The loss of two heads, of their rows, and the formula as it stands of the plain product, shifted by one."""
+    t = jnp.asarray(Y) @ jnp.asarray(U).T
+
+    def of_heads(x: Any, w: Any, b: Any, s: Any) -> Any:
+        how: dict[str, Any] = {"kind": kind, "shift": 1, "memory": memory, "chunk_size": 3}
+        return jax_ops.linear_divergence(x, w, Y, U, linear_bias=b, logit_scale=s, **how)
+
+    def of_rows(x: Any, w: Any, b: Any, s: Any) -> Any:
+        z = (x @ w.T + b)[:, :-1]
+        return jax_ops.divergence(z, t[:, :-1], kind=kind, logit_scale=s if not s.ndim else s[:, :-1])
+
+    def plain(x: Any, w: Any, b: Any, s: Any) -> Any:
+        return composed(product(x, w, b, s)[:, :-1], t[:, :-1], kind).mean()
+
+    return of_heads, of_rows, plain
+
+
+@pytest.mark.parametrize(("memory", "kind"), [("fast", "forward_kl"), ("lean", "jsd")])
+@pytest.mark.parametrize("shape", SCALES)
+def test_values_and_derivatives(shape: str, memory: str, kind: str) -> None:
+    with jax.enable_x64(True):
+        at: Moving = tuple(map(jnp.asarray, (X, W, B, SCALES[shape])))
+        along: Moving = tuple(jnp.cos(3.0 * a) for a in at)
+        every = tuple(range(4))
+
+        def answers(f: Any) -> Any:
+            def both_ways(*at: Any) -> Any:
+                pushed = jax.jvp(f, at, along)[1]
+                gradient = jax.grad(f, every)
+                return f(*at), pushed, gradient(*at), jax.jvp(gradient, at, along)[1]
+
+            return jax.jit(both_ways, **QUICK)(*at)
+
+        *ours, plain = both(memory, kind)
+        truth = answers(plain)
+        assert all(np.abs(np.asarray(g)).max() > 1e-3 for g in jax.tree.leaves(truth))
+        for f in ours:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), answers(f), truth)
+
+
+def test_what_is_no_part_of_a_row_moves_no_scale() -> None:
+    """A row that is not kept may hold NaN, in the scale too; a masked class adds nothing, not even 0 * -inf."""
+    x, s, keep = X.copy(), SCALES["rows"].copy(), np.ones((2, 5), bool)
+    x[0, 1], s[0, 1], keep[0, 1] = np.nan, np.nan, False
+    b = np.where(np.arange(7) == 3, -np.inf, B)
+    clean = [np.nan_to_num(a) for a in (x, s)]
+    with jax.enable_x64(True):
+
+        def of_heads(w: Any, s: Any) -> Any:
+            heads = {"linear_bias": b, "teacher_bias": b}
+            return jax_ops.linear_divergence(x, w, Y, U, **heads, keep=keep, logit_scale=s)
+
+        def of_rows(z: Any, s: Any) -> Any:
+            return jax_ops.divergence(z, Y @ U.T + b, keep=keep, logit_scale=s)
+
+        def plain(w: Any, s: Any) -> Any:
+            some = np.arange(7) != 3
+            z, t = (a[..., some] for a in (product(clean[0], w, B, s), Y @ U.T + B))
+            return (composed(z, t, "forward_kl") * keep).sum() / keep.sum()
+
+        want = jax.grad(plain, (0, 1))(jnp.asarray(W), jnp.asarray(clean[1]))
+        found = jax.grad(of_heads, (0, 1))(jnp.asarray(W), jnp.asarray(s))
+        (of_row,) = jax.grad(of_rows, (1,))(jnp.asarray(x @ W.T + b), jnp.asarray(s))
+        answers = [*map(np.asarray, (*found, of_row))]
+    for a, b in zip(answers, (*want, want[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert answers[1][0, 1] == 0 == answers[2][0, 1]
+
+
+def test_a_bias_in_half_precision_is_not_scaled_by_a_rounded_number() -> None:
+    """As columns (s, b) the scale stands in two parts: the bias alone moves the logits here."""
+    x, w, y = np.zeros((4, 3)), np.zeros((7, 3)), np.zeros((4, 3))
+    b = np.asarray(jnp.asarray(8.0 * B, jnp.bfloat16), np.float32)
+    s = np.linspace(0.9, 1.1, 4)
+
+    def loss(s: Any) -> Any:
+        given = [jnp.asarray(a, jnp.bfloat16) for a in (x, w, y, w)]
+        return jax_ops.linear_divergence(*given, linear_bias=jnp.asarray(b, jnp.bfloat16), logit_scale=s).sum()
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(s, jnp.float32))
+    with jax.enable_x64(True):
+        plain = lambda s: composed(s[:, None] * b.astype(np.float64), jnp.zeros((4, 7)), "forward_kl").mean()  # noqa: E731
+        truth, right = jax.value_and_grad(plain)(jnp.asarray(np.float32(s), jnp.float64))
+    np.testing.assert_allclose(value, truth, rtol=3e-5)
+    np.testing.assert_allclose(gradient, right, rtol=2.0**-8)  # as a column of the input it is rounded once
+
+
+def test_a_scale_that_is_no_scale_is_refused_in_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"must be a Python number or have shape \(\) or \(2, 5\); got \(5,\)\."):
+        jax_ops.divergence(X, X, logit_scale=np.ones(5))
+    with pytest.raises(TypeError, match=r"linear_divergence: logit_scale must have type float16"):
+        jax_ops.linear_divergence(X, W, Y, U, logit_scale=np.ones((2, 5), int))
