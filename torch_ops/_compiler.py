@@ -1,12 +1,15 @@
 """Registers the ops with torch.compile; imported while a function that calls them is being compiled.
 
-Importing the compiler costs more than importing torch itself (1.7 s against 1.1 s), so eager users do not.
+Importing the compiler costs more than importing torch itself (1.7 s against 1.1 s), so eager users do not. Every file
+that marks a function is loaded here: one that came later would be traced into.
 """
 
 import torch
 
+from torch_ops._head import divergence, loss  # noqa: F401
 from torch_ops._modes import has_autocast
 from torch_ops._parallel import losses
+from torch_ops._rules import picked  # noqa: F401
 from torch_ops._rules.function import IN_GRAPH
 
 for _fn in IN_GRAPH:

@@ -90,6 +90,11 @@ def is_fake(x: Any) -> bool:
     return type(x).__module__.startswith("torch._subclasses")
 
 
+def is_on_mesh(*arrays: Any) -> bool:
+    """Whether one of the arguments is a DTensor; asked by name, because few have imported that module."""
+    return any(type(a).__name__ == "DTensor" for a in arrays)
+
+
 def is_none(count: Any) -> bool:
     """Whether a size is 0; no, where it depends on data that a compiler does not know."""
     if isinstance(count, Tensor) or (type(count) is int and not is_compiling()):

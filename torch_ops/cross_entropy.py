@@ -12,15 +12,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops._arguments import alike, describe, describe_target, enter_graph, halves, parts_of
-from torch_ops._modes import may_overwrite
-from torch_ops._parallel.mesh import is_on_mesh
+from torch_ops._modes import is_on_mesh, may_overwrite
 from torch_ops._reduction import coefficients, finish
 from torch_ops._rows.dispatch import capped
 from torch_ops._rows.targets import canonical_parts
 from torch_ops._rules.cross_entropy import mean, row
 from torch_ops._rules.plan import Plan
-from torch_ops._rules.scaled import ignored, scaled_row, times
-from torch_ops._rules.statistics import MORE, statistics_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -186,27 +183,46 @@ def cross_entropy(
     target, probabilities = canonical_parts("cross_entropy", target, classes, options.ignored, soft=soft, along=dim)
     of_class = plan.class_weight(weight, kind, soft=soft)
     over = inplace_backward and may_overwrite(input)
-    rows = row if scale is None else partial(scaled_row, scale)
-    values = rows(input, target, of_class, dim, *plan[:4], over)
-    per_row = dict(zip(plan.names, values, strict=False)) | _more(stats, input, scale, target, plan, dim)
+    values = _row_by(scale)(input, target, of_class, dim, *plan[:4], over)
+    per_row = dict(zip(plan.names, values, strict=False))
+    if stats:
+        per_row |= _more(stats, input, scale, target, plan, dim)
     by = coefficients(per_row["lse"], target, weight, token_weight, options, classes, probabilities, dim)
     loss, found = finish(per_row, partial(_z, input, scale, target, plan, dim), target, by, options, dim)
     return (loss, found) if stats else loss
 
 
+def _row_by(scale: Tensor | None) -> Any:
+    """The rule of a row, whose scale may be an array."""
+    if scale is None:
+        return row
+    from torch_ops._rules.scaled import scaled_row
+
+    return partial(scaled_row, scale)
+
+
 def _more(names: Any, input: Tensor, scale: Any, target: Tensor, plan: Plan, dim: int) -> dict[str, Tensor]:
     """The statistics that the loss has no use for."""
+    from torch_ops._rules.statistics import MORE, statistics_of
+
     wanted = [n for n in names if n in MORE]
     if not wanted:
         return {}
-    x = input if scale is None else times(input, scale, dim, ignored(input, target, dim))
-    return statistics_of(wanted, x, target, dim, plan.scale, plan.softcap)
+    return statistics_of(wanted, _times(input, scale, target, dim), target, dim, plan.scale, plan.softcap)
 
 
 def _z(input: Tensor, scale: Tensor | None, target: Tensor, plan: Plan, dim: int) -> Tensor:
     """The logits scaled and capped, without a derivative."""
-    x = input if scale is None else times(input, scale, dim, ignored(input, target, dim))
-    return capped(x.detach(), plan.scale, plan.softcap)
+    return capped(_times(input, scale, target, dim).detach(), plan.scale, plan.softcap)
+
+
+def _times(input: Tensor, scale: Tensor | None, target: Tensor, dim: int) -> Tensor:
+    """The logits by their scale, where it is an array."""
+    if scale is None:
+        return input
+    from torch_ops._rules.scaled import ignored, times
+
+    return times(input, scale, dim, ignored(input, target, dim))
 
 
 _NAMES, _DEFAULTS = zip(*vars(contract.LossOptions()).items(), strict=True)

@@ -12,11 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops._arguments import autocast, describe, enter_graph
-from torch_ops._head.columns import apart, in_parts
-from torch_ops._head.divergence import divergence_rows, divergence_sum
 from torch_ops._modes import can_look
-from torch_ops._rules.divergence import divergence_row
-from torch_ops._rules.scaled import times
 
 
 def divergence(
@@ -91,7 +87,11 @@ def divergence(
     at = contract.dimension("divergence", "dim", dim, len(facts.shape))
     contract.divergence("divergence", facts, *more, options=options, axis=at, logit_scale=of_scale)
     _constant("divergence", teacher=teacher)
+    from torch_ops._rules.divergence import divergence_row
+
     if scale is not None:
+        from torch_ops._rules.scaled import times
+
         input = times(input, scale, at, None if keep is None else ~keep)
     dtype = torch.promote_types(input.dtype, teacher.dtype)
     pair = _pair(options, at, dtype)
@@ -189,6 +189,8 @@ def linear_divergence(
     of_scale = None if scale is None else describe(scale)
     contract.linear_divergence("linear_divergence", *facts, options=options, **static, logit_scale=of_scale)
     _constant("linear_divergence", teacher_input=tx, teacher_weight=tw, teacher_bias=tb)
+    from torch_ops._head.divergence import divergence_rows, divergence_sum
+
     pair = _pair(options, 1, torch.promote_types(x.dtype, tx.dtype))
     if scale is not None and scale.dim() and shift:
         scale = scale[..., : max(x.shape[-2] - int(shift), 0)]
@@ -214,6 +216,8 @@ def linear_divergence(
 
 def _scaled(x: Tensor, lw: Tensor, lb: Any, scale: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Any]:
     """(s x, W) of rows, or with a bias (s x, s) and (W, b); s in two parts, and b twice, where one would be rounded."""
+    from torch_ops._head.columns import apart, in_parts
+
     if keep is not None:  # such a row reaches no result, not even through 0 * NaN
         x = x.masked_fill(~keep.unsqueeze(-1), 0.0)
         scale = scale.masked_fill(~keep, 1.0) if scale.dim() else scale

@@ -12,7 +12,6 @@ from softmax_ext import contract
 from torch_ops._arguments import autocast, describe, enter_graph
 from torch_ops._rows.classes import IGNORED
 from torch_ops._rows.targets import canonical
-from torch_ops._rules.picked import picked
 
 
 def linear_at(
@@ -70,6 +69,8 @@ def linear_at(
     contract.linear_at("linear_at", *facts, ignored=ignore_index)
     ignored = contract.LossOptions(ignore_index).ignored
     at = canonical("linear_at", ids, linear_weight.shape[0], ignored, along=-1, name="ids")
+    from torch_ops._rules.picked import picked
+
     n = math.prod(input.shape[:-1])
     flat = at.reshape(n, at.shape[-1])
     z = picked(input.reshape(n, input.shape[-1]), linear_weight, flat)

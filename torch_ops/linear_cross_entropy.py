@@ -11,11 +11,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops._arguments import alike, autocast, describe, describe_target, enter_graph, halves, one_row, parts_of
-from torch_ops._head.loss import ARRAYS, OP, loss_of
-from torch_ops._parallel.mesh import is_on_mesh
+from torch_ops._head import ops  # noqa: F401  # saved graphs name its ops
+from torch_ops._modes import is_on_mesh
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+OP = "linear_cross_entropy"
 
 
 @overload
@@ -199,6 +201,8 @@ def linear_cross_entropy(
     if isinstance(low_rank, tuple | list):
         more["low_rank"] = tuple(None if a is None else describe(a) for a in low_rank)
     soft = contract.linear_loss(OP, *facts, options=options, **static, grad_samples=grad_samples, **more)
+    from torch_ops._head.loss import ARRAYS, loss_of  # and with it the head's other files
+
     given = (input, linear_weight, target, linear_bias, weight, token_weight, scale, *(low_rank or (None, None)))
     if grad_samples is not None:
         _check_sampling(input, weight, options, generator)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import torch_ops
 from tests.judging.doors import DOORS, SENTENCE, Torch, call
+from torch_ops._head import loss
 
 X = np.linspace(-2.0, 2.0, 12, dtype=np.float32).reshape(3, 4)
 W = np.linspace(-1.0, 1.0, 20, dtype=np.float32).reshape(5, 4)
@@ -88,8 +89,8 @@ def test_nothing_is_computed_before_the_contract_holds(monkeypatch: pytest.Monke
     def computed(*_: Any, **__: Any) -> Any:
         raise AssertionError("work began before the contract call")
 
-    for name in ("loss_of", "is_on_mesh"):
-        monkeypatch.setitem(torch_ops.linear_cross_entropy.__globals__, name, computed)
+    monkeypatch.setattr(loss, "loss_of", computed)
+    monkeypatch.setitem(torch_ops.linear_cross_entropy.__globals__, "is_on_mesh", computed)
     for mistake, kind, *_ in MISTAKES.values():
         with pytest.raises(kind):
             mistake(Torch)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ops._head import ops
+from torch_ops._head import loops, ops
 from torch_ops._head.fast import rows_that_fit
 from torch_ops._head.lean import Slices
 from torch_ops._head.linear import Linear
@@ -95,7 +95,7 @@ class HeadShard:
         widest_type = torch.promote_types(x.dtype, torch.float32)
         size = rows_that_fit(x, self.shard.widest or 0, widest_type, self.plan.chunk_size)
         over = lambda own: summed(own, self.shard.group)  # noqa: E731
-        values, grads = ops.sums(arrays, needs, self.plan._replace(chunk_size=size), self._visit, over)
+        values, grads = loops.sums(arrays, needs, self.plan._replace(chunk_size=size), self._visit, over)
         if grads[0] is not None:
             grads[0] = summed(grads[0], self.shard.group)
         return [*values, *[None] * (3 - len(values))], grads

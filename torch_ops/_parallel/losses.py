@@ -25,7 +25,7 @@ from torch_ops._head.sum import weighted_sum
 from torch_ops._parallel.collectives import maximum, shared, summed
 from torch_ops._parallel.head import HeadShard
 from torch_ops._parallel.logits import LogitsShard
-from torch_ops._parallel.mesh import Place, head_place, is_on_mesh, logits_place
+from torch_ops._parallel.mesh import Place, head_place, logits_place
 from torch_ops._parallel.rules import sharded_rows
 from torch_ops._parallel.sampled import sampled_shards
 from torch_ops._parallel.shard import Shard, shard_of
@@ -135,7 +135,7 @@ def _place(op: str, arrays: dict[str, Any], group: Any) -> Place | None:
         rule = "be a torch.distributed.ProcessGroup that this process belongs to, or None"
         got = repr(group) if isinstance(group, int | str) else f"{type(group).__name__} object"
         contract.fail_type(op, "group", rule, got)
-    on_mesh = is_on_mesh(*arrays.values())
+    on_mesh = modes.is_on_mesh(*arrays.values())
     if group is not None and on_mesh:
         contract.fail_value(op, "group", "be None with DTensor arguments, which have their own", "a ProcessGroup")
     if modes.is_transforming():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from softmax_ext import contract
+from torch_ops._modes import is_on_mesh
 from torch_ops._parallel.collectives import shared
 
 
@@ -39,11 +40,6 @@ class Place(NamedTuple):
             where = [Shard(p.dim + (p.dim >= along)) if type(p) is Shard else p for p in where]
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return DTensor.from_local(value, self.mesh, where, run_check=False, shape=tuple(shape), stride=stride)  # pyright: ignore
-
-
-def is_on_mesh(*arrays: Any) -> bool:
-    """Whether one of the arguments is a DTensor; asked by name, because few have imported that module."""
-    return any(type(a).__name__ == "DTensor" for a in arrays)
 
 
 def logits_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool) -> tuple[Place, list[Any]]:

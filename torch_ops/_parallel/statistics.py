@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +30,8 @@ def of_logits(names: Sequence[str], x: Tensor, target: Tensor, dim: int, plan: P
         z = rows.capped(x, plan.scale, plan.softcap)
     nll = lambda plan, top: sharded_rows(LogitsShard(plan, shard, dim, False), x, top, None)["nll"]  # noqa: E731
     total = lambda: bounded(rows.compute(x), plan.scale, plan.softcap).sum(dim)  # noqa: E731
-    numbers = partial(_numbers, shard=shard, dim=dim)
-    return _found(
-        names, target, plan, shard, nll, total, lambda what, *args: numbers(what, z, *args), x.dtype, dim, x.dim()
-    )
+    numbers = lambda of, *args: of(z, *args, shard, dim)  # noqa: E731
+    return _found(names, target, plan, shard, nll, total, numbers, x.dtype, dim, x.dim())
 
 
 def of_head(
@@ -61,12 +58,12 @@ def of_head(
         return Chunked.apply(fn, size, *arrays)[0]  # pyright: ignore[reportOptionalSubscript]
 
     @torch.no_grad()
-    def numbers(what: str, *args: Tensor) -> Any:
+    def numbers(of: Callable[..., Sequence[Tensor]], *args: Tensor) -> Any:
         def call(x: Tensor, lw: Tensor, lb: Any, up: Any, *args: Tensor) -> Any:
             z = rows.capped(head_logits(x, lw, lb, up), plan.scale, plan.softcap)
-            return _numbers(what, z, *args, shard=shard, dim=1)
+            return of(z, *args, shard, 1)
 
-        fn, arrays = mapped(call, 2 if what == "top" else 1, *args)
+        fn, arrays = mapped(call, 2 if of is _top else 1, *args)
         return run(fn, that_fit(None, 4 * max(1, lw.shape[0]), 4), *arrays)
 
     return [*_found(names, target, plan, shard, nll, total, numbers, x.dtype, 1, 2).values()]
@@ -88,7 +85,7 @@ def _found(
     out = {}
     for name in names:
         if name == "log_sum_sq":
-            value, place = numbers("top")
+            value, place = numbers(_top)
             top = first_of_all(value, place, shard)
             top = top if nothing is None else top.masked_fill(nothing, rows.IGNORED)
             scale, cap = doubled(plan.scale, plan.softcap, kind)
@@ -97,33 +94,38 @@ def _found(
         elif name == "mean_logit":
             out[name] = summed(total(), shard.group) / shard.classes
         else:
-            mine = summed(numbers("at", target)[0], shard.group)
-            count = summed(numbers("larger", mine)[0].to(torch.float64), shard.group).to(torch.int64)
+            mine = summed(numbers(_at, target)[0], shard.group)
+            count = summed(numbers(_larger, mine)[0].to(torch.float64), shard.group).to(torch.int64)
             out[name] = count.masked_fill(target < 0, -1)
         if nothing is not None and name != "rank":
             out[name] = out[name].masked_fill(nothing, 0.0)
     return out
 
 
-def _numbers(what: str, z: Tensor, *args: Tensor, shard: Shard, dim: int) -> tuple[Tensor, ...]:
-    """Of a shard's logits the first maximum and its place, the one at a class or 0, or how many are larger."""
-    if what == "larger":
-        each = args[0] if args[0].dim() == z.dim() else args[0].unsqueeze(dim)
-        counts = torch.cat([larger(z, v, dim) for v in each.split(1, dim)], dim)
-        return (counts if args[0].dim() == z.dim() else counts.squeeze(dim),)
-    if what == "top":
-        if z.shape[dim]:
-            return z.amax(dim), z.argmax(dim)
-        none = z.sum(dim)
-        return torch.full_like(none, -math.inf), torch.zeros_like(none, dtype=torch.int64)
-    inside, at = shard.local(args[0])
+def _top(z: Tensor, _: Shard, dim: int) -> tuple[Tensor, ...]:
+    """The first maximum of a shard's logits, and its place."""
+    if z.shape[dim]:
+        return z.amax(dim), z.argmax(dim)
+    none = z.sum(dim)
+    return torch.full_like(none, -math.inf), torch.zeros_like(none, dtype=torch.int64)
+
+
+def _at(z: Tensor, target: Tensor, shard: Shard, dim: int) -> tuple[Tensor, ...]:
+    """The logit of each target, 0 of another shard's."""
+    inside, at = shard.local(target)
     if not z.shape[dim]:
-        return (torch.zeros_like(args[0], dtype=z.dtype),)
-    if args[0].dim() == z.dim():
-        picked = z.gather(dim, at.clamp(min=0))
-    else:
-        picked = z.gather(dim, at.clamp(min=0).unsqueeze(dim)).squeeze(dim)
+        return (torch.zeros_like(target, dtype=z.dtype),)
+    many, at = target.dim() == z.dim(), at.clamp(min=0)
+    picked = z.gather(dim, at) if many else z.gather(dim, at.unsqueeze(dim)).squeeze(dim)
     return (picked.where(inside, 0.0),)
+
+
+def _larger(z: Tensor, than: Tensor, _: Shard, dim: int) -> tuple[Tensor, ...]:
+    """How many of a shard's logits are larger than each number."""
+    many = than.dim() == z.dim()
+    each = than if many else than.unsqueeze(dim)
+    counts = torch.cat([larger(z, v, dim) for v in each.split(1, dim)], dim)
+    return (counts if many else counts.squeeze(dim),)
 
 
 def _without(x: Tensor, target: Tensor, dim: int) -> Tensor:

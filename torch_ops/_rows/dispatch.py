@@ -16,7 +16,6 @@ from torch_ops._rows.arithmetic import capped, class_row, compute, slope
 from torch_ops._rows.classes import IGNORED, INVALID, MASKED, of_rows
 from torch_ops._rows.mean import centred
 from torch_ops._rows.plain import cross_entropy_mass_bwd
-from torch_ops._rows.sparse import Rows
 
 __all__ = [
     "IGNORED",
@@ -72,8 +71,8 @@ def cross_entropy_fwd(
     entropy: bool,
 ) -> tuple[Tensor, ...]:
     """(nll, lse, [smooth], [entropy], m, rest), row-shaped, in nats."""
-    if _by_one(logits, target, dim):
-        return Rows(triton.ops, logits, target, dim, scale, softcap).fwd(weight, smooth, entropy)
+    if (one := _as_one(logits, target, dim, scale, softcap)) is not None:
+        return one.fwd(weight, smooth, entropy)
     if (ops := _serving(logits, dim)) is not None:
         target = _taken(target, logits)
         return tuple(ops.cross_entropy_fwd(logits, target, weight, dim, scale, softcap, smooth, entropy))
@@ -102,8 +101,8 @@ def cross_entropy_bwd(
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
     # a lazily negated tensor (the imaginary part of a conjugate) has no memory of its own values to write to
     here = out is None or (out.is_contiguous() and not out.is_neg() and out.data_ptr() == logits.data_ptr())
-    if _by_one(logits, target, dim) and here:
-        dx = Rows(triton.ops, logits, target, dim, scale, softcap).bwd(weight, m, rest, *upstream, out)
+    if here and (one := _as_one(logits, target, dim, scale, softcap)) is not None:
+        dx = one.bwd(weight, m, rest, *upstream, out)
         return dx if out is None else _written(dx)
     ops = _serving(logits, dim)
     if ops is not None and here:
@@ -134,9 +133,8 @@ def cross_entropy_fwd_bwd(
 ) -> tuple[Tensor, ...]:
     """cross_entropy_fwd's values, and cross_entropy_bwd's gradient over the logits, in one visit of each row."""
     upstream = (d_nll, d_lse, d_smooth, d_entropy)
-    if _by_one(logits, target, dim) and logits.is_contiguous():
-        by_one = Rows(triton.ops, logits, target, dim, scale, softcap)
-        values = by_one.fwd_bwd(weight, *upstream, smooth, entropy)
+    if logits.is_contiguous() and (one := _as_one(logits, target, dim, scale, softcap)) is not None:
+        values = one.fwd_bwd(weight, *upstream, smooth, entropy)
         _written(logits)
         return values
     ops = _serving(logits, dim)
@@ -159,9 +157,13 @@ def _serving(x: Tensor, dim: int) -> Any:
     return triton.ops if triton.serves(x, dim) else None
 
 
-def _by_one(x: Tensor, target: Tensor, dim: int) -> bool:
-    """Whether K class indices a row go to kernels that know one."""
-    return target.dim() == x.dim() and not target.is_floating_point() and triton.serves(x, dim)
+def _as_one(x: Tensor, target: Tensor, dim: int, scale: float, softcap: float | None) -> Any:
+    """The rows of K class indices each as the kernels that know one take them; None if they are no such."""
+    if target.dim() != x.dim() or target.is_floating_point() or not triton.serves(x, dim):
+        return None
+    from torch_ops._rows.sparse import Rows
+
+    return Rows(triton.ops, x, target, dim, scale, softcap)
 
 
 def _written(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from softmax_ext import contract
 from torch_ops._arguments import describe, enter_graph, one_row
 from torch_ops._head.loss import ARRAYS, OP, loss_of
-from torch_ops._parallel.mesh import is_on_mesh
+from torch_ops._modes import is_on_mesh
 from torch_ops.linear_cross_entropy import linear_cross_entropy
 
 Term = tuple[Tensor, Tensor, Tensor | None]
