@@ -11,7 +11,8 @@ demo: $(STAMP)
 	$(BIN)/python -m softmax_ext
 	$(BIN)/python -m examples.demo
 
-test: $(STAMP) check sanitize compilers
+test: $(STAMP)
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target check sanitize-address,undefined sanitize-thread compilers
 	$(BIN)/python -m softmax_ext
 	$(BIN)/python -m pytest -n 2 --dist worksteal --doors torch,jax --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 	$(MAKE) --no-print-directory wheel-test
@@ -40,9 +41,10 @@ wheel: $(STAMP)
 # The wheel in fresh environments with one framework or both. WHOLE=--whole: every test not marked slow, not only those
 # of doors, rows and ops.
 wheel-test: wheel
-	$(BIN)/python -m tests.fresh dist/*.whl torch $(WHOLE)
-	$(BIN)/python -m tests.fresh dist/*.whl jax $(WHOLE)
-	$(BIN)/python -m tests.fresh dist/*.whl torch jax $(WHOLE)
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target fresh-torch fresh-jax fresh-torch+jax
+
+fresh-%:
+	$(BIN)/python -m tests.fresh dist/*.whl $(subst +, ,$*) $(WHOLE)
 
 # The wheel beside the oldest and newest frameworks and Tritons, the rows by Clang and on an emulated NEON; gigabytes are
 # downloaded, an hour or so. MATRIX="--home FOLDER" keeps the environments, MATRIX="--debian trixie" adds its Python.

@@ -92,7 +92,9 @@ def tests_of(python: Path, frameworks: Sequence[str], *, whole: bool) -> list[st
     names = ["rows/native/test_threads", *([] if both else of_one)]
     chosen = [] if whole else [f"tests/{name}.py" for name in names]
     ignored = [f"--ignore=tests/{name}" for name in OF_THE_CHECKOUT]
-    tests = [str(python), "-m", "pytest", "-n", "2", "-m", "not slow", f"--doors={','.join(frameworks)}"]
+    marked = "not slow" if whole else "not slow and not long"
+    # Two environments at a time: one process each.
+    tests = [str(python), "-m", "pytest", "-n", "0", "-m", marked, f"--doors={','.join(frameworks)}"]
     return [*tests, *chosen, *ignored]
 
 

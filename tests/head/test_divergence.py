@@ -34,10 +34,11 @@ CHUNKS = {"Torch": [(None, 0), (None, 1), (2, 0), (2, 1), (4, 0)], "Jax": [(4, 1
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("memory", ["fast", "lean"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_head_against_the_reference(kind: str, memory: Any, reduction: str, door: Any) -> None:  # noqa: F811
-    arrays = {**HEAD, **ROWS}
-    for chunk_size, shift in CHUNKS[type(door).__name__]:
+def test_head_against_the_reference(kind: str, memory: Any, door: Any) -> None:  # noqa: F811
+    """Every kind in both memories; the reductions in turn, so that each meets both memories and most kinds."""
+    arrays, turn = {**HEAD, **ROWS}, KINDS.index(kind) + (memory == "lean")
+    for i, (chunk_size, shift) in enumerate(CHUNKS[type(door).__name__]):
+        reduction = ("mean", "sum", "none")[(turn + i) % 3]
         options: dict[str, Any] = {"kind": kind, "beta": BETA, "shift": shift, "reduction": reduction, **CAPPED}
         truth = reference.linear_divergence(**arrays, **options)
         up = np.linspace(1.0, 3.0, np.size(truth)).reshape(np.shape(truth))

@@ -80,9 +80,10 @@ def _temporary(f: Any, *args: Any) -> float:
 
 
 @pytest.mark.skipif(bool(native.missing), reason=native.missing)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("uneven", [False, True])
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize(
+    ("name", "uneven", "dtype"),  # each way even and uneven, in both types, by turns
+    [(n, k, ("float32", "bfloat16")[(i + k) % 2]) for i, n in enumerate(HALVES) for k in (False, True)],
+)
 @pytest.mark.long
 def test_temporary_memory_is_a_chunk_and_one_weight(name: str, uneven: bool, dtype: str) -> None:
     """A second chunk or a second weight would be seen: each is larger than the 16 MiB left over."""

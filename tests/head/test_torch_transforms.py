@@ -57,8 +57,8 @@ def test_transform_agrees_with_the_builtins(by: str, memory: str, soft: Any, ent
 @pytest.mark.parametrize(
     ("memory", "transform"),
     [
-        *(("fast", transform) for transform in ("value", "grad", "jvp", "jacrev", "hessian", "hvp", "vmap(grad)")),
-        *(("lean", transform) for transform in ("grad", "vmap", "hvp")),
+        *(("fast", transform) for transform in ("grad", "jvp", "hessian", "vmap(grad)")),
+        *(("lean", transform) for transform in ("vmap", "hvp")),
     ],
 )
 def test_transform_inside_a_compiled_function(memory: str, transform: str) -> None:
@@ -132,7 +132,7 @@ def test_k_dimensional_and_shifted_gradgradcheck(shift: int) -> None:
     fn = lambda x, w: torch_ops.linear_cross_entropy(x, w, t, shift=shift, z_loss=0.1, chunk_size=2)  # noqa: E731
     args = (x.clone().requires_grad_(), w.clone().requires_grad_())
     assert gradcheck(fn, args, check_forward_ad=True)
-    assert gradgradcheck(fn, args, check_fwd_over_rev=True)
+    assert gradgradcheck(fn, args, check_fwd_over_rev=True, fast_mode=True)
 
 
 def test_heads_that_differ_by_example_under_vmap() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax_ops
 from jax_ops._rows import native
 from jax_ops._rows import picked as rows
 from softmax_ext import reference
-from tests.judging import checks
+from tests.judging import checks, quick
 
 OPS: Any = jax_ops
 REFERENCE: Any = reference
@@ -48,17 +49,22 @@ def problem(dtype: str, lead: tuple[int, ...] = (2, 5), D: int = 7, V: int = 11,
 def judge(dtype: str, lead: tuple[int, ...], K: int) -> None:
     with jax.enable_x64(dtype == "float64"):
         x, w, b, ids = problem(dtype, lead, K=K)
-        z, pull = jax.vjp(lambda x, w, b: OPS.linear_at(x, w, ids, linear_bias=b), x, w, b)
         wide = [np.float64(np.asarray(a, np.float32) if dtype != "float64" else a) for a in (x, w, b)]
         truth = REFERENCE.linear_at(*wide[:2], ids, linear_bias=wide[2])
         kind = "float64" if dtype == "float64" else "float32"
+        up = np.random.default_rng(1).standard_normal(truth.shape).astype(kind)
+        up[np.isneginf(truth)] = np.nan  # no gradient passes a slot without a class, whatever comes back to it
+
+        @jax.jit  # one program: eager steps are compiled one by one
+        def numbers(x: Any, w: Any, b: Any) -> Any:
+            z, pull = jax.vjp(lambda x, w, b: OPS.linear_at(x, w, ids, linear_bias=b), x, w, b)
+            return z, pull(up)
+
+        z, grads = numbers(x, w, b)
         assert z.dtype == kind
         checks.close(np.array(z), truth, np.where(np.isfinite(truth), np.abs(truth), 0) + 7 * 9, dtype=kind, c=4)
-        up = np.random.default_rng(1).standard_normal(z.shape).astype(kind)
-        up[np.isneginf(truth)] = np.nan  # no gradient passes a slot without a class, whatever comes back to it
-        for g, t, leaf in zip(
-            pull(up), REFERENCE.linear_at_grad(*wide[:2], ids, np.float64(up)), (x, w, b), strict=True
-        ):
+        right = REFERENCE.linear_at_grad(*wide[:2], ids, np.float64(up))
+        for g, t, leaf in zip(grads, right, (x, w, b), strict=True):
             assert g.dtype == leaf.dtype
             checks.close(np.asarray(g, np.float64), t, np.abs(t) + 40, dtype=dtype, c=4)
 
@@ -108,27 +114,29 @@ def test_transforms():
         def dense(x: Any, w: Any, b: Any) -> Any:
             return jnp.where(ids == -100, 0.0, jnp.take_along_axis(x @ w.T + b, ids.clip(0), 1))
 
-        def same(make: Any) -> None:
-            for a, t in zip(jax.tree.leaves(make(ours)), jax.tree.leaves(make(dense)), strict=True):
-                np.testing.assert_allclose(a, t, rtol=1e-10, atol=1e-12)
-
         rng = np.random.default_rng(0)
         xs, ws, bs = (jnp.asarray(rng.standard_normal((5, *a.shape))) for a in (x, w, b))
         square = lambda g: lambda *a: jnp.square(g(*a)).sum()  # noqa: E731
         every = (0, 1, 2)
-        same(lambda g: jax.jvp(g, (x, w, b), (xs[0], ws[0], bs[0])))
-        same(lambda g: jax.hessian(square(g), every)(x, w, b))
-        for axes in ((0, 0, 0), (None, 0, None), (0, None, None)):
-            args = [many if a == 0 else one for a, many, one in zip(axes, (xs, ws, bs), (x, w, b), strict=True)]
-            same(lambda g, args=args, axes=axes: jax.jit(jax.vmap(jax.grad(square(g), every), axes))(*args))
-            total = lambda g, axes=axes: lambda *a: jax.vmap(square(g), axes)(*a).sum()  # noqa: B023, E731
-            same(lambda g, args=args, total=total: jax.grad(total(g), every)(*args))
         each = jnp.stack([jnp.asarray(ids), ids[::-1], ids[:, ::-1]])
-        got = jax.vmap(lambda i: fn(x, w, b, i))(each)
-        np.testing.assert_allclose(got, jnp.stack([fn(x, w, b, i) for i in each]))
-        again = jax.grad(lambda *a: jax.checkpoint(square(ours))(*a), every)(x, w, b)
-        for a, t in zip(again, jax.grad(square(dense), every)(x, w, b), strict=True):
-            np.testing.assert_allclose(a, t, rtol=1e-10)
+
+        def everything(g: Any, x: Any, w: Any, b: Any) -> Any:
+            yield jax.jvp(g, (x, w, b), (xs[0], ws[0], bs[0]))
+            yield jax.hessian(square(g), every)(x, w, b)
+            for axes in ((0, 0, 0), (None, 0, None), (0, None, None)):
+                args = [many if a == 0 else one for a, many, one in zip(axes, (xs, ws, bs), (x, w, b), strict=True)]
+                yield jax.vmap(jax.grad(square(g), every), axes)(*args)
+                total = lambda *a, axes=axes: jax.vmap(square(g), axes)(*a).sum()  # noqa: E731
+                yield jax.grad(total, every)(*args)
+            yield jax.grad(jax.checkpoint(square(g)), every)(x, w, b)
+
+        @partial(jax.jit, **quick.QUICK)
+        def all_of(x: Any, w: Any, b: Any) -> Any:
+            by_id = jax.vmap(lambda i: fn(x, w, b, i))(each), jnp.stack([fn(x, w, b, i) for i in each])
+            return [*everything(ours, x, w, b), by_id[0]], [*everything(dense, x, w, b), by_id[1]]
+
+        for a, t in zip(*map(jax.tree.leaves, all_of(x, w, b)), strict=True):
+            np.testing.assert_allclose(a, t, rtol=1e-10, atol=1e-12)
 
 
 def test_kept_sets():

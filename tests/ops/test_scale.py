@@ -139,7 +139,7 @@ def test_every_derivative(cap: float | None, one: bool) -> None:
         return loss, stats["entropy"]
 
     assert gradcheck(f, (x, s), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
-    assert gradgradcheck(f, (x, s), check_fwd_over_rev=True)
+    assert gradgradcheck(f, (x, s), check_fwd_over_rev=True, fast_mode=True)
     one_at_a_time = torch.func.vmap(
         torch.func.grad(lambda x, s, t: torch_ops.cross_entropy(x, t, logit_scale=s), (0, 1))
     )
@@ -147,7 +147,7 @@ def test_every_derivative(cap: float | None, one: bool) -> None:
     for i, (dx, ds) in enumerate(zip(*one_at_a_time(xs, ss, ts), strict=True)):
         want = torch.autograd.grad(torch_ops.cross_entropy(xs[i], ts[i], logit_scale=ss[i]), (xs, ss))
         torch.testing.assert_close((dx, ds), (want[0][i], want[1][i]))
-    compiled = torch.compile(f, fullgraph=True)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     for found, want in zip(compiled(x, s), f(x, s), strict=True):
         torch.testing.assert_close(found, want)
         for a, b in zip(*(torch.autograd.grad(v.sum(), (x, s), retain_graph=True) for v in (found, want)), strict=True):

@@ -87,21 +87,26 @@ def test_logits(options, weights, form):
 HEADS = {"plain": ((5,), ()), "lead": ((2, 3), ()), "shift": ((2, 4), ()), "kd": ((5,), (2,)), "one": ((), ())}
 
 
-@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+LOOPS = [("fast", None), ("fast", 2), ("lean", None), ("lean", 4)]
+REDUCED = [("none", True), ("sum", False), ("mean", True)]
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=str)
 @pytest.mark.parametrize("form", HEADS)
-@pytest.mark.parametrize(("memory", "chunk"), [("fast", None), ("fast", 2), ("lean", None), ("lean", 4)])
-def test_heads(options, form, memory, chunk):
-    lead, inner = HEADS[form]
+def test_heads(form, loop):
+    """Every loop on every form; options and reductions in turn, so that each meets every loop and nearly every form."""
+    (lead, inner), (memory, chunk) = HEADS[form], loop
+    turn = [*HEADS].index(form) + LOOPS.index(loop)
+    options, (reduction, weights) = OPTIONS[turn % 2], REDUCED[turn % 3]
     D, V, K = 4, 9, 3
     dim = 1 if inner else len(lead)
     x, W, b = (torch.randn(s, dtype=F64, requires_grad=True) for s in ((*lead, D), (V, *inner, D), (V, *inner)))
     ids, v = pair((*lead, V, *inner), dim, V, K)
     w, t = torch.rand(V, dtype=F64, requires_grad=True), torch.rand((*lead, *inner), dtype=F64, requires_grad=True)
-    for reduction, weights in (("none", True), ("sum", False), ("mean", True)):
-        kw = {"weight": w, "token_weight": t} if weights else {}
-        kw |= {"reduction": reduction, "memory": memory, "chunk_size": chunk, "shift": int(form == "shift"), **options}
-        call = lambda target, kw=kw: OPS.linear_cross_entropy(x, W, target, linear_bias=b, **kw)  # noqa: E731
-        both(call, ids, v, [x, W, b, *([w, t] if weights else [])], V, dim)
+    kw = {"weight": w, "token_weight": t} if weights else {}
+    kw |= {"reduction": reduction, "memory": memory, "chunk_size": chunk, "shift": int(form == "shift"), **options}
+    call = lambda target: OPS.linear_cross_entropy(x, W, target, linear_bias=b, **kw)  # noqa: E731
+    both(call, ids, v, [x, W, b, *([w, t] if weights else [])], V, dim)
 
 
 def head_or_logits(x: Any, target: Any, **options: Any) -> Any:
@@ -262,10 +267,10 @@ def test_derivatives_of_every_order():
 
     forward = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
     assert torch.autograd.gradcheck(logits, (x, v, w), **forward)
-    assert torch.autograd.gradgradcheck(logits, (x, v, w), check_fwd_over_rev=True)
+    assert torch.autograd.gradgradcheck(logits, (x, v, w), check_fwd_over_rev=True, fast_mode=True)
     lw = torch.randn(5, 4, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(head, (x, lw, v), **forward)
-    assert torch.autograd.gradgradcheck(head, (x, lw, v), check_fwd_over_rev=True)
+    assert torch.autograd.gradgradcheck(head, (x, lw, v), check_fwd_over_rev=True, fast_mode=True)
 
 
 def test_transforms_and_compile():
