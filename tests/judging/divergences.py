@@ -119,22 +119,22 @@ DOORS = {name: kind for name, kind in (("torch", Torch), ("jax", Jax)) if find_s
 SERVED = [f"{name} {rows}" for name in DOORS for rows in ("native", "plain")]
 
 
-@pytest.fixture(params=SERVED)
-def door(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Each framework, by its kernels and without."""
+@pytest.fixture(params=SERVED, scope="module")
+def door(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Each framework, by its kernels and without; for all tests of a file that take it, which share JAX's programs."""
     name, rows = request.param.split()
     native = importlib.import_module(f"{name}_ops._rows.native")
     if rows == "native" and native.missing:
         pytest.skip(f"no native kernels: {native.missing}")
     found: Any = DOORS[name]()
-    if rows == "plain" and name == "torch":
-        monkeypatch.setattr(native, "serves", lambda x, dim: False)
+    with pytest.MonkeyPatch.context() as patch:
+        if rows == "plain" and name == "torch":
+            patch.setattr(native, "serves", lambda x, dim: False)
+        if rows == "plain" and name == "jax":
+            patch.setattr(native, "missing", "asked for by a test")
+            found.jax.clear_caches()
+        yield found
     if rows == "plain" and name == "jax":
-        monkeypatch.setattr(native, "missing", "asked for by a test")
-        found.jax.clear_caches()
-    yield found
-    if rows == "plain" and name == "jax":
-        monkeypatch.undo()
         found.jax.clear_caches()
 
 
