@@ -49,8 +49,7 @@ def test_head_against_the_reference(kind: str, memory: Any, door: Any) -> None: 
             np.testing.assert_allclose(mine, right, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize(("dtype", "memory"), [("bfloat16", "fast"), ("float16", "fast"), ("float16", "lean")])
 def test_half_precision_heads(dtype: str, memory: Any, door: Any) -> None:  # noqa: F811
     """Gradients of a mean over 512 rows neither flush to 0 nor are rounded chunk by chunk."""
     r = np.random.default_rng(1)

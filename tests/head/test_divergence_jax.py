@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 
 import jax_ops
 from tests.head.test_divergence import HEAD, ROWS
+from tests.judging import quick
 
 
 @pytest.mark.long
@@ -30,13 +31,16 @@ def test_head_derivatives(memory: Any) -> None:
             return jax_ops.divergence(x @ w.T + a["linear_bias"], t, kind="jsd")
 
         at = (a["input"], a["linear_weight"])
-        for derive in (jax.grad, jax.hessian):
-            for k in (0, 1):
-                np.testing.assert_allclose(derive(f, k)(*at), derive(g, k)(*at), rtol=1e-8, atol=1e-12)
-        check_grads(f, at, order=1, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
         stacked = jnp.stack([at[1], 2 * at[1]])
-        mine, theirs = (jax.vmap(jax.grad(h, 1), (None, 0))(at[0], stacked) for h in (f, g))
-        np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-13)
+
+        def everything(h: Any, x: jax.Array, w: jax.Array) -> Any:
+            found = [derive(h, k)(x, w) for derive in (jax.grad, jax.hessian) for k in (0, 1)]
+            return found, jax.vmap(jax.grad(h, 1), (None, 0))(x, stacked)
+
+        both = (jax.jit(lambda *at, h=h: everything(h, *at), **quick.QUICK)(*at) for h in (f, g))
+        for mine, right in zip(*map(jax.tree.leaves, both), strict=True):
+            np.testing.assert_allclose(mine, right, rtol=1e-8, atol=1e-12)
+        check_grads(jax.jit(f), at, order=1, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
 
 
 def test_no_array_of_all_logits() -> None:
