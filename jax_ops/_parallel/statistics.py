@@ -1,10 +1,12 @@
 """Statistics of a row that the loss itself has no use for: log_sum_sq, mean_logit and rank.
 
 legend:  z the logits scaled and capped, p = softmax(z), r = softmax(2 z), t any class of the row, V classes
-formula: log_sum_sq = log sum_j p_j^2 = (lse(2 z) - 2 z_t) - 2 (lse(z) - z_t), two nll's of one class: at the first
-         maximum neither cancels, nor the gradient 2 (r_j - p_j), in a confident row's maximum 2 (1 - p) - 2 (1 - r)
-         mean_logit = sum_j z_j / V;  rank = how many z_j > z_target, NaN the largest
-2 C(s x) is the cap 2 c of 2 s x, so both rows have the rules of a row, and every order.
+formula: log_sum_sq = log sum_j p_j^2 (`_rules/log_sum_sq.py`);  mean_logit = sum_j z_j / V
+         rank = how many z_j > z_target, NaN the largest
+Of a shard log_sum_sq = (lse(2 z) - 2 z_t) - 2 (lse(z) - z_t), two nll's of one class: at the first maximum neither
+cancels, nor the gradient 2 (r_j - p_j), in a confident row's maximum 2 (1 - p) - 2 (1 - r). Where all logits are nearly
+equal both rows round r and p by themselves, and the gradient's digits go. 2 C(s x) is the cap 2 c of 2 s x, so both
+rows have the rules of a row, and every order.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from jax import Array
 from jax_ops._parallel.logits import sharded_row
 from jax_ops._parallel.shard import Shard
 from jax_ops._rows.dispatch import IGNORED, capped, compute, is_soft, of_rows
-from jax_ops._rules.cross_entropy import row
+from jax_ops._rules.log_sum_sq import log_sum_sq
 from jax_ops._rules.plan import Plan
 from softmax_ext.contract import fitted
 
@@ -55,15 +57,13 @@ def doubled(plan: Plan, kind: Array) -> Plan:
 def _log_sum_sq(x: Array, axis: int, plan: Plan, shard: Shard) -> Array:
     if isinstance(shard.total, int) and not shard.total:
         return x.sum(axis) + jnp.nan
+    if not shard.names:
+        return log_sum_sq(bounded(x, plan.scale, plan.softcap), axis)
     z = capped(jax.lax.stop_gradient(x), plan.scale, plan.softcap)
     top = shard.first_largest(z.max(axis), z.argmax(axis))
     once = plan._replace(names=("nll",), lean=False)
-
-    def nll(plan: Plan) -> Array:
-        found = sharded_row(x, top, None, axis, plan, shard) if shard.names else row(x, top, None, axis, plan)
-        return found["nll"]
-
-    return nll(doubled(once, x)) - 2.0 * nll(once)
+    twice, alone = (sharded_row(x, top, None, axis, each, shard)["nll"] for each in (doubled(once, x), once))
+    return twice - 2.0 * alone
 
 
 def _mean(x: Array, axis: int, plan: Plan, shard: Shard) -> Array:
@@ -96,11 +96,12 @@ def ranks(x: Array, target: Array, axis: int, plan: Plan, shard: Shard) -> Array
     mine = jnp.take_along_axis(z, jnp.clip(t, 0, z.shape[axis] - 1), axis)
     if shard.names:
         mine = shard.sum(jnp.where(inside if pair else jnp.expand_dims(inside, axis), mine, 0.0))
-
-    def larger(than: Array) -> Array:
-        return ((z > than) | (jnp.isnan(z) & ~jnp.isnan(than))).sum(axis, keepdims=True)
-
-    counts = [larger(v) for v in jnp.split(mine, mine.shape[axis], axis)] if mine.shape[axis] else []
+    counts = [larger(z, v, axis) for v in jnp.split(mine, mine.shape[axis], axis)] if mine.shape[axis] else []
     count = jnp.concatenate(counts, axis) if counts else jnp.zeros_like(t)
     count = shard.sum(count) if shard.names else count
     return jnp.where(target < 0, -1, count if pair else count.squeeze(axis))
+
+
+def larger(z: Array, than: Array, axis: int) -> Array:
+    """How many of each row are larger than one number of it, keeping `axis`."""
+    return ((z > than) | (jnp.isnan(z) & ~jnp.isnan(than))).sum(axis, keepdims=True)

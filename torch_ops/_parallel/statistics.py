@@ -1,4 +1,11 @@
-"""Statistics of rows whose classes are sharded, as `_rules/statistics.py` has them of whole rows."""
+"""Statistics of rows whose classes are sharded, as `_rules/statistics.py` has them of whole rows.
+
+legend:  r = softmax(2 z), t a class of the row
+formula: log_sum_sq = log sum_j p_j^2 = (lse(2 z) - 2 z_t) - 2 (lse(z) - z_t), two nll's of one class: at the first
+         maximum neither cancels, nor the gradient 2 (r_j - p_j), in a confident row's maximum 2 (1 - p) - 2 (1 - r)
+         (where all logits are nearly equal both rows round r and p by themselves, and the gradient's digits go)
+2 C(s x) is the cap 2 c of 2 s x, so both rows have the rules of a row, and every order.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softmax_ext.contract import fitted
 from torch_ops._head.chunks import that_fit
 from torch_ops._head.linear import formed_in
 from torch_ops._head.per_row import logits as head_logits
@@ -20,7 +28,7 @@ from torch_ops._parallel.rules import sharded_rows
 from torch_ops._parallel.shard import Shard, first_of_all
 from torch_ops._rows import dispatch as rows
 from torch_ops._rules.plan import Plan
-from torch_ops._rules.statistics import bounded, doubled, larger
+from torch_ops._rules.statistics import bounded, larger
 
 
 def of_logits(names: Sequence[str], x: Tensor, target: Tensor, dim: int, plan: Plan, shard: Shard) -> dict[str, Tensor]:
@@ -88,7 +96,9 @@ def _found(
             value, place = numbers(_top)
             top = first_of_all(value, place, shard)
             top = top if nothing is None else top.masked_fill(nothing, rows.IGNORED)
-            scale, cap = doubled(plan.scale, plan.softcap, kind)
+            limits = torch.finfo(torch.promote_types(kind, torch.float32))
+            cap = None if plan.softcap is None else 2.0 * plan.softcap
+            scale, cap = fitted(2.0 * plan.scale, cap, limits.tiny, limits.max)
             once = plan._replace(smooth=False, entropy=False, argmax=False)
             out[name] = nll(once._replace(scale=scale, softcap=cap), top) - 2.0 * nll(once, top)
         elif name == "mean_logit":

@@ -1,11 +1,8 @@
 """Statistics of a row that the loss itself has no use for: log_sum_sq, mean_logit and rank.
 
-legend:  z the logits scaled and capped, p = softmax(z), r = softmax(2 z), t any class of the row, V classes
-formula: log_sum_sq = log sum_j p_j^2 = (lse(2 z) - 2 z_t) - 2 (lse(z) - z_t), two nll's of one class: at the first
-         maximum neither cancels, nor the gradient 2 (r_j - p_j), in a confident row's maximum 2 (1 - p) - 2 (1 - r)
-         mean_logit = sum_j z_j / V;  rank = how many z_j > z_target, NaN the largest
-         (where all logits are nearly equal both rows round r and p by themselves, and the gradient's digits go)
-2 C(s x) is the cap 2 c of 2 s x, so both rows have the rules of a row, and every order.
+legend:  z the logits scaled and capped, p = softmax(z), V classes
+formula: log_sum_sq = log sum_j p_j^2 (`log_sum_sq.py`);  mean_logit = sum_j z_j / V
+         rank = how many z_j > z_target, NaN the largest
 """
 
 from __future__ import annotations
@@ -16,10 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softmax_ext.contract import fitted
 from torch_ops._modes import is_none
 from torch_ops._rows import dispatch as rows
-from torch_ops._rules.cross_entropy import row
+from torch_ops._rules.log_sum_sq import log_sum_sq
 
 MORE = ("log_sum_sq", "mean_logit", "rank")  # the names of a call's statistics that are formed here
 
@@ -42,21 +38,10 @@ def statistics_of(
     return found
 
 
-def doubled(scale: float, softcap: float | None, kind: torch.dtype) -> tuple[float, float | None]:
-    """(scale, softcap) of twice the logits."""
-    limits = torch.finfo(torch.promote_types(kind, torch.float32))
-    return fitted(2.0 * scale, None if softcap is None else 2.0 * softcap, limits.tiny, limits.max)
-
-
 def _log_sum_sq(logits: Tensor, dim: int, scale: float, softcap: float | None) -> Tensor:
     if is_none(logits.shape[dim]):
-        return rows.compute(logits).sum(dim) + math.nan
-    top = rows.capped(logits.detach(), scale, softcap).argmax(dim)
-    twice, once = (
-        row(logits, top, None, dim, *by, False, False, False)[0]
-        for by in (doubled(scale, softcap, logits.dtype), (scale, softcap))
-    )
-    return twice - 2.0 * once
+        return logits.sum(dim) + math.nan
+    return log_sum_sq(bounded(logits, scale, softcap), dim)
 
 
 def _mean(logits: Tensor, dim: int, scale: float, softcap: float | None) -> Tensor:

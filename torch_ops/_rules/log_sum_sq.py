@@ -1,0 +1,139 @@
+"""log sum_j p_j^2 of a row with its analytic derivatives.
+
+legend:  z a row's logits, scaled and capped, p = softmax(z), r = p^2 / sum p^2, m the maximum, e = exp(z - m)
+         S = sum e, S' = sum e^2, c = m + log(S' / S), a = exp(z - c), f = expm1(z - c)
+         A = sum a, A' = sum a^2, F = sum a f = A' - A
+value:   L = log S' - 2 log S, both logarithms log1p of what all but one maximum add
+first:   dL/dz_j = 2 (r_j - p_j) = 2 a_j (f_j A - F) / (A A'), for any c: 1 / A' - 1 / A = -F / (A A')
+second:  Hess v = 4 J(r) v - 2 J(p) v, J(y) v = y (v - sum y v)
+numbers: where all logits nearly agree r and p do, and of two numbers rounded apart few digits are left: f has them.
+         The choice of c makes F nearly 0, so that what others than j round is no more than their own part of the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ops import _modes as modes
+from torch_ops._rows.arithmetic import shifted
+from torch_ops._rules.function import Rule, batch_first, forward_rule, in_graph
+from torch_ops._rules.softmax import SoftmaxBwd, softmax
+
+# Elements of logits at a time: of 4 MiB of float32 a CPU's cache holds what is made of them on the way.
+_PIECE, _PIECE_ON_DEVICE = 1 << 20, 1 << 26
+
+
+@in_graph
+def log_sum_sq(z: Tensor, dim: int) -> Tensor:
+    """log sum_j p_j^2 of each row of logits in the compute type, with every derivative."""
+    return LogSumSq.apply(z, dim)[0]  # pyright: ignore[reportOptionalSubscript]
+
+
+class LogSumSq(Rule):
+    """(L, c) of each row. Saves z and c."""
+
+    @staticmethod
+    def forward(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        value, c = _by_pieces(_values, dim, z).unbind(-1)
+        return value, c
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        z, ctx.dim = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, output[1])
+        ctx.save_for_forward(z, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, d_value: Tensor | None, _: None) -> Any:
+        return (None if d_value is None else LogSumSqBwd.apply(*ctx.saved_tensors, d_value, ctx.dim)), None
+
+    @staticmethod
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, dz: Tensor, _: None) -> Any:
+        return _along(*saved, dz, ctx.dim), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, z: Tensor, dim: int) -> Any:
+        (z,) = batch_first(info, in_dims, z)
+        return LogSumSq.apply(z, dim + 1), (0, 0)
+
+
+class LogSumSqBwd(Rule):
+    """dL/dz times the row's upstream gradient, in which it is linear."""
+
+    @staticmethod
+    def forward(z: Tensor, c: Tensor, up: Tensor, dim: int) -> Tensor:
+        return _by_pieces(_gradient, dim, z, c, up)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        *arrays, ctx.dim = inputs
+        ctx.save_for_backward(*arrays)
+        ctx.save_for_forward(*arrays)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        z, c, up = ctx.saved_tensors
+        d_z = _hessian_vector(z, v, up, ctx.dim) if ctx.needs_input_grad[0] else None
+        return d_z, None, _along(z, c, v, ctx.dim) if ctx.needs_input_grad[2] else None, None
+
+    @staticmethod
+    @forward_rule
+    def jvp(ctx: Any, saved: Any, dz: Tensor | None, _c: None, d_up: Tensor | None, _: None) -> Any:
+        z, c, up = saved
+        out = torch.zeros_like(z) if dz is None else _hessian_vector(z, dz, up, ctx.dim)
+        return out if d_up is None else out + LogSumSqBwd.apply(z, c, d_up, ctx.dim)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, z: Tensor, c: Tensor, up: Tensor, dim: int) -> Any:
+        z, c, up = batch_first(info, in_dims, z, c, up)
+        return LogSumSqBwd.apply(z, c, up, dim + 1), 0
+
+
+def _values(dim: int, z: Tensor) -> Tensor:
+    """L and c, side by side."""
+    m, top = z.max(dim, keepdim=True)
+    others = shifted(z, m)[1].scatter(dim, top, 0.0)
+    log, log_sq = (torch.log1p(x.sum(dim, keepdim=True)) for x in (others, others.square()))
+    value = (log_sq - 2.0 * log).masked_fill(~m.isfinite(), math.nan)
+    return torch.stack([x.squeeze(dim) for x in (value, m + (log_sq - log))], -1)
+
+
+def _gradient(dim: int, z: Tensor, c: Tensor, up: Tensor) -> Tensor:
+    c = c.unsqueeze(dim)
+    d = z - c
+    back = d - z
+    error = torch.nan_to_num((z - (d - back)) - (c + back), 0.0, 0.0, 0.0)  # of the difference (Knuth's TwoSum)
+    a = torch.exp(d)
+    error = a * error
+    f, a = torch.expm1(d) + error, a + error
+    total, over = a.sum(dim, keepdim=True), (a * f).sum(dim, keepdim=True)
+    return a * (f * total - over) * (2.0 * up.unsqueeze(dim) / (total * (total + over)))
+
+
+def _along(z: Tensor, c: Tensor, v: Tensor, dim: int) -> Tensor:
+    """dL along a direction of the logits."""
+    return (LogSumSqBwd.apply(z, c, torch.ones_like(c), dim) * v).sum(dim)
+
+
+def _hessian_vector(z: Tensor, v: Tensor, up: Tensor, dim: int) -> Tensor:
+    p = softmax(z, dim)
+    sq = p * p
+    r = sq / sq.sum(dim, keepdim=True)
+    return (4.0 * SoftmaxBwd.apply(v, r, dim) - 2.0 * SoftmaxBwd.apply(v, p, dim)) * up.unsqueeze(dim)
+
+
+def _by_pieces(call: Callable[..., Tensor], dim: int, z: Tensor, *of_rows: Tensor) -> Tensor:
+    """call(dim, z, *of_rows), of rows in memory by some of them at a time."""
+    room = _PIECE if z.device.type == "cpu" else _PIECE_ON_DEVICE
+    if dim != 1 or z.dim() != 2 or not modes.is_eager(z) or z.numel() <= room:
+        return call(dim, z, *of_rows)
+    count = max(1, room // z.shape[1])
+    return torch.cat([call(dim, *part) for part in zip(*(x.split(count) for x in (z, *of_rows)), strict=True)])
