@@ -137,13 +137,14 @@ def test_derivation_comes_first() -> None:
 
 
 @pytest.mark.long
-def test_example_pages_show_the_files(site: Path) -> None:
-    page = "".join(_Everything((site / "examples.html").read_text()).text)
-    names = re.findall(r'"(examples/\w+\.py)"', (ROOT / "docs" / "examples.md").read_text())
-    assert len(names) > 8
-    for name in names:
-        code = (ROOT / name).read_text()
-        assert code.strip() in page, name
+@pytest.mark.parametrize(("name", "least"), [("examples", 9), ("recipes", 15)])
+def test_example_pages_show_the_files(site: Path, name: str, least: int) -> None:
+    page = "".join(_Everything((site / f"{name}.html").read_text()).text)
+    names = re.findall(r'"(examples/[\w/]+\.py)"', (ROOT / "docs" / f"{name}.md").read_text())
+    assert len(names) >= least
+    for shown in names:
+        code = (ROOT / shown).read_text()
+        assert code.strip() in page, shown
     assert "--8<--" not in page
 
 

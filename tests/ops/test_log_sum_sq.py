@@ -91,7 +91,10 @@ def test_forms_that_lose_digits_are_seen(wrong: Callable[[Array], Array], at: Ca
 def test_one_above_many(fw, dtype):
     x = one_above_many().astype(np.float64)
     right, size = truth(x)
-    close(answer(fw, dtype, x)[1], right, size, dtype=dtype, c=8.0, what="log_sum_sq gradient")
+    c = 8.0 if fw.name == "torch" else 8.0 * (1 + x.shape[1] / 256)  # XLA sums a row in order
+    close(answer(fw, dtype, x)[1], right, size, dtype=dtype, c=c, what="log_sum_sq gradient")
+    with pytest.raises(AssertionError):
+        close(about_the_maximum(x), right, size, dtype="float32", c=8.0 * (1 + x.shape[1] / 256))
 
 
 @each(("dtype",), torch=[("float32",), ("float64",)], jax=[("float32",)])
