@@ -60,7 +60,7 @@ def scale(fw: Any) -> None:
 
 def statistics(fw: Any) -> None:
     r = cases.rows(17, "float64")
-    ups = {"log_sum_sq": r.dloss, "mean_logit": r.dloss[::-1].copy()}
+    ups = {"value": 0.0 * r.dloss, "log_sum_sq": r.dloss, "mean_logit": r.dloss[::-1].copy()}
     loss(fw, {"input": r.x, "target": r.target}, ups, reduction="none", stats=("log_sum_sq", "mean_logit", "rank"))
 
 
@@ -139,7 +139,7 @@ FAULTS: dict[str, tuple[Callable[[Any], None], Callable[[Package], None]]] = {
     ),
     "scale, of the row before": (
         scale,
-        lambda p: p.option("cross_entropy", "logit_scale", lambda s: s[[-1, *range(len(s) - 1)]]),
+        lambda p: p.option("cross_entropy", "logit_scale", lambda s: s[np.arange(len(s)) - 1]),
     ),
     "rank, ties counted": (
         statistics,
@@ -158,7 +158,7 @@ FAULTS: dict[str, tuple[Callable[[Any], None], Callable[[Package], None]]] = {
     "jsd, the shares exchanged": (JSD, lambda p: p.option("divergence", "beta", lambda b: 1.0 - b)),
     "divergence, rows exchanged": (
         JSD,
-        lambda p: p.option("divergence", "teacher", lambda t: 1.0 * t[[1, 2, 0]]),
+        lambda p: p.option("divergence", "teacher", lambda t: t[np.arange(3) - 1]),
     ),
 }
 
