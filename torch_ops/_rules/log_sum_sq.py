@@ -39,7 +39,7 @@ class LogSumSq(Rule):
 
     @staticmethod
     def forward(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        value, c = _by_pieces(_values, dim, z).unbind(-1)
+        value, c = _by_pieces(_values, dim, z)
         return value, c
 
     @staticmethod
@@ -70,7 +70,7 @@ class LogSumSqBwd(Rule):
 
     @staticmethod
     def forward(z: Tensor, c: Tensor, up: Tensor, dim: int) -> Tensor:
-        return _by_pieces(_gradient, dim, z, c, up)
+        return _by_pieces(_gradient, dim, z, c, up)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -97,16 +97,16 @@ class LogSumSqBwd(Rule):
         return LogSumSqBwd.apply(z, c, up, dim + 1), 0
 
 
-def _values(dim: int, z: Tensor) -> Tensor:
-    """L and c, side by side."""
+def _values(dim: int, z: Tensor) -> tuple[Tensor, ...]:
+    """(L, c)."""
     m, top = z.max(dim, keepdim=True)
     others = shifted(z, m)[1].scatter(dim, top, 0.0)
     log, log_sq = (torch.log1p(x.sum(dim, keepdim=True)) for x in (others, others.square()))
     value = (log_sq - 2.0 * log).masked_fill(~m.isfinite(), math.nan)
-    return torch.stack([x.squeeze(dim) for x in (value, m + (log_sq - log))], -1)
+    return value.squeeze(dim), (m + (log_sq - log)).squeeze(dim)
 
 
-def _gradient(dim: int, z: Tensor, c: Tensor, up: Tensor) -> Tensor:
+def _gradient(dim: int, z: Tensor, c: Tensor, up: Tensor) -> tuple[Tensor, ...]:
     c = c.unsqueeze(dim)
     d = z - c
     back = d - z
@@ -115,7 +115,7 @@ def _gradient(dim: int, z: Tensor, c: Tensor, up: Tensor) -> Tensor:
     error = a * error
     f, a = torch.expm1(d) + error, a + error
     total, over = a.sum(dim, keepdim=True), (a * f).sum(dim, keepdim=True)
-    return a * (f * total - over) * (2.0 * up.unsqueeze(dim) / (total * (total + over)))
+    return (a * (f * total - over) * (2.0 * up.unsqueeze(dim) / (total * (total + over))),)
 
 
 def _along(z: Tensor, c: Tensor, v: Tensor, dim: int) -> Tensor:
@@ -130,10 +130,11 @@ def _hessian_vector(z: Tensor, v: Tensor, up: Tensor, dim: int) -> Tensor:
     return (4.0 * SoftmaxBwd.apply(v, r, dim) - 2.0 * SoftmaxBwd.apply(v, p, dim)) * up.unsqueeze(dim)
 
 
-def _by_pieces(call: Callable[..., Tensor], dim: int, z: Tensor, *of_rows: Tensor) -> Tensor:
+def _by_pieces(call: Callable[..., tuple[Tensor, ...]], dim: int, z: Tensor, *of_rows: Tensor) -> tuple[Tensor, ...]:
     """call(dim, z, *of_rows), of rows in memory by some of them at a time."""
     room = _PIECE if z.device.type == "cpu" else _PIECE_ON_DEVICE
     if dim != 1 or z.dim() != 2 or not modes.is_eager(z) or z.numel() <= room:
         return call(dim, z, *of_rows)
     count = max(1, room // z.shape[1])
-    return torch.cat([call(dim, *part) for part in zip(*(x.split(count) for x in (z, *of_rows)), strict=True)])
+    parts = [call(dim, *part) for part in zip(*(x.split(count) for x in (z, *of_rows)), strict=True)]
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
