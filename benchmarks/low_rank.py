@@ -86,7 +86,7 @@ def answers(loss: Callable[..., Tensor], given: tuple[Tensor, ...]) -> tuple[Ten
 def check(found: tuple[Tensor, ...], right: tuple[Tensor, ...], name: str) -> None:
     """Raise where two ways differ by more than rounding."""
     for mine, theirs in zip(found, right, strict=True):
-        apart = float((mine - theirs).abs().max() / theirs.abs().max())
+        apart = float((mine - theirs).detach().abs().max() / theirs.detach().abs().max())
         if not apart <= APART:
             raise ValueError(f"{name}: an answer is {apart:.1e} of its largest entry apart")
 
