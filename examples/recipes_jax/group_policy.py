@@ -61,7 +61,8 @@ def main() -> None:
     for way in (token_statistics, plain_statistics):
 
         def of(hidden: Array, head: Array, way=way) -> Array:
-            return loss_of(*way(hidden, head, labels), old, reference, rewards, labels)
+            log_p, entropy = way(hidden, head, labels)
+            return loss_of(log_p, entropy, old, reference, rewards, labels)
 
         loss, gradients = jax.jit(jax.value_and_grad(of, (0, 1)))(hidden, head)
         found.append((loss, *gradients))

@@ -60,7 +60,8 @@ def main() -> None:
         old, reference = (token_statistics(hidden + 0.1 * torch.randn_like(hidden), head, labels)[0] for _ in range(2))
     found = []
     for way in (token_statistics, plain_statistics):
-        loss = loss_of(*way(hidden, head, labels), old, reference, rewards, labels)
+        log_p, entropy = way(hidden, head, labels)
+        loss = loss_of(log_p, entropy, old, reference, rewards, labels)
         found.append((loss.detach(), *torch.autograd.grad(loss, (hidden, head))))
     beside("GRPO", *found)
 

@@ -52,12 +52,14 @@ class LogSumSq(Rule):
 
     @staticmethod
     def backward(ctx: Any, d_value: Tensor | None, _: None) -> Any:
-        return (None if d_value is None else LogSumSqBwd.apply(*ctx.saved_tensors, d_value, ctx.dim)), None
+        z, c = ctx.saved_tensors
+        return (None if d_value is None else LogSumSqBwd.apply(z, c, d_value, ctx.dim)), None
 
     @staticmethod
     @forward_rule
     def jvp(ctx: Any, saved: Any, dz: Tensor, _: None) -> Any:
-        return _along(*saved, dz, ctx.dim), None
+        z, c = saved
+        return _along(z, c, dz, ctx.dim), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, z: Tensor, dim: int) -> Any:
