@@ -113,7 +113,7 @@ def measure(shape: tuple[int, int, int], rank: int, *, budget: float = 60.0, lea
 def markdown(lines: Sequence[LowRank]) -> list[str]:
     """The rows of docs/performance.md."""
     return [
-        f"| {line.call} | {line.shape}, r = {line.rank} | {line.ratio:.2f} | {line.workspace_bytes / 1e6:.0f} |"
+        f"| {line.call} | {line.shape}, r = {line.rank} | {line.ratio:.2f} | {line.workspace_bytes / 1e6:.0f} MB |"
         for line in lines
     ]
 
