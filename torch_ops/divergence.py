@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +11,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops._arguments import autocast, describe, enter_graph
-from torch_ops._modes import can_look
+from torch_ops._modes import is_on_mesh
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def divergence(
@@ -29,6 +31,7 @@ def divergence(
     keep: Tensor | None = None,
     reduction: str = "mean",
     dim: int = -1,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Divergence of the student's softmax p from the teacher's softmax q along one dimension, in nats.
 
@@ -52,6 +55,8 @@ def divergence(
         keep: booleans, one per row: other rows reach no result, even when they are NaN.
         reduction: "mean" (over the kept rows, weighted by token_weight), "sum" or "none".
         dim: the classes' dimension.
+        group: the ranks that both arrays are sharded over by class, alike, in rank order, any number of classes each;
+            the result is the same on every rank. DTensor arguments need no group: their mesh has it.
 
     Returns:
         The divergence, float32 for half-precision logits: a scalar, or row-shaped with reduction "none". The mean of
@@ -77,7 +82,7 @@ def divergence(
     options = contract.DivergenceOptions(kind, beta, factor, teacher_scale, softcap, teacher_softcap, reduction)
     arrays = (input, teacher, token_weight, keep, scale)
     if has_torch_function(arrays):
-        named = {"token_weight": token_weight, "keep": keep, "dim": dim}
+        named = {"token_weight": token_weight, "keep": keep, "dim": dim, "group": group}
         return handle_torch_function(
             divergence, arrays, input, teacher, **named, **{**vars(options), "logit_scale": logit_scale}
         )
@@ -87,6 +92,14 @@ def divergence(
     at = contract.dimension("divergence", "dim", dim, len(facts.shape))
     contract.divergence("divergence", facts, *more, options=options, axis=at, logit_scale=of_scale)
     _constant("divergence", teacher=teacher)
+    if group is not None or is_on_mesh(*arrays):
+        from torch_ops._parallel import divergences
+
+        given: dict[str, Any] = dict(
+            zip(("input", "teacher", "token_weight", "keep", "logit_scale"), arrays, strict=True)
+        )
+        return divergences.divergence(given, options, group, axis=at)
+    from torch_ops._head.divergence_loss import pair_of, reduced, weight_of
     from torch_ops._rules.divergence import divergence_row
 
     if scale is not None:
@@ -94,11 +107,10 @@ def divergence(
 
         input = times(input, scale, at, None if keep is None else ~keep)
     dtype = torch.promote_types(input.dtype, teacher.dtype)
-    pair = _pair(options, at, dtype)
-    values = divergence_row(input.to(dtype), teacher.to(dtype), keep, *pair)
-    weight = _weight(values, token_weight, keep)
+    values = divergence_row(input.to(dtype), teacher.to(dtype), keep, *pair_of(options, at, dtype))
+    weight = weight_of(values, token_weight, keep)
     losses = values if token_weight is None else weight * values
-    return losses if reduction == "none" else _reduced(losses.sum(), weight, keep, reduction)
+    return losses if reduction == "none" else reduced(losses.sum(), weight, keep, reduction)
 
 
 def linear_divergence(
@@ -121,6 +133,7 @@ def linear_divergence(
     shift: int = 0,
     memory: Literal["fast", "lean"] = "fast",
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Divergence of softmax(input @ linear_weight.T) from the teacher head's softmax, in nats.
 
@@ -148,7 +161,11 @@ def linear_divergence(
         shift: k compares positions [..., :-k, :], by token_weight and keep of [..., k:]. A logit_scale of the rows'
             shape goes with the input.
         memory: "fast" or "lean"; see Memory.
-        chunk_size: rows at a time; None takes the most whose logits, of both heads, fit the workspace.
+        chunk_size: rows (fast) or classes (lean) at a time; None takes the most whose logits, of both heads, fit the
+            workspace.
+        group: the ranks that both weights and biases are sharded over by class, alike, in rank order, any number of
+            classes each; both inputs, the result and the input's gradient are the same on every rank. DTensor
+            arguments need no group: their mesh has it.
 
     Returns:
         The divergence, float32 for half-precision inputs: a scalar, or row-shaped with reduction "none". The mean of
@@ -161,8 +178,9 @@ def linear_divergence(
     Memory:
         At most 256 MiB of logits, of both heads together, exist at a time. fast with "mean" or "sum" forms the
         gradients in the forward pass (four matmuls) and keeps them, the weight's in float32. With reduction "none",
-        where memory is "lean", under torch.func and while compiled only the arguments are kept, and the backward pass
-        recomputes both heads' logits (six matmuls).
+        and in every case where memory is "lean", seven numbers per row are kept and the backward pass recomputes both
+        heads' logits (six matmuls; lean visits the classes twice for "jsd" and "tv", eight). Under torch.func and while
+        compiled the arguments alone are kept.
 
     Source:
         Csiszar 1963 for the divergences; Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models".
@@ -180,7 +198,7 @@ def linear_divergence(
     static: Any = {"shift": shift, "memory": memory, "chunk_size": chunk_size}
     arrays: Any = (input, linear_weight, teacher_input, teacher_weight, *heads.values(), *of_rows.values(), scale)
     if has_torch_function(arrays):
-        named = {**heads, **of_rows, **static, **vars(options), "logit_scale": logit_scale}
+        named = {**heads, **of_rows, **static, **vars(options), "logit_scale": logit_scale, "group": group}
         return handle_torch_function(linear_divergence, arrays, *arrays[:4], **named)
     enter_graph()
     x, lw, lb = autocast(input, linear_weight, linear_bias)
@@ -189,51 +207,15 @@ def linear_divergence(
     of_scale = None if scale is None else describe(scale)
     contract.linear_divergence("linear_divergence", *facts, options=options, **static, logit_scale=of_scale)
     _constant("linear_divergence", teacher_input=tx, teacher_weight=tw, teacher_bias=tb)
-    from torch_ops._head.divergence import divergence_rows, divergence_sum
+    from torch_ops._head.divergence_loss import ARRAYS, of_heads  # and with it what a pair of heads needs
 
-    pair = _pair(options, 1, torch.promote_types(x.dtype, tx.dtype))
-    if scale is not None and scale.dim() and shift:
-        scale = scale[..., : max(x.shape[-2] - int(shift), 0)]
-    x, tx, token_weight, keep, shape = _laid_out(x, tx, token_weight, keep, int(shift))
-    if scale is not None:
-        x, lw, lb = _scaled(x, lw, lb, scale.reshape(-1) if scale.dim() else scale, keep)
-    some, index = keep, None
-    if keep is not None and can_look(keep) and not keep.all():  # rows that do not count never reach a matmul
-        index, some = keep.nonzero().squeeze(1), None
-        x, tx = x.index_select(0, index), tx.index_select(0, index)
-    ones = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).expand(math.prod(shape))
-    weight = _weight(ones, token_weight, keep)
-    given = (x, lw, lb, tx, tw, tb, some)
-    if reduction != "none" and memory == "fast":
-        a = weight if index is None else weight.index_select(0, index)
-        return _reduced(divergence_sum(*given, a, chunk_size, *pair), weight, keep, reduction)
-    values = divergence_rows(*given, chunk_size, *pair)
-    if index is not None:
-        values = values.new_zeros(math.prod(shape)).index_copy(0, index, values)
-    losses = values if token_weight is None else weight * values
-    return losses.reshape(shape) if reduction == "none" else _reduced(losses.sum(), weight, keep, reduction)
+    named: dict[str, Any] = dict(zip(ARRAYS, (x, lw, lb, tx, tw, tb, token_weight, keep, scale), strict=True))
+    static["shift"] = int(shift)
+    if group is not None or is_on_mesh(*named.values()):
+        from torch_ops._parallel import divergences
 
-
-def _scaled(x: Tensor, lw: Tensor, lb: Any, scale: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Any]:
-    """(s x, W) of rows, or with a bias (s x, s) and (W, b); s in two parts, and b twice, where one would be rounded."""
-    from torch_ops._head.columns import apart, in_parts
-
-    if keep is not None:  # such a row reaches no result, not even through 0 * NaN
-        x = x.masked_fill(~keep.unsqueeze(-1), 0.0)
-        scale = scale.masked_fill(~keep, 1.0) if scale.dim() else scale
-    columns = [] if lb is None else in_parts(scale, x)
-    if lb is not None:
-        finite, lb = apart(lb)
-        lw = torch.cat([lw, *[finite.unsqueeze(1)] * len(columns)], 1)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x = (x.to(wide) * (scale.unsqueeze(-1) if scale.dim() else scale)).to(x.dtype)
-    return torch.cat([x, *columns], 1), lw, lb
-
-
-def _pair(options: contract.DivergenceOptions, dim: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The static part of the rows, of logits of a type."""
-    kind = torch.finfo(torch.promote_types(dtype, torch.float32))
-    return dim, options.kind, options.beta, *options.fitted(kind.tiny, kind.max)
+        return divergences.linear_divergence(named, options, group, **static)
+    return of_heads([*named.values()], options, **static)
 
 
 def _constant(op: str, **teacher: Tensor | None) -> None:
@@ -246,32 +228,3 @@ def _constant(op: str, **teacher: Tensor | None) -> None:
             wanted = forward_ad.unpack_dual(x).tangent is not None
         if wanted:
             raise contract.teacher_has_no_gradient(op, name)
-
-
-def _weight(like: Tensor, token_weight: Tensor | None, keep: Tensor | None) -> Tensor:
-    """What each row's divergence is multiplied by: 0 where it is not kept."""
-    weight = torch.ones_like(like) if token_weight is None else token_weight.to(like.dtype)
-    return weight if keep is None else torch.where(keep, weight, 0.0)
-
-
-def _reduced(total: Tensor, weight: Tensor, keep: Tensor | None, reduction: str) -> Tensor:
-    """The sum or mean from the summed divergence."""
-    if reduction == "sum":
-        return total
-    if keep is None:
-        return total / weight.sum()
-    some = keep.any()  # exchanged before dividing: a gradient through an unused 0 / 0 would be NaN
-    return torch.where(some, total / torch.where(some, weight.sum(), 1.0), torch.nan)
-
-
-def _laid_out(
-    x: Tensor, tx: Tensor, token_weight: Tensor | None, keep: Tensor | None, shift: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
-    """(both heads' rows (N, D) and (N, E), token_weight and keep (N,), the rows' shape)."""
-    if shift:
-        count = max(x.shape[-2] - shift, 0)
-        x, tx = x[..., :count, :], tx[..., :count, :]
-        token_weight, keep = (v if v is None else v[..., shift:] for v in (token_weight, keep))
-    shape, n = tuple(x.shape[:-1]), math.prod(x.shape[:-1])
-    token_weight, keep = (v if v is None else v.reshape(n) for v in (token_weight, keep))
-    return x.reshape(n, x.shape[-1]), tx.reshape(n, tx.shape[-1]), token_weight, keep, shape

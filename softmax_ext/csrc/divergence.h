@@ -222,6 +222,13 @@ void divergence_row(const Divergence& a, int64_t r, const T* s, const T* t, T* o
   const bool counts = !a.keep || a.keep[r];
   F* kept = a.state ? (F*)a.state + r * row_state : nullptr;
   double state[row_state] = {};
+  if (what == Do::fwd && a.sums) {
+    for (int i = 0; i < row_state; ++i) state[i] = (double)kept[i];
+    const Totals sum = counts ? totals<T, K, Tr>(a, s, t, pair_of<F>(a, state), of_s, of_t) : Totals{};
+    F* found = (F*)a.sums + r * row_sums;
+    found[0] = (F)sum.term, found[1] = (F)sum.less, found[2] = (F)sum.weighed;
+    return;
+  }
   if (what != Do::bwd) {
     double value = counts ? divergence_fwd_row<T, K, Tr>(a, s, t, state, of_s, of_t) : 0;
     set_row<F>(a.value, r, value);

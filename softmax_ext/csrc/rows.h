@@ -124,6 +124,8 @@ struct Pairs {
 enum class Kind : int32_t { forward_kl, reverse_kl, jsd, tv };
 
 constexpr int64_t row_state = 7;  // numbers that a divergence's forward leaves for the backward
+// Of a slice of the classes of rows whose state is known: its sums of q f(p / q), p - q and p u.
+constexpr int64_t row_sums = 3;
 
 // Two rows of logits of one layout and type. The teacher is a constant.
 struct Divergence {
@@ -136,6 +138,7 @@ struct Divergence {
   const uint8_t* keep;                              // one a row, or null: 0 is a row with value and gradient 0
   void* value;                                      // F per row
   void* state;                                      // F (rows, row_state): written by the forward, read by the backward
+  void* sums = nullptr;                             // F (rows, row_sums): where not null, the forward forms these alone
   const void* d_value;                              // F per row
   void* dstudent;                                   // may be the student's logits
 };

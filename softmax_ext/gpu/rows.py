@@ -31,10 +31,11 @@ STREAMS = 8192
 CACHED = 320 * 1024
 
 
-def plan(outer, classes, inner, widest, itemsize=4, lanes=32, once=False):
+def plan(outer, classes, inner, widest, itemsize=4, lanes=32, once=False, most=None):
     """(number of programs, the launch's constants) for one row kernel.
 
-    `itemsize` is that of the logits, `lanes` make a warp, and `once` says that a row need be read only once.
+    `itemsize` is that of the logits, `lanes` make a warp, `once` says that a row need be read only once, and `most` is
+    how many numbers a thread may have at a time.
     """
     widest = min(widest, HOLDS_FLOAT64 if itemsize == 8 else HOLDS_TWO if lanes == 64 else HOLDS_ONE)
     # The more numbers a thread has, the less is what each does for the whole row; kernels of many arrays have no room.
@@ -62,6 +63,8 @@ def plan(outer, classes, inner, widest, itemsize=4, lanes=32, once=False):
         one = classes <= columns
         programs = outer * triton.cdiv(inner, rows)
         warps = min(max(rows * columns // 256, 4), 16)
+    if most is not None:
+        warps = max(warps, rows * columns // (32 * most))
     constants = {"INNER": inner > 1, "ONE": one, "ROWS": rows, "COLS": columns, **deal}
     # Fused products would undo what arithmetic.py does about rounding; 3.9 no longer fuses unasked, 3.6 does.
     return programs, {**constants, "num_warps": max(1, warps * 32 // lanes), "enable_fp_fusion": False}

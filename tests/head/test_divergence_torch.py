@@ -13,6 +13,7 @@ import torch_ops
 from examples.torch_memory import Alive
 from softmax_ext.contract import KINDS
 from tests.ops.test_divergence_torch import composed
+from torch_ops._rows import divergence_parts as parts
 
 CAPPED: dict[str, Any] = {"logit_scale": 1.2, "softcap": 3.0, "teacher_scale": 0.9, "teacher_softcap": 2.0}
 IN = torch.linspace(-2.0, 2.0, 18, dtype=torch.float64).reshape(3, 6).sin() * 3.0
@@ -69,6 +70,69 @@ def test_no_array_of_all_logits(memory: Any) -> None:
     with Alive(x, w, y, u) as whole:
         torch_ops.divergence(x @ w.T, y @ u.T).backward()
     assert whole.peak > 2 * logits
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_lean_holds_a_slice_of_both_heads(kind: Any, frozen: bool) -> None:
+    """Beside a slice's logits the gradients, and of each row the numbers of some slices; of frozen weights none."""
+    n, v, d, chunk = 256, 4096, 8, 128
+    x, w, y, u = (torch.randn(*s) for s in ((n, d), (v, d), (n, d), (v, d)))
+    _ = x.requires_grad_(), w.requires_grad_(not frozen)
+
+    def peak(**options: Any) -> int:
+        with Alive(x, w, y, u) as alive:
+            torch_ops.linear_divergence(x, w, y, u, kind=kind, **options).backward()
+        return alive.peak
+
+    slices, numbers = 2 * n * chunk * 4, 60 * 8 * n * 4
+    grads = x.nbytes + (0 if frozen else w.nbytes)
+    assert peak(memory="lean", chunk_size=chunk) <= slices + numbers + 2 * grads
+    assert peak(memory="fast") > 2 * n * v * 4  # whole: the counter counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_are_one_part_of_a_row_however_many(kind: Any) -> None:
+    """More slices than wait together, of one class each too, some all -inf on one side or both."""
+    arrays = {k: v.clone() for k, v in HEAD.items()}
+    arrays["linear_bias"][1], arrays["teacher_bias"][1] = -torch.inf, -torch.inf
+    if kind in ("forward_kl", "jsd", "tv"):
+        arrays["teacher_bias"][3] = -torch.inf
+    arrays = {k: torch.cat([v] * 7) if k.endswith(("weight", "bias")) else v for k, v in arrays.items()}
+
+    def found(**options: Any) -> Any:
+        leaves = [arrays[k].detach().requires_grad_() for k in ("input", "linear_weight", "linear_bias")]
+        given = {**arrays, **dict(zip(("input", "linear_weight", "linear_bias"), leaves, strict=True))}
+        value = torch_ops.linear_divergence(**given, kind=kind, **CAPPED, **options)
+        return value, *torch.autograd.grad(value, leaves)
+
+    due = found(memory="fast")
+    for chunk_size in (1, 2, 5, 40):
+        torch.testing.assert_close(found(memory="lean", chunk_size=chunk_size), due, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_next_to_its_teacher_loses_no_digits_by_slices(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shift of whole rows is put right from the parts' own; what their sums alone give is too coarse."""
+    g = torch.Generator().manual_seed(1)
+    x, w = torch.randn(32, 16, generator=g), torch.randn(500, 16, generator=g)
+    near = w + 1e-6 * torch.randn(500, 16, generator=g)
+    wide = torch_ops.divergence(x.double() @ w.T.double(), x.double() @ near.T.double(), kind=kind)
+
+    def off() -> float:
+        # The logits themselves are rounded: their own divergence is the truth.
+        eye = torch.eye(500)
+        s, t = (x @ v.T for v in (w, near))
+        due = torch_ops.divergence(s.double(), t.double(), kind=kind)
+        value = torch_ops.linear_divergence(s, eye, t, eye, kind=kind, memory="lean", chunk_size=60)
+        return abs(value.item() / due.item() - 1)
+
+    assert wide > 0
+    assert off() < 2e-5
+    if kind == "tv":
+        return
+    monkeypatch.setattr(parts, "less", lambda d, p, q: torch.zeros_like(d))
+    assert off() > 5e-5
 
 
 @pytest.mark.slow

@@ -69,20 +69,21 @@ FACTS: dict[str, tuple[list[float], list[float], tuple[float, ...]]] = {
 class Torch:
     """torch_ops on NumPy arrays: values, and gradients of those named, for upstream gradients of 1 or given ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.ops, self.torch = (importlib.import_module(name) for name in ("torch_ops", "torch"))
+        self.device = device
 
     def __call__(self, op: str, arrays: Named, wrt: tuple[str, ...], dtype: str, up: Any = None, **options: Any) -> Any:
         if "axis" in options:
             options["dim"] = options.pop("axis")
-        given = {k: self.torch.from_numpy(np.array(v)) for k, v in arrays.items()}
+        given = {k: self.torch.from_numpy(np.array(v)).to(self.device) for k, v in arrays.items()}
         given = {k: v.to(getattr(self.torch, dtype)) if v.is_floating_point() else v for k, v in given.items()}
         leaves = [given[k].requires_grad_() for k in wrt]
         value = getattr(self.ops, op)(**given, **options)
-        up = self.torch.ones_like(value) if up is None else self.torch.from_numpy(up).to(value.dtype)
+        up = self.torch.ones_like(value) if up is None else self.torch.from_numpy(up).to(value)
         grads = self.torch.autograd.grad(value, leaves, up)
         assert all(g.dtype == leaf.dtype for g, leaf in zip(grads, leaves, strict=True))
-        return value.detach().double().numpy(), *(g.double().numpy() for g in grads)
+        return value.detach().double().cpu().numpy(), *(g.double().cpu().numpy() for g in grads)
 
 
 class Jax:

@@ -38,7 +38,7 @@ from tests.parallel.shards import (
     targets,
 )
 from torch_ops import _modes
-from torch_ops._parallel import losses
+from torch_ops._parallel import call as asked
 
 
 def agree(theirs: tuple[Tensor, list[Tensor]], loss: Any, leaves: list[Any], what: str) -> None:
@@ -116,7 +116,7 @@ def dtensor_heads_stay_where_they_are() -> None:
 @check
 def rows_that_differ_in_one_group_of_classes_are_told_in_all() -> None:
     """On a mesh the other groups would wait for that one in the sums over rows."""
-    rank, find = dist.get_rank(), losses.shard_of
+    rank, find = dist.get_rank(), asked.shard_of
     mesh, full = init_device_mesh("cpu", (dist.get_world_size(), 1)), arrays(8)
 
     def found(op: str, *given: Any) -> Any:
@@ -126,11 +126,11 @@ def rows_that_differ_in_one_group_of_classes_are_told_in_all() -> None:
 
     x, lw = cut(full["x"], mesh, Shard(0), Replicate()), cut(full["lw"], mesh, Replicate(), Shard(0))
     words = "got different ones on other ranks." if rank else "got different ones."
-    losses.shard_of = found
+    asked.shard_of = found
     try:
         raises(ValueError, words, lambda: torch_ops.linear_cross_entropy(x, lw, targets(8)))
     finally:
-        losses.shard_of = find
+        asked.shard_of = find
 
 
 @check

@@ -22,7 +22,7 @@ EVERY: dict[str, Any] = {"label_smoothing": 0.2, "logit_scale": 1.3, "softcap": 
 # Classes of each rank: unequal, one each, none somewhere.
 SIZES = {1: [(5,)], 2: [(5, 3), (1, 1), (4, 0), (0, 1)], 3: [(4, 1, 3), (1, 1, 1), (2, 0, 5)]}
 # Where each array is cut by class.
-CUT = {"z": 1, "row": 0, "lw": 0, "lb": 0, "y": 1, "w": 0, "up": 0}
+CUT = {"z": 1, "row": 0, "lw": 0, "lb": 0, "y": 1, "w": 0, "up": 0, "t": 1, "u": 0, "c": 0}
 
 
 def check(fn: Callable[[], None]) -> Callable[[], None]:

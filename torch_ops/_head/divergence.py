@@ -1,33 +1,27 @@
-"""Two linear heads and the divergence between their rows, by chunks of rows: no array of all logits of either.
+"""Two linear heads and the divergence between their rows as autograd.Functions: no array of all logits of either.
 
-legend:  s = X WT + b, t = Y UT + c (N, V), never whole; G = dL/ds from the row functions, a the rows' upstream
-formula: dX = G W,  dW = GT X,  db = sum_i G_i; the teacher's Y, U, c are constants
+The loops are those of two_heads.py. Where somebody looks on (compilers, exported programs) and for derivatives of
+derivatives the same rows are computed by chunks in plain functional ops, whose derivatives are derived likewise.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_ops._head.chunks import join, spans, that_fit
-from torch_ops._head.linear import Gradients, Linear, formed_in
-from torch_ops._head.rounding import levelled, scaled
+from torch_ops._head import two_heads
+from torch_ops._head.chunks import that_fit
+from torch_ops._head.rounding import scaled
 from torch_ops._head.row_map import DERIVED, RowMap, batched, pulled_back, pushed_forward, run
+from torch_ops._head.two_heads import Plan
 from torch_ops._modes import is_constant, is_traced, is_transforming, may_write
-from torch_ops._rows.divergence import Pair, divergence_fwd, divergence_fwd_bwd
+from torch_ops._rows.divergence import Pair
 from torch_ops._rules.divergence import divergence_row
 from torch_ops._rules.function import forward_rule, in_graph
-
-
-class Plan(NamedTuple):
-    """The static part of two heads' rows."""
-
-    pair: Pair
-    chunk_size: int | None
 
 
 @in_graph
@@ -39,15 +33,16 @@ def divergence_rows(
     teacher_weight: Tensor,
     teacher_bias: Tensor | None,
     keep: Tensor | None,
+    lean: bool,
     chunk_size: int | None,
     *pair: Any,
 ) -> Tensor:
     """The divergence of each row."""
     arrays = (x, linear_weight, linear_bias, teacher_x, teacher_weight, teacher_bias, keep)
-    plan = Plan(Pair(*pair), chunk_size)
+    plan = Plan(Pair(*pair), lean, chunk_size)
     if is_constant(*arrays):
-        return _fwd(*arrays, plan)
-    return LinearDivergence.apply(*arrays, plan)  # pyright: ignore[reportReturnType]
+        return _fwd(*arrays, plan)[0]
+    return LinearDivergence.apply(*arrays, plan)[0]  # pyright: ignore
 
 
 @in_graph
@@ -65,28 +60,37 @@ def divergence_sum(
 ) -> Tensor:
     """sum_i a_i divergence_i, the gradients of the student's head formed in the forward pass where they are wanted."""
     arrays = (x, linear_weight, linear_bias, teacher_x, teacher_weight, teacher_bias, keep)
+    if one_pass(*arrays, a):
+        return LinearDivergenceSum.apply(*arrays, a, Plan(Pair(*pair), False, chunk_size), None)  # pyright: ignore
+    return (a * divergence_rows(*arrays, False, chunk_size, *pair)).sum()
+
+
+def one_pass(*arrays: Any) -> bool:
+    """Whether a first derivative of the student's head is wanted that the forward pass can form."""
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in arrays[:3])
-    if wanted and not is_transforming() and not is_traced() and may_write(*arrays, a):
-        return LinearDivergenceSum.apply(*arrays, a, Plan(Pair(*pair), chunk_size))  # pyright: ignore[reportReturnType]
-    return (a * divergence_rows(*arrays, chunk_size, *pair)).sum()
+    return wanted and not is_transforming() and not is_traced() and may_write(*arrays)
 
 
 class LinearDivergence(Function):
-    """The divergence of each row. Saves its inputs only."""
+    """(divergence, state) of each row. Saves its inputs and the state, which a graph does without (no numbers)."""
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
         return _fwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *arrays, ctx.plan = inputs
-        ctx.save_for_backward(*arrays)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arrays, output[1])
         ctx.save_for_forward(*arrays)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         needs, out = tuple(ctx.needs_input_grad[:3]), [None] * 8
+        if grads[0] is None:
+            return tuple(out)
         found: Any = LinearDivergenceBwd.apply(*ctx.saved_tensors, grads[0], ctx.plan, needs)
         for i, g in zip((i for i in range(3) if needs[i]), found, strict=True):
             out[i] = g
@@ -95,14 +99,15 @@ class LinearDivergence(Function):
     @staticmethod
     @forward_rule
     def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
-        return pushed_forward(_row_map(ctx.plan), _derived_size(ctx.plan, *saved[:2]), saved, tangents[:7], [0])[0]
+        fn, size = _row_map(ctx.plan), _derived_size(ctx.plan, *saved[:2])
+        return pushed_forward(fn, size, saved, tangents[:7], [0])[0], None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         *arrays, plan = args
         size = _size_of_one(plan, arrays, in_dims)
-        out, dims = batched(info, in_dims[:7], _row_map(plan), size, arrays)
-        return out[0], dims[0]
+        (value,), (dim,) = batched(info, in_dims[:7], _row_map(plan), size, arrays)
+        return (value, _no_state(value)), (dim, dim)
 
 
 class LinearDivergenceBwd(Function):
@@ -110,49 +115,53 @@ class LinearDivergenceBwd(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *arrays, up, plan, needs = args
-        if may_write(*arrays, up) and not is_traced():
-            return tuple(g for g in _fwd_bwd(arrays, up, needs, plan)[1] if g is not None)
+        *arrays, state, up, plan, needs = args
+        if may_write(*arrays, state, up) and not is_traced() and state.shape[-1]:
+            return tuple(g for g in two_heads.bwd(arrays, state, up, needs, plan) if g is not None)
         fn, size, given = _as_map((*arrays, up), plan, needs)
         return run(fn, size, *given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *arrays, ctx.plan, ctx.needs = inputs
+        *arrays, _, up, ctx.plan, ctx.needs = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arrays)
-        ctx.save_for_forward(*arrays)
+        ctx.save_for_backward(*arrays, up)
+        ctx.save_for_forward(*arrays, up)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         fn, size, args = _as_map(ctx.saved_tensors, ctx.plan, ctx.needs)
-        return *pulled_back(fn, size, args, cotangents, ctx.needs_input_grad[:8]), None, None
+        wanted = (*ctx.needs_input_grad[:7], ctx.needs_input_grad[8])
+        *of_arrays, of_up = pulled_back(fn, size, args, cotangents, wanted)
+        return *of_arrays, None, of_up, None, None
 
     @staticmethod
     @forward_rule
     def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
         fn, size, args = _as_map(saved, ctx.plan, ctx.needs)
-        return pushed_forward(fn, size, args, tangents[:8], range(len(fn.out_rows)))
+        return pushed_forward(fn, size, args, (*tangents[:7], tangents[8]), range(len(fn.out_rows)))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        *arrays, plan, needs = args
-        fn, _, given = _as_map(arrays, plan, needs)
-        return batched(info, in_dims[:8], fn, _size_of_one(plan, arrays, in_dims), given)
+        *arrays, _, up, plan, needs = args
+        fn, _, given = _as_map((*arrays, up), plan, needs)
+        return batched(info, (*in_dims[:7], in_dims[8]), fn, _size_of_one(plan, arrays, in_dims), given)
 
 
 class LinearDivergenceSum(Function):
     """divergence_sum with its gradients formed in the forward pass: four matmuls, and G in the logits' memory.
 
+    A shard of the classes has its own `rows` and `forward_backward` in the place of divergence_rows and the loop.
     Saves dX, dW (unrounded) and db beside its inputs; the backward pass scales them.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *arrays, a, plan = args
+        *arrays, a, plan, shard = args
         needs = tuple(x is not None and x.requires_grad for x in arrays[:3])
-        values, grads = _fwd_bwd(arrays, a, needs, plan, rounded=False)
-        ctx.plan = plan
+        found = two_heads.fwd_bwd if shard is None else shard.forward_backward
+        values, grads = found(arrays, a, needs, plan)
+        ctx.plan, ctx.shard = plan, shard
         ctx.save_for_backward(*arrays, a, *grads, values)
         return (a * values).sum()
 
@@ -164,14 +173,15 @@ class LinearDivergenceSum(Function):
             # Under names of its own, as in LinearSum.
             moving: Any = [v if v is None else v.view_as(v) for v in (*arrays[:3], a)]
             wrt = [v for v in moving if v is not None and v.requires_grad]
-            plan = ctx.plan
-            rows = divergence_rows(*moving[:3], *arrays[3:], plan.chunk_size, *plan.pair)
+            pair, *how = ctx.plan
+            of_rows = divergence_rows if ctx.shard is None else ctx.shard.rows
+            rows = of_rows(*moving[:3], *arrays[3:], *how, *pair)
             found = iter(torch.autograd.grad((moving[3] * rows).sum(), wrt, g, create_graph=True))
             grads = [next(found) if v is not None and v.requires_grad else None for v in moving]
-            return *grads[:3], None, None, None, None, grads[3], None
+            return *grads[:3], None, None, None, None, grads[3], None, None
         given = zip((dx, dw, db), arrays[:3], strict=True)
         d_x, d_w, d_b = (d if d is None else scaled(d, g, like.dtype) for d, like in given)
-        return d_x, d_w, d_b, None, None, None, None, g * values if ctx.needs_input_grad[7] else None, None
+        return d_x, d_w, d_b, None, None, None, None, g * values if ctx.needs_input_grad[7] else None, None, None
 
 
 def _row_map(plan: Plan) -> RowMap:
@@ -195,7 +205,7 @@ def _as_map(arrays: Any, plan: Plan, needs: tuple[bool, ...]) -> tuple[RowMap, i
 
 def _derived_size(plan: Plan, x: Tensor, linear_weight: Tensor) -> int:
     """Rows in a chunk where a derivative is derived in plain ops."""
-    return that_fit(plan.chunk_size, 2 * linear_weight.shape[0] * DERIVED, x.itemsize)
+    return that_fit(None if plan.lean else plan.chunk_size, 2 * linear_weight.shape[0] * DERIVED, x.itemsize)
 
 
 def _size_of_one(plan: Plan, arrays: Any, in_dims: Any) -> int:
@@ -204,55 +214,14 @@ def _size_of_one(plan: Plan, arrays: Any, in_dims: Any) -> int:
     return _derived_size(plan, x, lw)
 
 
-class _Chunks:
-    """Both heads' logits of a chunk of rows, in memory that every chunk writes over."""
-
-    def __init__(self, arrays: Any, plan: Plan) -> None:
-        x, lw, lb, tx, tw, tb, self.keep = arrays
-        whole = x.new_zeros(0, dtype=torch.int64)
-        self.kind = torch.promote_types(formed_in(x, whole), formed_in(tx, whole))
-        self.rows, self.heads = (x, tx), (Linear(lw, lb), Linear(tw, tb))
-        self.spans = spans(x.shape[0], that_fit(plan.chunk_size, 2 * lw.shape[0], self.kind.itemsize, 0, x.device))
-        self.data = x.new_empty(2, max(j - i for i, j in self.spans), lw.shape[0], dtype=self.kind)
-
-    def __iter__(self) -> Any:
-        """(begin, end, the student's rows, its logits, the teacher's logits, keep)."""
-        for i, j in self.spans:
-            kept = None if self.keep is None else self.keep[i:j]
-            rows = [x[i:j].to(self.kind) for x in self.rows]
-            if kept is not None:  # 0 * NaN would reach dW
-                rows = [x.masked_fill(~kept.unsqueeze(1), 0.0) for x in rows]
-            logits = (h.logits(x, out[: j - i]) for h, x, out in zip(self.heads, rows, self.data, strict=True))
-            yield i, j, rows[0], *logits, kept
-
-
-def _fwd(*args: Any) -> Tensor:
+def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *arrays, plan = args
-    if not may_write(*arrays) or is_traced():
-        size = that_fit(plan.chunk_size, 2 * arrays[1].shape[0], arrays[0].itemsize)
-        return run(_row_map(plan), size, *arrays)[0]
-    parts = [[divergence_fwd(s, t, keep, pair=plan.pair)[0]] for *_, s, t, keep in _Chunks(arrays, plan)]
-    return join(parts)[0]
+    if may_write(*arrays) and not is_traced():
+        return two_heads.fwd(arrays, plan)
+    size = that_fit(None if plan.lean else plan.chunk_size, 2 * arrays[1].shape[0], arrays[0].itemsize)
+    (value,) = run(_row_map(plan), size, *arrays)
+    return value, _no_state(value)
 
 
-def _fwd_bwd(
-    arrays: Any, up: Tensor, needs: tuple[bool, ...], plan: Plan, *, rounded: bool = True
-) -> tuple[Tensor, list[Tensor | None]]:
-    """(the divergences, [dX, dW, db] from the rows' upstream gradients, as they were summed or rounded)."""
-    x, lw = arrays[:2]
-    chunks = _Chunks(arrays, plan)
-    # a factor of 1/N would flush most of G to 0 in float16
-    whole = x.new_zeros(0, dtype=torch.int64)
-    peak, (up, *_) = levelled((x, lw, None, None, whole, None), [up, None, None, None])
-    dx = torch.empty_like(x, dtype=chunks.kind, memory_format=torch.contiguous_format) if needs[0] else None
-    head, summed = chunks.heads[0], len(chunks.spans) > 1 or chunks.kind != x.dtype
-    grads, parts = Gradients(head, dx, head.gradient(needs[1], needs[2], False, summed=summed), None), []
-    for i, j, xi, s, t, keep in chunks:
-        parts.append([divergence_fwd_bwd(s, t, keep, up[i:j].contiguous(), pair=plan.pair)])
-        grads.add(s, xi, i, j)
-    found = grads.unrounded()[:3]
-    if rounded:
-        found = [g if g is None else scaled(g, peak, x.dtype) for g in found]
-    elif peak is not None:
-        found = [g if g is None else scaled(g, peak, peak.dtype) for g in found]
-    return join(parts)[0], found
+def _no_state(value: Tensor) -> Tensor:
+    return value.new_empty([*value.shape, 0])

@@ -7,12 +7,10 @@ numbers that are theirs. Arguments have passed the contract.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from softmax_ext import contract
@@ -22,13 +20,14 @@ from torch_ops._head.layout import each_row, lay_out, total
 from torch_ops._head.per_row import per_row
 from torch_ops._head.statistics import head_statistics
 from torch_ops._head.sum import weighted_sum
+from torch_ops._parallel.call import place_of, shard_here, together
 from torch_ops._parallel.collectives import maximum, shared, summed
 from torch_ops._parallel.head import HeadShard
 from torch_ops._parallel.logits import LogitsShard
 from torch_ops._parallel.mesh import Place, head_place, logits_place
 from torch_ops._parallel.rules import sharded_rows
 from torch_ops._parallel.sampled import sampled_shards
-from torch_ops._parallel.shard import Shard, shard_of
+from torch_ops._parallel.shard import Shard
 from torch_ops._parallel.statistics import of_head, of_logits
 from torch_ops._reduction import Coefficients, coefficients, finish, reduce
 from torch_ops._rows import dispatch as rows
@@ -38,15 +37,13 @@ from torch_ops._rules.plan import Plan
 from torch_ops._rules.scaled import ignored, times
 from torch_ops._rules.statistics import MORE, statistics_of
 
-_T = TypeVar("_T")
-
 
 def cross_entropy(
     arrays: dict[str, Any], options: LossOptions, group: Any, *, axis: int, soft: bool, inplace: bool
 ) -> Any:
     """The loss of logits with class dimension `axis`."""
     op, shape = "cross_entropy", arrays["input"].shape
-    place, found = _place(op, arrays, group), [*arrays.values()]
+    place, found = place_of(op, arrays, group), [*arrays.values()]
     x = arrays["input"]
     inplace = inplace and place is not None and modes.may_overwrite(x)
     if place is None:
@@ -54,7 +51,7 @@ def cross_entropy(
     x, target, weight, token_weight, scale, probabilities = found
     along = axis if probabilities is not None else None
     shape = (*shape[:axis], *shape[axis + 1 :])
-    here = _shard(
+    here = shard_here(
         op, place, x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :]), target, arrays["input"].shape[axis]
     )
     classes = x.shape[axis] if here is None else here.classes
@@ -94,12 +91,12 @@ def linear_cross_entropy(
 ) -> Any:
     """The loss of a linear layer's logits."""
     op, lead, inner = "linear_cross_entropy", arrays["input"].shape[:-1], arrays["linear_weight"].shape[1:-1]
-    place, found = _place(op, arrays, group), [*arrays.values()]
+    place, found = place_of(op, arrays, group), [*arrays.values()]
     if place is None:
         place, found = head_place(op, arrays, axis=1 if inner else len(lead), soft=soft, shift=shift)
     x, lw, target, lb, weight, token_weight, scale, *low_rank, probabilities = found
     shape = (*lead[:-1], max(lead[-1] - shift, 0)) if shift else (*lead, *inner)
-    here = _shard(op, place, lw.shape[0], math.prod(x.shape[:-1]), target, arrays["linear_weight"].shape[0])
+    here = shard_here(op, place, lw.shape[0], math.prod(x.shape[:-1]), target, arrays["linear_weight"].shape[0])
     classes = lw.shape[0] if here is None else here.classes
     if not soft:
         along = None if probabilities is None else 1 if inner else -1
@@ -129,49 +126,9 @@ def linear_cross_entropy(
     return _results(loss, stats, options, place, here, shape, along)
 
 
-def _place(op: str, arrays: dict[str, Any], group: Any) -> Place | None:
-    """The place of plain tensors of a group; None for DTensor arguments, who know their own."""
-    if group is not None and (not isinstance(group, getattr(dist, "ProcessGroup", ())) or dist.get_rank(group) < 0):
-        rule = "be a torch.distributed.ProcessGroup that this process belongs to, or None"
-        got = repr(group) if isinstance(group, int | str) else f"{type(group).__name__} object"
-        contract.fail_type(op, "group", rule, got)
-    on_mesh = modes.is_on_mesh(*arrays.values())
-    if group is not None and on_mesh:
-        contract.fail_value(op, "group", "be None with DTensor arguments, which have their own", "a ProcessGroup")
-    if modes.is_transforming():
-        rule = "not be inside torch.func or forward-mode transforms, which messages between ranks cannot pass"
-        contract.fail_value(op, "input" if on_mesh else "group", rule, "such a call")
-    return None if on_mesh else Place(group, dist.get_rank(group), ())
-
-
-def _shard(op: str, place: Place, count: int, number: int, target: Tensor, classes: int) -> Shard | None:
-    if place.group is None:
-        return None
-    widest = None if place.mesh is None else -(-classes // dist.get_world_size(place.group))
-    find = partial(shard_of, op, place.group, place.position, count, number, target, widest)
-    return _together(place, target, find, partial(contract.rows_differ_elsewhere, op))
-
-
 def _canonical(op: str, target: Tensor, classes: int, ignored: int, place: Place, along: int | None = None) -> Tensor:
     elsewhere = partial(contract.target_out_of_range_elsewhere, op, classes, ignored)
-    return _together(place, target, partial(canonical, op, target, classes, ignored, along=along), elsewhere)
-
-
-def _together(place: Place, target: Tensor, step: Callable[[], _T], elsewhere: Callable[[], Exception]) -> _T:
-    """step(); where it raises for the rows of another rank, this rank raises with it: it would wait in vain."""
-    if not place.row_groups or not modes.can_look(target):
-        return step()
-    error, found = None, None
-    try:
-        found = step()
-    except ValueError as mistake:  # an index error of the contract is one too
-        error = mistake
-    wrong = torch.tensor(float(error is not None))
-    for group in place.row_groups:
-        wrong = maximum(wrong, group)
-    if error is not None or wrong:
-        raise error or elsewhere()
-    return found  # pyright: ignore[reportReturnType]
+    return together(place, target, partial(canonical, op, target, classes, ignored, along=along), elsewhere)
 
 
 def _coefficients(

@@ -42,7 +42,7 @@ class Place(NamedTuple):
         return DTensor.from_local(value, self.mesh, where, run_check=False, shape=tuple(shape), stride=stride)  # pyright: ignore
 
 
-def logits_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool) -> tuple[Place, list[Any]]:
+def logits_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool = False) -> tuple[Place, list[Any]]:
     """The place of a loss of logits with class dimension `axis`, and its local arrays."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -58,19 +58,23 @@ def logits_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool) -> t
     rows = [Shard(p.dim - (p.dim > axis)) if type(p) is Shard else p for p in many]
     by_class = [Shard(0) if i in classes else Replicate() for i in range(mesh.ndim)]
     place = _place(mesh, classes, rows)
-    pair, s = arrays["probabilities"] is not None, arrays["logit_scale"]
+    pair, s = arrays.get("probabilities") is not None, arrays["logit_scale"]
     wanted = {
         "input": found,
+        "teacher": found,
         "target": found if soft else many if pair else rows,
         "weight": by_class,
         "token_weight": rows,
+        "keep": rows,
         "logit_scale": rows if s is not None and s.dim() else [Replicate()] * mesh.ndim,
         "probabilities": many,
     }
-    return place, [_local(n, arrays[n], p, place) for n, p in wanted.items()]
+    return place, [_local(n, a, wanted[n], place) for n, a in arrays.items()]
 
 
-def head_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool, shift: int) -> tuple[Place, list[Any]]:
+def head_place(
+    op: str, arrays: dict[str, Any], *, axis: int, shift: int, soft: bool = False
+) -> tuple[Place, list[Any]]:
     """The place of a loss of a linear head whose logits have class dimension `axis`, and its local arrays."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -96,14 +100,18 @@ def head_place(op: str, arrays: dict[str, Any], *, axis: int, soft: bool, shift:
         "linear_weight": by_class,
         "target": full if soft else rows,
         "linear_bias": by_class,
+        "teacher_input": rows,
+        "teacher_weight": by_class,
+        "teacher_bias": by_class,
         "weight": by_class,
         "token_weight": rows,
+        "keep": rows,
         "logit_scale": rows if arrays["logit_scale"] is not None and arrays["logit_scale"].dim() else nowhere,
         "A": nowhere,
         "B": by_class,
         "probabilities": rows,
     }
-    return place, [_local(n, arrays[n], p, place) for n, p in wanted.items()]
+    return place, [_local(n, a, wanted[n], place) for n, a in arrays.items()]
 
 
 def _mesh(op: str, arrays: dict[str, Any]) -> Any:

@@ -30,7 +30,14 @@ class Shard(NamedTuple):
 
 
 def shard_of(
-    op: str, group: Any, position: int, count: int, rows: int, target: Tensor, widest: int | None = None
+    op: str,
+    group: Any,
+    position: int,
+    count: int,
+    rows: int,
+    target: Tensor,
+    widest: int | None = None,
+    name: str = "target",
 ) -> Shard:
     """The shard of this rank, after one message of four integers to each other rank."""
     # A shift, another rank's batch: rows that differ would give numbers that are nobody's loss.
@@ -48,7 +55,7 @@ def shard_of(
         found = ", ".join(str(r) for _, _, r, _ in each)
         contract.fail_value(op, "input", "have as many rows on every rank of group", found)
     if len({t for *_, t in each}) > 1:
-        contract.fail_value(op, "target", "be the same on every rank of group", "different ones")
+        contract.fail_value(op, name, "be the same on every rank of group", "different ones")
     begin = sum(c for p, c, _, _ in each if p < position)
     counts = [c for _, c, _, _ in each]
     return Shard(group, begin, count, sum(counts), max(counts), None)

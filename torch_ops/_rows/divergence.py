@@ -1,4 +1,4 @@
-"""A student's rows of logits against a teacher's: native kernels where they serve, plain PyTorch ops everywhere else.
+"""A student's rows of logits against a teacher's: native or Triton kernels where they serve, plain ops everywhere else.
 
 legend:  s, t logits after scale and cap; p, q their softmaxes (p the student's)
          d_j = log p_j - log q_j = (s_j - t_j) - shift,  shift = lse_s - lse_t
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from softmax_ext.contract import KINDS
-from torch_ops._rows import native
+from torch_ops._rows import native, triton
 from torch_ops._rows.arithmetic import capped, compute, exponentials, shifted, slope
 
 # Where |x| is at most this, expm1(x) - x and x - log1p(x) are summed as series.
@@ -46,17 +46,17 @@ class Pair(NamedTuple):
 
 def divergence_fwd(student: Tensor, teacher: Tensor, keep: Tensor | None, *, pair: Pair) -> tuple[Tensor, Tensor]:
     """(the divergences in nats, row-shaped; the state of each row, one dimension more)."""
-    if native.serves(student, pair.dim):
-        return native.ops.divergence_fwd(student, teacher, keep, *pair.of_native())
-    s, t = _logits(student, teacher, pair)
+    if (ops := serving(student, pair.dim)) is not None:
+        return ops.divergence_fwd(student, teacher, keep, *pair.of_native())
+    s, t = logits(student, teacher, pair)
     rows = s.shape[: pair.dim] + s.shape[pair.dim + 1 :]
     if not s.shape[pair.dim]:
         nothing = torch.full(rows, math.nan, dtype=s.dtype, device=s.device)
         value = nothing if keep is None else nothing.masked_fill(~keep, 0.0)
         return value, nothing.unsqueeze(-1).expand(*rows, native.STATE).clone()
     d, p, q, shift = _met(student, teacher, s, t, pair)
-    value = _terms(d, p, q, pair).sum(pair.dim)
-    mean = _weighed(d, p, q, pair).sum(pair.dim)
+    value = terms(d, p, q, pair).sum(pair.dim)
+    mean = weighed(d, p, q, pair).sum(pair.dim)
     if pair.kind == "reverse_kl":  # the same without the terms that cancel
         mean = value
     state = torch.stack([*(x.squeeze(pair.dim) for x in shift), mean], -1)
@@ -66,19 +66,33 @@ def divergence_fwd(student: Tensor, teacher: Tensor, keep: Tensor | None, *, pai
 
 
 def divergence_bwd(
-    student: Tensor, teacher: Tensor, keep: Tensor | None, state: Tensor, d_value: Tensor, *, pair: Pair
+    student: Tensor,
+    teacher: Tensor,
+    keep: Tensor | None,
+    state: Tensor,
+    d_value: Tensor,
+    *,
+    pair: Pair,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dL/d(student) from the rows' upstream gradients."""
-    if native.serves(student, pair.dim):
-        return native.ops.divergence_bwd(student, teacher, keep, state, d_value, *pair.of_native())
-    s, t = _logits(student, teacher, pair)
+    """dL/d(student) from the rows' upstream gradients; `out` may be the student's logits themselves."""
+    ops = serving(student, pair.dim)
+    if out is not None:
+        if out is student and ops is not None and student.is_contiguous():
+            ops.divergence_bwd_(student, teacher, keep, state, d_value, *pair.of_native())
+            torch.autograd.graph.increment_version(student)  # a later use of the logits is autograd's error
+            return student
+        return out.copy_(divergence_bwd(student, teacher, keep, state, d_value, pair=pair))
+    if ops is not None:
+        return ops.divergence_bwd(student, teacher, keep, state, d_value, *pair.of_native())
+    s, t = logits(student, teacher, pair)
     if not s.shape[pair.dim]:
         return torch.zeros_like(student)
     m_s, rest_s, m_t, rest_t, hi, lo, mean = (x.unsqueeze(pair.dim) for x in state.unbind(-1))
-    p, q = _probabilities(s, m_s, rest_s), _probabilities(t, m_t, rest_t)
-    d = _difference(student, teacher, s, t, hi, lo, pair)
+    p, q = probabilities(s, m_s, rest_s), probabilities(t, m_t, rest_t)
+    d = difference(student, teacher, s, t, hi, lo, pair)
     # formula: ds_j = p_j (u_j - sum_k p_k u_k), u = f'(p / q); the sum is 0 for forward_kl
-    g = _weighed(d, p, q, pair)
+    g = weighed(d, p, q, pair)
     if pair.kind != "forward_kl":
         g = g - torch.where(p > 0, p * mean, 0.0)
     g = torch.where((mean + hi).isfinite(), g, math.nan)
@@ -88,8 +102,8 @@ def divergence_bwd(
 
 def divergence_fwd_bwd(student: Tensor, teacher: Tensor, keep: Tensor | None, d_value: Tensor, *, pair: Pair) -> Tensor:
     """divergence_fwd's values, and divergence_bwd's gradient over the student's logits."""
-    if native.serves(student, pair.dim) and student.is_contiguous():
-        value = native.ops.divergence_fwd_bwd_(student, teacher, keep, d_value, *pair.of_native())
+    if (ops := serving(student, pair.dim)) is not None and student.is_contiguous():
+        value = ops.divergence_fwd_bwd_(student, teacher, keep, d_value, *pair.of_native())
         torch.autograd.graph.increment_version(student)  # a later use of the logits is autograd's error
         return value
     value, state = divergence_fwd(student, teacher, keep, pair=pair)
@@ -97,13 +111,20 @@ def divergence_fwd_bwd(student: Tensor, teacher: Tensor, keep: Tensor | None, d_
     return value
 
 
+def serving(student: Tensor, dim: int) -> Any:
+    """The ops whose kernels take the student's logits, or None."""
+    if native.serves(student, dim):
+        return native.ops
+    return triton.ops if triton.serves(student, dim) else None
+
+
 def log_ratio(student: Tensor, teacher: Tensor, *, pair: Pair) -> Tensor:
     """log p - log q, NaN where neither side has the class."""
-    s, t = _logits(student, teacher, pair)
+    s, t = logits(student, teacher, pair)
     return _met(student, teacher, s, t, pair)[0]
 
 
-def _logits(student: Tensor, teacher: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+def logits(student: Tensor, teacher: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     return capped(student, pair.scale, pair.softcap), capped(teacher, pair.teacher_scale, pair.teacher_softcap)
 
 
@@ -118,19 +139,19 @@ def _met(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor, pair: Pair) -> 
     hi = ((m_s - m_t) + (torch.log1p(rest_s) - torch.log1p(rest_t))) / unit
     lo = torch.zeros_like(hi)
     for _ in range(2):
-        d = _difference(student, teacher, s, t, hi, lo, pair)
-        off = torch.log1p(_less(d, p, q).sum(pair.dim, keepdim=True).clamp(min=-0.5)) / unit
+        d = difference(student, teacher, s, t, hi, lo, pair)
+        off = torch.log1p(less(d, p, q).sum(pair.dim, keepdim=True).clamp(min=-0.5)) / unit
         total = hi + (lo + off)
         hi, lo = total, (hi - total) + (lo + off)
-    d = _difference(student, teacher, s, t, hi, lo, pair)
+    d = difference(student, teacher, s, t, hi, lo, pair)
     return d, p, q, (m_s, rest_s, m_t, rest_t, hi, lo)
 
 
-def _probabilities(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:
+def probabilities(z: Tensor, m: Tensor, rest: Tensor) -> Tensor:
     return shifted(z, m)[1] / (1.0 + rest)
 
 
-def _difference(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor, hi: Tensor, lo: Tensor, pair: Pair) -> Tensor:
+def difference(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor, hi: Tensor, lo: Tensor, pair: Pair) -> Tensor:
     """(s - t) - shift, with the rounding error of s - t; logits that are only scaled are subtracted before."""
     if pair.alike:
         s, t = compute(student), compute(teacher)
@@ -141,29 +162,29 @@ def _difference(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor, hi: Tens
     return d * pair.scale if pair.alike and pair.scale != 1.0 else d
 
 
-def _less(d: Tensor, p: Tensor, q: Tensor) -> Tensor:
+def less(d: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """p - q: q expm1(d) where that is the smaller of the two or close to it."""
     return torch.where(d.abs() < 0.7, q * torch.expm1(d), p - q)
 
 
-def _terms(d: Tensor, p: Tensor, q: Tensor, pair: Pair) -> Tensor:
+def terms(d: Tensor, p: Tensor, q: Tensor, pair: Pair) -> Tensor:
     """q f(p / q)."""
     if pair.kind == "tv":
-        return 0.5 * _less(d, p, q).abs()
+        return 0.5 * less(d, p, q).abs()
     if pair.kind == "forward_kl":
-        return torch.where(d.abs() < 0.7, q * _curve(d), _less(d, p, q) - torch.where(q == 0, 0.0, q * d))
+        return torch.where(d.abs() < 0.7, q * _curve(d), less(d, p, q) - torch.where(q == 0, 0.0, q * d))
     if pair.kind == "reverse_kl":
-        return torch.where(d.abs() < 0.7, p * _curve(-d), torch.where(p == 0, 0.0, p * d) - _less(d, p, q))
+        return torch.where(d.abs() < 0.7, p * _curve(-d), torch.where(p == 0, 0.0, p * d) - less(d, p, q))
     b, c = pair.beta, 1.0 - pair.beta
     near = b * q * _less_log1p(c * torch.expm1(d)) + c * p * _less_log1p(b * torch.expm1(-d))
     of_q, of_p = _to_mixture(d, p, q, pair)
     return torch.where(d.abs() < 0.7, near, -b * of_q - c * of_p)
 
 
-def _weighed(d: Tensor, p: Tensor, q: Tensor, pair: Pair) -> Tensor:
+def weighed(d: Tensor, p: Tensor, q: Tensor, pair: Pair) -> Tensor:
     """p f'(p / q), 0 where p is 0; p - q for forward_kl."""
     if pair.kind == "forward_kl":
-        return _less(d, p, q)
+        return less(d, p, q)
     if pair.kind == "reverse_kl":
         return torch.where(p == 0, 0.0, p * d)
     if pair.kind == "tv":

@@ -119,6 +119,7 @@ def describe(namespace: str, fakes: dict[str, Callable[..., Any]], library: Any)
 
 
 STATE = 7  # numbers of a row that a divergence's forward leaves for its backward
+SUMS = 3  # those of some classes: of q f(p / q), p - q and p u
 
 
 def _divergence_like(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +130,9 @@ def _divergence_like(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 # The native ops alone.
 DIVERGENCES: dict[str, Callable[..., Any]] = {
     "divergence_fwd": lambda student, teacher, keep, dim, *_: _divergence_like(student, dim),
+    "divergence_sums": lambda student, teacher, keep, state, *_: state.new_empty([*state.shape[:-1], SUMS]),
     "divergence_bwd": lambda student, *_: dense_like(student),
+    "divergence_bwd_": lambda *_: None,
 }
 # Those of K classes a row.
 CLASSES: dict[str, Callable[..., Any]] = {

@@ -74,7 +74,8 @@ def why_not(device: torch.device) -> str:
         if capability < (8, 0):
             return f"Triton needs compute capability 8.0; this device has {capability[0]}.{capability[1]}"
     try:
-        importlib.import_module("torch_ops._rows.triton_classes")  # and with it triton_ops
+        for ops in ("classes", "divergence"):  # and with them triton_ops
+            importlib.import_module(f"torch_ops._rows.triton_{ops}")
     except (ImportError, OSError) as error:  # a Triton built for another system
         return f"Triton does not load ({error})"
     return ""

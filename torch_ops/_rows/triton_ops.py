@@ -64,7 +64,7 @@ def softmax_fwd(x: Tensor, dim: int) -> Tensor:
     """y = softmax(x)."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _launch(gpu_softmax.softmax_fwd_kernel, (x, y), x, dim, gpu.HOLDS_ONE, FAST=_fast(x))
+    launch_rows(gpu_softmax.softmax_fwd_kernel, (x, y), x, dim, gpu.HOLDS_ONE, FAST=_fast(x))
     return y
 
 
@@ -72,7 +72,7 @@ def softmax_bwd(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     """dx = y (dy - sum(y dy))."""
     dy, y = dy.contiguous(), y.contiguous()
     dx = torch.empty_like(y)
-    _launch(gpu_softmax.softmax_bwd_kernel, (dy, y, dx), y, dim, gpu.HOLDS_TWO, ROUNDED=_fast(y) > 0)
+    launch_rows(gpu_softmax.softmax_bwd_kernel, (dy, y, dx), y, dim, gpu.HOLDS_TWO, ROUNDED=_fast(y) > 0)
     return dx
 
 
@@ -80,7 +80,7 @@ def log_softmax_fwd(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, m, rest)."""
     x = x.contiguous()
     y, m, rest = torch.empty_like(x), *rows_like(x, dim, 2)
-    _launch(gpu_softmax.log_softmax_fwd_kernel, (x, y, m, rest), x, dim, gpu.HOLDS_ONE, FAST=_fast(x))
+    launch_rows(gpu_softmax.log_softmax_fwd_kernel, (x, y, m, rest), x, dim, gpu.HOLDS_ONE, FAST=_fast(x))
     return y, m, rest
 
 
@@ -88,7 +88,7 @@ def log_softmax_bwd(dy: Tensor, x: Tensor, m: Tensor, rest: Tensor, dim: int) ->
     """dx = dy - p sum(dy)."""
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
-    _launch(
+    launch_rows(
         gpu_softmax.log_softmax_bwd_kernel,
         (dy, x, m.contiguous(), rest.contiguous(), dx),
         x,
@@ -116,7 +116,7 @@ def cross_entropy_fwd(
     many = target.is_floating_point() or smooth or entropy
     arrays = (x, target, weight, *_optional(out, smooth, entropy))
     widest = ce.widest(_fast(x) > 0, "fwd", bool(softcap), many)
-    _launch(ce.cross_entropy_fwd_kernel, arrays, x, dim, widest, *options, once=not many, **constants)
+    launch_rows(ce.cross_entropy_fwd_kernel, arrays, x, dim, widest, *options, once=not many, **constants)
     return out
 
 
@@ -169,10 +169,10 @@ def _backward(
     many = target.is_floating_point() or smoothed or d_entropy is not None or any(r is not None for r in results[2:4])
     arrays = (logits, target, weight, weight_sum, *results, *upstream, dx)
     widest = ce.widest(_fast(logits) > 0, "both" if both else "bwd", bool(softcap), many)
-    _launch(ce.cross_entropy_bwd_kernel, arrays, logits, dim, widest, *options, BOTH=both, **constants)
+    launch_rows(ce.cross_entropy_bwd_kernel, arrays, logits, dim, widest, *options, BOTH=both, **constants)
 
 
-def _launch(
+def launch_rows(
     kernel: Any,
     arrays: tuple[Tensor | None, ...],
     x: Tensor,
@@ -180,12 +180,14 @@ def _launch(
     widest: int,
     *options: Any,
     once: bool = False,
+    most: int | None = None,
     **constants: Any,
 ) -> None:
+    """Launch a kernel on the rows of x: its arrays, the layout, its options."""
     if x.numel() == 0:
         return
     outer, classes, inner = math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
-    programs, layout = gpu.plan(outer, classes, inner, widest, x.element_size(), _lanes(x), once)
+    programs, layout = gpu.plan(outer, classes, inner, widest, x.element_size(), _lanes(x), once, most)
     if "LANES" not in kernel.arg_names:
         del layout["LANES"], layout["VECTOR"]
     kind = tl.float64 if x.dtype == torch.float64 else tl.float32
@@ -218,13 +220,13 @@ def _options(x: Tensor, target: Tensor, scale: float, softcap: float | None) -> 
 
 def transform(x: Tensor, scale: float, softcap: float | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a kernel is told of scale and soft cap: values, and constants of its compilation."""
-    cap = softcap or 1.0
     constants = {"FAST": _fast(x, scale == 1.0 and not softcap), "SCALED": scale != 1.0, "CAPPED": bool(softcap)}
-    return (float(scale), _bits(scale), float(cap), _bits(cap)), constants
+    return (*number(scale), *number(softcap or 1.0)), constants
 
 
-def _bits(x: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", x))[0]
+def number(x: float) -> tuple[float, int]:
+    """A Python number and its bits: Triton hands over every float as float32."""
+    return float(x), struct.unpack("<q", struct.pack("<d", x))[0]
 
 
 def _fast(x: Tensor, as_stored: bool = True) -> int:

@@ -192,25 +192,34 @@ class Curve:
 
     def _gradient(self) -> Tensor:
         """The divergence's derivative by s."""
-        if self.pair.kind == "forward_kl":
-            near = self.d.abs() < 0.7
-            close = -self.p * torch.expm1(-torch.where(near, self.d, 0.0))  # p - q
-            return torch.where(near & (self.q > 0), close, self.p - self.q)
-        pu = self.p * self._u()[0]
-        return pu - self.p * pu.sum(self.dim, keepdim=True)
+        w = weighed(self.d, self.p, self.q, self.pair)
+        return w if self.pair.kind == "forward_kl" else w - self.p * w.sum(self.dim, keepdim=True)
 
     def _u(self) -> tuple[Tensor, Tensor]:
-        """(u, u')."""
-        if self.pair.kind == "reverse_kl":
-            return self.d, torch.ones_like(self.d)
-        if self.pair.kind == "tv":
-            return 0.5 * torch.sign(self.d), torch.zeros_like(self.d)
-        # log(m / p) by whichever exponential does not overflow
-        b, ahead = self.pair.beta, self.d >= 0
-        up, down = torch.where(ahead, self.d, 0.0), torch.where(ahead, 0.0, self.d)
-        log = torch.where(ahead, torch.log1p(b * torch.expm1(-up)), torch.log1p((1 - b) * torch.expm1(down)) - down)
-        # a teacher without the class is infinitely far behind
-        gone = (self.q == 0) & (self.p > 0)
-        log = torch.where(gone, math.log1p(-b), log)
-        share = torch.where(gone, 0.0, torch.sigmoid(math.log(b / (1 - b)) - self.d))  # beta q / m
-        return (b - 1) * log, (1 - b) * share
+        return steepness(self.d, self.p, self.q, self.pair)
+
+
+def weighed(d: Tensor, p: Tensor, q: Tensor, pair: Pair) -> Tensor:
+    """p u, p - q for forward_kl, to be differentiated by d and p."""
+    if pair.kind == "forward_kl":
+        near = d.abs() < 0.7
+        close = -p * torch.expm1(-torch.where(near, d, 0.0))  # p - q
+        return torch.where(near & (q > 0), close, p - q)
+    return p * steepness(d, p, q, pair)[0]
+
+
+def steepness(d: Tensor, p: Tensor, q: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+    """(u, u')."""
+    if pair.kind == "reverse_kl":
+        return d, torch.ones_like(d)
+    if pair.kind == "tv":
+        return 0.5 * torch.sign(d), torch.zeros_like(d)
+    # log(m / p) by whichever exponential does not overflow
+    b, ahead = pair.beta, d >= 0
+    up, down = torch.where(ahead, d, 0.0), torch.where(ahead, 0.0, d)
+    log = torch.where(ahead, torch.log1p(b * torch.expm1(-up)), torch.log1p((1 - b) * torch.expm1(down)) - down)
+    # a teacher without the class is infinitely far behind
+    gone = (q == 0) & (p > 0)
+    log = torch.where(gone, math.log1p(-b), log)
+    share = torch.where(gone, 0.0, torch.sigmoid(math.log(b / (1 - b)) - d))  # beta q / m
+    return (b - 1) * log, (1 - b) * share

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from torch_ops._rows import triton_classes as classes
+from torch_ops._rows import triton_divergence as divergences
 from torch_ops._rows import triton_ops as ops
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -90,6 +91,18 @@ def sparse(dtype: torch.dtype, k: int) -> None:
     classes.place_(x, ids, torch.empty(64, k, dtype=dtype, device="meta"), 1)
 
 
+def divergence(dtype: torch.dtype, shape: tuple[int, ...], kind: int, everything: bool) -> None:
+    """Forward, sums of a part, backward, and both; `everything`: caps of both sides, rows that are not kept."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    rows = torch.empty([shape[0], *shape[2:]], dtype=compute(dtype), device="meta")
+    state, keep = rows.new_empty([*rows.shape, 7]), rows.bool() if everything else None
+    options = (1, kind, 0.3, *(ALL if everything else (1.0, None)), *((0.9, 9.0) if everything else (1.0, None)))
+    divergences.divergence_fwd(x, x, keep, *options)
+    divergences.divergence_sums(x, x, keep, state, *options)
+    divergences.divergence_bwd(x, x, keep, state, rows, *options)
+    divergences.divergence_fwd_bwd_(x, x, keep, rows, *options)
+
+
 def compute(dtype: torch.dtype) -> torch.dtype:
     return F64 if dtype == F64 else F32
 
@@ -104,6 +117,7 @@ FEW: dict[str, Callable[[], None]] = {
     "points of everything float32 4096": lambda: points(F32, 4096, 5, ALL, True),
     "picked bfloat16 4096": lambda: picked(BF16, 65, 4096, 128256, True),
     "sparse bfloat16 64": lambda: sparse(BF16, 64),
+    "jsd of everything float32 4096": lambda: divergence(F32, (64, 4096), 2, True),
 }
 MANY: dict[str, Callable[[], None]] = {
     **FEW,
@@ -119,6 +133,11 @@ MANY: dict[str, Callable[[], None]] = {
     "points of everything float64 4096": lambda: points(F64, 4096, 5, ALL, True),
     "picked float32 576": lambda: picked(F32, 64, 576, 49152, False),
     "picked float64 4096": lambda: picked(F64, 5, 4096, 1000, True),
+    "divergence bfloat16 128256": lambda: divergence(BF16, (64, 128256), 0, False),
+    "divergence float32 32000": lambda: divergence(F32, (64, 32000), 1, False),
+    "jsd bfloat16 128256": lambda: divergence(BF16, (64, 128256), 2, False),
+    "tv of everything bfloat16 21, middle axis": lambda: divergence(BF16, (2, 21, 64, 64), 3, True),
+    "jsd of everything float64 2048": lambda: divergence(F64, (64, 2048), 2, True),
     "picked bfloat16 1": lambda: picked(BF16, 64, 1, 128256, True),
 }
 

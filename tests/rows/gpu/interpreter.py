@@ -39,7 +39,8 @@ def interpreted() -> Iterator[list[str]]:
     triton: Any = importlib.import_module("torch_ops._rows.triton")
     ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
     builder: Any = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
-    importlib.import_module("torch_ops._rows.triton_classes")
+    for more in ("classes", "divergence"):
+        importlib.import_module(f"torch_ops._rows.triton_{more}")
     launch, cast, fma = ops.launch, builder.cast_impl, builder.create_fma
     directly, cpu, serves = native.serves_directly, native.serves_matrix, triton.serves_matrix
     ran: list[str] = []

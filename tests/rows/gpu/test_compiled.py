@@ -57,6 +57,7 @@ def test_kernels_fit(target: str) -> None:
         "by_class_kernel",
         "place_kernel",
         *(f"points{part}_kernel" for part in ("_mass", "_except", "_sums", "")),
+        *(f"divergence_{part}_kernel" for part in ("fwd", "sums", "bwd")),
         *(f"picked_{part}_kernel" for part in ("fwd", "input_bwd", "parts", "weight_bwd")),
     }
     for (name, kernel), bound in INSTRUCTIONS.items() if target == "sm_90" else ():
