@@ -7,8 +7,9 @@ than loads); the most memory a call needs, in arrays of the logits' size. Median
 not timed, and fails the run.
 
 The linear head with its loss and gradients is measured by three bare matmuls instead: 6NDV flops, which all calls do,
-and 8NDV of "lean", which forms the logits twice. Its memory is that of arrays beyond arguments and gradients, with
-linear_weight trained and frozen: at the worst moment (torch), or as the compiler planned it (jax).
+and 8NDV of "lean", which forms the logits twice; the divergence of two heads by four, and six of "lean". Its memory is
+that of arrays beyond arguments and gradients, with linear_weight trained and frozen: at the worst moment (torch), or as
+the compiler planned it (jax).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from benchmarks import table
 from benchmarks.cases import DTYPES, OPS, PLAN, SHAPES, Case, shape_of
 from benchmarks.check import WrongAnswer, check
-from benchmarks.heads import HEAD_OPS, HEAD_PLAN, HEADS, HeadCase, head_of
+from benchmarks.heads import HEAD_OPS, HEAD_PLAN, HEADS, PAIR, HeadCase, head_of
 from benchmarks.timing import LARGE, Call, peak_bytes, take_turns
 from softmax_ext import machine
 
@@ -122,8 +123,9 @@ def measure(
             raise WrongAnswer(f"{name}: {error}") from None
     memory: dict[str, dict[str, int | None]] = {}
     if isinstance(case, HeadCase):
-        name_of_limit = table.GEMMS
-        work = {name: case.flops(4 if name == "ours, lean" else 3) for name in (*calls, name_of_limit)}
+        pair = about["op"] == PAIR
+        name_of_limit, least, lean = (table.GEMMS_OF_PAIR, 4, 6) if pair else (table.GEMMS, 3, 4)
+        work = {name: case.flops(lean if name == "ours, lean" else least) for name in (*calls, name_of_limit)}
         for name, call in calls.items():
             if call.workspace is not None:
                 memory[name] = {"workspace_bytes": call.workspace(False), "frozen_bytes": call.workspace(True)}
@@ -193,7 +195,7 @@ def main(given: Sequence[str] | None = None) -> int:
                 calls = door.CALLS[op](inputs[door])
                 if door in rivals:
                     calls = {**calls, **rivals[door].more(op, inputs[door])}
-                limit_call = copy or door.limit(inputs[door])
+                limit_call = copy or (door.limit(inputs[door], op) if op == PAIR else door.limit(inputs[door]))
                 try:
                     found.append(measure(about, case, door, calls, limit_call, options))
                 except WrongAnswer as error:

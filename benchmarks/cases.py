@@ -68,6 +68,9 @@ OPS = {
     # Where one program holds both, a row may stay in the cache between its two reads.
     "cross_entropy_value_and_grad": Op(("loss", "gradient"), passes=2, looks=1),
     "cross_entropy_one_visit": Op(("loss_rows", "gradient"), passes=2, looks=1),
+    # Of a teacher's logits too: the forward reads both, the backward reads both and writes one.
+    "divergence": Op(("divergence",), passes=2),
+    "divergence_grad": Op(("divergence", "divergence_gradient"), passes=5),
 }
 
 
@@ -128,6 +131,12 @@ class Case:
         target[::2] = peak[1][::2]
         return rounded(x, self.dtype), target, rounded(dy, self.dtype)
 
+    @cached_property
+    def _teacher(self) -> Array:
+        """Logits of a teacher, class axis last."""
+        x = np.random.default_rng(1).standard_normal((self.period, self.classes), np.float32) * 2
+        return rounded(x, self.dtype)
+
     def _whole(self, distinct: Array) -> Array:
         rows = np.resize(distinct, (self.rows, self.classes))
         if len(self.shape) == 2:
@@ -142,6 +151,10 @@ class Case:
     def upstream(self) -> Array:
         """A gradient of the logits' shape."""
         return self._whole(self._distinct[2])
+
+    def teacher(self) -> Array:
+        """A teacher's logits."""
+        return self._whole(self._teacher)
 
     def target(self) -> Array:
         """Class indices."""
@@ -165,7 +178,12 @@ class Case:
         if name == "log_softmax_bwd":
             p = self.truth("softmax")[0]
             return reference.log_softmax_vjp(x, dy), np.abs(dy) + p * np.sum(np.abs(dy), -1, keepdims=True)
-        if name == "loss":
+        if name == "divergence_gradient":  # p - q: a call that subtracts them has their digits
+            p, q = self.truth("softmax")[0], reference.softmax(self._teacher)
+            return (p - q) / self.rows, (p + q) / self.rows
+        if name == "divergence":
+            value = np.resize(reference.divergence(x, self._teacher, reduction="none"), self.rows).mean()
+        elif name == "loss":
             value = np.resize(self.truth("loss_rows")[0], self.rows).mean()
         elif name == "loss_rows":
             value = np.asarray(reference.cross_entropy(x, target, reduction="none"))

@@ -21,7 +21,11 @@ HEADS: dict[str, tuple[int, int, int]] = {
 
 HEAD_PLAN = [(shape, dtype) for dtype in ("float32", "bfloat16") for shape in HEADS]
 
-HEAD_OPS = {"linear_cross_entropy": Op(("loss", "d_input", "d_linear_weight"))}
+PAIR = "linear_divergence"  # of two heads
+HEAD_OPS = {
+    "linear_cross_entropy": Op(("loss", "d_input", "d_linear_weight")),
+    PAIR: Op(("divergence", "d_student", "d_student_weight")),
+}
 
 # Roundoffs an entry may be off, by itemsize: in half precision the logits are rounded, and the gradient again.
 OURS, RIVALS = {2: 2, 4: 32}, {2: 16, 4: 2048}
@@ -32,6 +36,8 @@ BLOCK = 4096  # classes in float64 at a time
 @dataclass(frozen=True)
 class HeadCase:
     """Inputs, a linear weight and targets of one shape and type, and the truth about mean loss and gradients.
+
+    Of a teacher's head, with as many features, the same about the forward KL.
 
     The rows repeat after `period` of them, a prime, so the truth about a few is that about every row; of
     dL/dlinear_weight the truth is known for a sample of the classes: all targets, both ends, others at random.
@@ -88,13 +94,22 @@ class HeadCase:
                 w[target[i]] = x[i] * (np.log(np.sum(np.exp(z))) / (x[i] @ x[i]))
         return rounded(x, self.dtype), rounded(w, self.dtype), target
 
+    @cached_property
+    def _teacher(self) -> tuple[Array, Array]:
+        """(inputs, linear_weight) of a teacher."""
+        rng = np.random.default_rng(2)
+        _, d, v = self.shape
+        y = rng.standard_normal((self.period, d), np.float32)
+        u = rng.standard_normal((v, d), np.float32) / np.float32(math.sqrt(d))
+        return rounded(y, self.dtype), rounded(u, self.dtype)
+
     def prepare(self) -> None:
         """Make data and truth now: of a large head some ten seconds."""
         _ = self._truths
 
     def forget(self) -> None:
         """Let them go: gigabytes."""
-        for name in ("_distinct", "_truths"):
+        for name in ("_distinct", "_truths", "_teacher", "_truths_of_pair"):
             vars(self).pop(name, None)
 
     def input(self) -> Array:
@@ -104,6 +119,11 @@ class HeadCase:
     def linear_weight(self) -> Array:
         """One row a class."""
         return self._distinct[1]
+
+    def teacher(self) -> tuple[Array, Array]:
+        """A teacher's inputs and weight."""
+        y, u = self._teacher
+        return np.resize(y, self.shape[:2]), u
 
     def target(self) -> Array:
         """Class indices."""
@@ -119,7 +139,7 @@ class HeadCase:
 
     def truth(self, name: str) -> tuple[Array, Array]:
         """One quantity of the distinct rows or judged classes, and the scale its errors are measured by."""
-        return self._truths[name]
+        return (self._truths if name in HEAD_OPS["linear_cross_entropy"].answers else self._truths_of_pair)[name]
 
     @cached_property
     def _truths(self) -> dict[str, tuple[Array, Array]]:
@@ -143,21 +163,44 @@ class HeadCase:
         dw, dw_scale = g[:, self.judged].T @ (counts * x), off[:, self.judged].T @ (counts * np.abs(x))
         return {"loss": (loss, np.abs(loss)), "d_input": (dx, dx_scale), "d_linear_weight": (dw, dw_scale)}
 
+    @cached_property
+    def _truths_of_pair(self) -> dict[str, tuple[Array, Array]]:
+        (x, w, _), (y, u) = self._distinct, self._teacher
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        counts = np.bincount(np.arange(self.rows) % self.period, minlength=self.period)[:, None]
+        s = np.concatenate([x @ w[block].T.astype(np.float64) for block in self._blocks()], 1)
+        t = np.concatenate([y @ u[block].T.astype(np.float64) for block in self._blocks()], 1)
+        p, q = (np.asarray(reference.softmax(z), np.float64) / self.rows for z in (s, t))
+        g = p - q
+        # of rounded logits, as above, on either side
+        off = 2 * (p + q)
+        for mass, z in ((p, s), (q, t)):
+            one = mass * self.rows
+            off += mass * (np.abs(z) * (1 - 2 * one) + np.sum(one * np.abs(z), -1, keepdims=True))
+        dx, dx_scale = np.zeros_like(x), np.zeros_like(x)
+        for block in self._blocks():
+            some = w[block].astype(np.float64)
+            dx += g[:, block] @ some
+            dx_scale += off[:, block] @ np.abs(some)
+        value = np.resize(np.asarray(reference.divergence(s, t, reduction="none"), np.float64), self.rows).mean()
+        dw, dw_scale = g[:, self.judged].T @ (counts * x), off[:, self.judged].T @ (counts * np.abs(x))
+        return {"divergence": (value, np.abs(value)), "d_student": (dx, dx_scale), "d_student_weight": (dw, dw_scale)}
+
     def _blocks(self) -> Iterator[slice]:
         return (slice(i, min(i + BLOCK, self.classes)) for i in range(0, self.classes, BLOCK))
 
     def due(self, name: str) -> tuple[int, ...]:
         """The shape an answer has."""
         n, d, v = self.shape
-        return {"loss": (), "d_input": (n, d), "d_linear_weight": (v, d)}[name]
+        return (v, d) if name.endswith("weight") else (n, d) if name.startswith("d_") else ()
 
     def lines(self, name: str, found: Array) -> Array:
         """What of an answer stands beside the truth."""
-        return found[self.judged] if name == "d_linear_weight" else found.reshape(-1, *found.shape[1:])
+        return found[self.judged] if name.endswith("weight") else found.reshape(-1, *found.shape[1:])
 
     def place(self, name: str, line: int) -> int:
         """Where in the answer a line is."""
-        return int(self.judged[line]) if name == "d_linear_weight" else line
+        return int(self.judged[line]) if name.endswith("weight") else line
 
     def allowed(self, scale: Array, *, ours: bool) -> Array:
         """How far from the truth an entry may be."""

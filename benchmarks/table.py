@@ -14,8 +14,8 @@ from rich.table import Table
 from benchmarks import records
 from benchmarks.timing import Turns
 
-COPY, GEMMS, OURS = "copy", "three matmuls", "ours"
-LIMITS = (COPY, GEMMS)
+COPY, GEMMS, GEMMS_OF_PAIR, OURS = "copy", "three matmuls", "four matmuls", "ours"
+LIMITS = (COPY, GEMMS, GEMMS_OF_PAIR)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Line:
     ratio: float  # its time / ours
     ratio_low: float  # the quartiles of that
     ratio_high: float
-    limits: float  # its time / that of the limit: copying the logits, or three bare matmuls
+    limits: float  # its time / that of the limit: copying the logits, or the bare matmuls
     work: int  # the bytes that must be read and written, or the matmuls' floating-point operations
     share: float  # its work by its time, of the limit's work by the limit's time
     peak_bytes: int | None  # resident, beyond the arguments

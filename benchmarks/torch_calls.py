@@ -36,6 +36,11 @@ class Inputs:
         return self.logits.clone().requires_grad_()
 
     @cached_property
+    def teacher(self) -> Tensor:
+        """Logits of a teacher."""
+        return torch.from_numpy(self.case.teacher()).to(self.dtype)
+
+    @cached_property
     def upstream(self) -> Tensor:
         """A gradient of the logits' shape."""
         return torch.from_numpy(self.case.upstream()).to(self.dtype)
@@ -94,6 +99,26 @@ def _cross_entropy_one_visit(on: Inputs) -> dict[str, Call]:
     return {"ours": Call(run, fresh=on.logits.clone)}
 
 
+def _kl_div(student: Tensor, teacher: Tensor) -> Tensor:
+    """What everyone writes; classes stand second."""
+    if student.dtype in (torch.bfloat16, torch.float16):
+        student, teacher = student.float(), teacher.float()
+    p, q = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
+    return F.kl_div(p, q, reduction="sum", log_target=True) / (student.numel() // student.shape[1])
+
+
+def _of_teacher(divergence: Function, on: Inputs) -> Call:
+    return Call(lambda: (divergence(on.logits, on.teacher),))
+
+
+def _of_teacher_gradient(divergence: Function, on: Inputs) -> Call:
+    def run() -> tuple[Tensor, ...]:
+        value = divergence(on.leaf, on.teacher)
+        return value, *torch.autograd.grad(value, on.leaf)
+
+    return Call(run)
+
+
 # op: what is timed of a function, ours, the built-in.
 PARTS: dict[str, tuple[Callable[[Function, Any], Call], Function, Function]] = {
     "softmax": (_forward, torch_ops.softmax, torch.softmax),
@@ -107,6 +132,8 @@ PARTS: dict[str, tuple[Callable[[Function, Any], Call], Function, Function]] = {
         partial(torch_ops.cross_entropy, inplace_backward=True),
         F.cross_entropy,
     ),
+    "divergence": (_of_teacher, partial(torch_ops.divergence, dim=1), _kl_div),
+    "divergence_grad": (_of_teacher_gradient, partial(torch_ops.divergence, dim=1), _kl_div),
 }
 
 

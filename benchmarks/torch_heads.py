@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import torch_ops
-from benchmarks.heads import HeadCase
+from benchmarks.heads import PAIR, HeadCase
 from benchmarks.timing import Call
 from benchmarks.torch_calls import VERSION, numpy
 
@@ -29,6 +29,12 @@ class Inputs:
         self.input = torch.from_numpy(case.input()).to(dtype).requires_grad_()
         self.linear_weight = torch.from_numpy(case.linear_weight()).to(dtype).requires_grad_()
         self.target = torch.from_numpy(case.target())
+
+    @cached_property
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """A teacher's input and weight."""
+        y, u = (torch.from_numpy(a).to(self.input.dtype) for a in self.case.teacher())
+        return y, u
 
 
 def built_in(x: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
@@ -113,12 +119,34 @@ def workspace_bytes(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor
     return answers, most
 
 
-def limit(on: Inputs) -> Call:
-    """The yardstick: the three matmuls alone, into memory that was there before."""
+def _pair(on: Inputs) -> dict[str, Call]:
+    """Two heads: the loss of another target, whose gradients are of the same arguments."""
+
+    def call_of(divergence: Callable[..., Tensor]) -> Call:
+        return call(lambda x, w, _: divergence(x, w, *on.teacher), on)
+
+    return {
+        "ours": call_of(torch_ops.linear_divergence),
+        "ours, lean": call_of(partial(torch_ops.linear_divergence, memory="lean")),
+        "F.linear + F.kl_div": call_of(kl_div),
+    }
+
+
+def kl_div(x: Tensor, w: Tensor, y: Tensor, u: Tensor) -> Tensor:
+    """What everyone writes."""
+    p, q = (F.log_softmax(F.linear(*head).float(), 1) for head in ((x, w), (y, u)))
+    return F.kl_div(p, q, reduction="batchmean", log_target=True)
+
+
+def limit(on: Inputs, op: str = "linear_cross_entropy") -> Call:
+    """The yardstick: the matmuls alone, into memory that was there before; a teacher's logits are one more."""
     x, w = on.input.detach(), on.linear_weight.detach()
     z, dx, dw = x.new_empty(on.case.rows, on.case.classes), torch.empty_like(x), torch.empty_like(w)
 
     def run() -> None:
+        if op == PAIR:
+            y, u = on.teacher
+            torch.mm(y, u.t(), out=z)
         torch.mm(x, w.t(), out=z)
         torch.mm(z, w, out=dx)
         torch.mm(z.t(), x, out=dw)
@@ -127,4 +155,4 @@ def limit(on: Inputs) -> Call:
 
 
 PARTS = {"linear_cross_entropy": (call, torch_ops.linear_cross_entropy, built_in)}
-CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {"linear_cross_entropy": _head}
+CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {"linear_cross_entropy": _head, PAIR: _pair}

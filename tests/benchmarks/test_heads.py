@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import bench, head_memory, table, torch_heads, weight_error
 from benchmarks.check import WrongAnswer, check
-from benchmarks.heads import HEAD_OPS, HEAD_PLAN, HeadCase, head_of
+from benchmarks.heads import HEAD_OPS, HEAD_PLAN, PAIR, HeadCase, head_of
 from benchmarks.timing import Call
 from softmax_ext import reference
 
@@ -50,6 +50,27 @@ def test_every_call_is_judged_timed_shown_and_kept(tmp_path: Path, capsys: pytes
             assert call in printed
             assert (line.workspace_bytes is None) == (line.frozen_bytes is None) == (call == table.GEMMS)
     assert {line.shape for line in lines} == {"6x5@40"}
+
+
+def test_two_heads_are_judged_timed_and_kept(tmp_path: Path) -> None:
+    """Beside four matmuls, by the reference's own answers; a wrong gradient is not timed."""
+    case = HeadCase((6, 5, 40))
+    quick = ["--built-ins", "--op", PAIR, "--rounds", "1", "--seconds", "0", "--device", "cpu", "--door", "torch"]
+    assert bench.main([*quick, "--results", str(tmp_path), "--shape", str(case)]) == 0
+    cell = {line.call: line for line in table.read(tmp_path / "cpu.csv")}
+    assert set(cell) == {*torch_heads.CALLS[PAIR](torch_heads.Inputs(case)), table.GEMMS_OF_PAIR}
+    assert cell["ours"].work == cell[table.GEMMS_OF_PAIR].work == 8 * 6 * 5 * 40
+    assert cell["ours, lean"].work == 12 * 6 * 5 * 40
+    case = HeadCase((40, 9, 129))
+    arrays = (case.input(), case.linear_weight(), *case.teacher())
+    truth = [np.array(reference.linear_divergence(*arrays)), *reference.linear_divergence_grad(*arrays)[:2]]
+    check(case, PAIR, truth, ours=True)
+    for spoil in SABOTEURS.values():
+        for i in (1, 2):
+            wrong = [np.array(v, np.float64) for v in truth]
+            spoil(wrong[i])
+            with pytest.raises(WrongAnswer):
+                check(case, PAIR, wrong, ours=True)
 
 
 @pytest.mark.parametrize(("op", "shape"), [(OP, "4x6"), ("softmax", "4x6@7")])
