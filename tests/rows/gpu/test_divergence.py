@@ -127,7 +127,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "the mean dropped": ("divergence", "p * (u - mean)", "p * u"),
     "the cap's slope dropped": ("divergence", "slope(g, a, scale, cap, F, SCALED_X, CAPPED_X)", "g"),
     "keep not read": ("divergence", "real & (tl.load(keep + row, mask=real, other=0) != 0)", "real"),
-    "the last block unwritten": ("divergence", "real & (begin + cols < V)", "real & (begin + COLS < V)"),
+    "the last class unwritten": ("divergence", "real & (begin + cols < V)", "real & (begin + cols < V - 1)"),
 }  # fmt: skip
 
 
