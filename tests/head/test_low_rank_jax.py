@@ -80,15 +80,16 @@ def test_shift_positions_and_ignored_rows(memory: str) -> None:
     t = t.at[1, 1].set(-100)
     cut = a | {"x": a["x"][:, :-1], "s": a["s"][:, :-1]}
     spoilt = a | {"x": a["x"].at[:, -1].set(jnp.nan).at[1, 0].set(jnp.nan), "s": a["s"].at[1, 0].set(jnp.nan)}
-    grads = [jax.grad(lambda a: ours(a, t, shift=1, memory=memory))(v) for v in (a, spoilt)]
-    want = jax.grad(lambda a: joined(a, t[:, 1:]))(cut)
+    f = jax.jit(jax.grad(lambda a: ours(a, t, shift=1, memory=memory)), **quick.QUICK)
+    grads = [f(a), f(spoilt)]
+    want = jax.jit(jax.grad(lambda a: joined(a, t[:, 1:])), **quick.QUICK)(cut)
     for g in grads:
         for name, right in want.items():
             part = g[name][:, :-1] if name in ("x", "s") else g[name]
             np.testing.assert_allclose(part, right, rtol=1e-9, atol=1e-12, err_msg=name)
     soft = jax.nn.softmax(jnp.cos(jnp.arange(2.0 * 4 * V)).reshape(2, 4, V))
-    found = jax.grad(lambda a: ours(a, soft, shift=1, memory=memory))(a)
-    want = jax.grad(lambda a: joined(a, soft[:, 1:], axis=-1))(cut)
+    found = jax.jit(jax.grad(lambda a: ours(a, soft, shift=1, memory=memory)), **quick.QUICK)(a)
+    want = jax.jit(jax.grad(lambda a: joined(a, soft[:, 1:], axis=-1)), **quick.QUICK)(cut)
     np.testing.assert_allclose(found["s"][:, :-1], want["s"], rtol=1e-9)
     a, t = given(inner=(2,)), jnp.arange(2 * N).reshape(N, 2) % V
     t = t.at[2, 1].set(-100)

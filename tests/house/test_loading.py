@@ -82,7 +82,8 @@ def test_one_import_more_is_seen(line: str) -> None:
 # Every door whose files come late, called first where somebody looks on; then here and now, with nothing of it left.
 WATCHED = """
 import os, sys, warnings
-import torch, torch_ops
+import torch, torch._dynamo, torch.export, torch.fx.experimental.proxy_tensor  # once, not in every child
+import torch_ops
 
 def call(x, w, t):
     z, scale = x @ w.mT, x[..., 0, 0] * 0 + 0.5

@@ -26,6 +26,8 @@ OFTEN = ("float32", "bfloat16")  # all options in both doors
 @pytest.mark.parametrize("kind", KINDS)
 def test_digits_at_every_distance(kind: str, dtype: str, door: Any) -> None:  # noqa: F811
     for classes in SIZES[type(door).__name__]:
+        if classes == 1000 and dtype not in OFTEN:
+            continue
         for name, (s, t) in pairs(classes, dtype).items():
             if classes == 1 or (kind == "tv" and name == "one logit"):  # all but one d is the rounding of 0: no sign
                 continue
