@@ -22,6 +22,7 @@ SCALED = {"Torch": ("a tenth", "a thousandth", "a millionth", "shifted", "one lo
 OFTEN = ("float32", "bfloat16")  # all options in both doors
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_digits_at_every_distance(kind: str, dtype: str, door: Any) -> None:  # noqa: F811
