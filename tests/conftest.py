@@ -54,10 +54,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Coverage takes Python two thirds more time: the quick tests reach the lines, slow ones run without it.
 
-    Those of losses over several devices are the only ones that reach theirs.
+    Those of losses over several devices are the only ones that reach theirs. Demo and benchmarks call the doors as
+    others do, and often.
     """
     for item in items:
-        if item.get_closest_marker("slow") and item.path.parent.name != "parallel":
+        room = item.path.parent.name
+        if room in ("demo", "benchmarks") or (item.get_closest_marker("slow") and room != "parallel"):
             item.add_marker("no_cover")
 
 
