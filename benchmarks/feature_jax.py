@@ -41,6 +41,14 @@ def _row_losses(peer: Peer, target: Any = cases.TARGET, **options: Any) -> dict[
     return {"loss": (rows, value), "gradient": (found, gradient)}
 
 
+def _sparse(peer: Peer) -> dict[str, tuple[Any, Any]]:
+    x, head, up, ids, shares = _arrays(cases.X, cases.HEAD, cases.UP, cases.IDS, cases.SHARES)
+    value, gradient = cases.truth(cases.dense())
+    rows = peer.rows(x, head, (ids, shares))
+    found = jax.grad(lambda x: (peer.rows(x, head, (ids, shares)) * up).sum())(x)
+    return {"loss": (rows, value), "gradient": (found, gradient)}
+
+
 def _confident(peer: Peer) -> dict[str, tuple[Any, Any]]:
     x, head, target = _arrays(cases.SURE_X, cases.SURE_HEAD, cases.SURE_TARGET)
     loss, gradient = jax.value_and_grad(lambda x: peer.rows(x, head, target).sum())(x)
@@ -94,6 +102,7 @@ def _stats(peer: Peer) -> dict[str, tuple[Any, Any]]:
 QUESTIONS = [
     Question("loss and gradient of each row", _row_losses),
     Question("soft targets", lambda peer: _row_losses(peer, cases.SOFT)),
+    Question("K classes a row as target", _sparse),
     Question("class weights", lambda peer: _row_losses(peer, weight=cases.WEIGHT)),
     *(Question(name, lambda peer, o=o: _row_losses(peer, **o)) for name, o in cases.OPTIONS.items()),
     Question("log-probability and entropy", _stats),
@@ -103,6 +112,14 @@ QUESTIONS = [
     Question("vmap of the gradient", _mapped),
     Question("a confident row's digits", _confident, floor=0.0),
 ]
+
+
+def _only(known: tuple[str, ...], options: dict[str, Any], target: Any) -> None:
+    if isinstance(target, tuple):
+        raise Absent("no sparse targets")
+    for name in options:
+        if name not in known:
+            raise Absent(f"no {name}")
 
 
 def _ours() -> Peer:
@@ -118,8 +135,7 @@ def _ours() -> Peer:
 
 def _optax() -> Peer:
     def rows(x: Array, head: Array, target: Array, **options: Any) -> Array:
-        for name in options:
-            raise Absent(f"no {name}")
+        _only((), options, target)
         soft = jnp.issubdtype(target.dtype, jnp.floating)
         loss = optax.softmax_cross_entropy if soft else optax.softmax_cross_entropy_with_integer_labels
         return loss(x @ head.T, target)
@@ -134,8 +150,7 @@ def _tokamax() -> Peer:
     flags.FLAGS.mark_as_parsed()  # or it takes this program's options for its own
 
     def rows(x: Array, head: Array, target: Array, **options: Any) -> Array:
-        for name in options:
-            raise Absent(f"no {name}")
+        _only((), options, target)
         if jnp.issubdtype(target.dtype, jnp.floating):
             raise Absent("class indices only")
         # it has sums and means alone: a row at a time

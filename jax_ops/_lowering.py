@@ -30,6 +30,14 @@ def as_typed(fn: Function) -> Function:
     return call
 
 
+def loops_are_to_come() -> bool:
+    """Whether JAX has its loops and checkpoints to come, of which a program that a rule keeps can hold none.
+
+    JAX (0.10.2) neither transposes them rightly nor lowers what holds them.
+    """
+    return any(getattr(jax.config, f"jax_{name}", False) for name in ("scan3", "remat3"))
+
+
 def mapped(fn: Function, axis: Any, dims: Sequence[int | None], out: Any = 0) -> Function:
     """fn over one more dimension, as a batching rule is told of it: its size and the mesh axis it lies on."""
     return jax.vmap(fn, in_axes=tuple(dims), out_axes=out, axis_size=axis.size, spmd_axis_name=axis.spmd_name)

@@ -16,6 +16,7 @@ from jax_ops._arguments import describe, describe_target, parts_of, scale_of, un
 from jax_ops._head.layout import each_row, largest, lay_out, more, total
 from jax_ops._lowering import as_typed
 from jax_ops._parallel.mesh import spread_of, under_auto_axes
+from jax_ops._parallel.points import first_key
 from jax_ops._parallel.shard import Shard, shard_of
 from jax_ops._parallel.statistics import MORE
 from jax_ops._reduction import as_asked, coefficients, finish, reduce
@@ -137,8 +138,9 @@ def linear_cross_entropy(
         grad_samples: K, or None for the exact gradient. Loss and statistics stay exact; off its targets a row's
             gradient is taken at K stratified points of its distribution: without bias, and of at most 1 / K of the
             variance that the label has under the model. One matmul. Forward mode stays exact; second derivatives raise
-            NotImplementedError; probabilities (..., V), memory="lean", low_rank and axis_name are refused.
-        key: a `jax.random` key, which grad_samples needs: the points of all rows are drawn from it at once.
+            NotImplementedError; probabilities (..., V), memory="lean" and low_rank are refused.
+        key: a `jax.random` key, which grad_samples needs: the points of all rows are drawn from it at once. With
+            axis_name it is the first device's; devices that have other rows need keys of their own.
         axis_name: inside `jax.shard_map`, the mesh axis (or axes) whose devices have an equal part of the classes
             each, in their order: of linear_weight, linear_bias, B, soft targets and weight. Class indices count all
             of the classes; the input's rows, a pair, losses and statistics are the same on every device.
@@ -186,14 +188,15 @@ def linear_cross_entropy(
     soft = contract.linear_loss(OP, *facts, options=options, **more, **about, grad_samples=grad_samples)
     contract.key_of_samples(OP, grad_samples, key is not None)
     if grad_samples is not None:
-        _check_sampling(options, axis_name)
+        _check_sampling(options)
 
     x, w = map(jnp.asarray, arrays[:2])
     shard = shard_of(OP, axis_name, w.shape[0])
     t = jnp.asarray(arrays[2] if soft else canonical(arrays[2], shard.total, options.ignored))
     # Here and not inside of the chunks, nor by them: whatever their size, a row has the same points.
-    positions = (math.prod(x.shape[:-1]) * math.prod(w.shape[1:-1]), int(grad_samples or 0))
-    u = None if grad_samples is None else jax.random.uniform(key, positions, jnp.float32)  # pyright: ignore
+    u, drawn = None, (math.prod(x.shape[:-1]) * math.prod(w.shape[1:-1]), int(grad_samples or 0))
+    if grad_samples is not None:
+        u = jax.random.uniform(first_key(key, shard), drawn, jnp.float32)  # pyright: ignore[reportArgumentType]
     others = (*arrays[3:], s, *(low or (None, None)), probabilities, u)
     given = (x, w, t, *(None if a is None else jnp.asarray(a) for a in others))
     how = {"options": replace(options, stats=tuple(stats)), "shard": shard, **more}
@@ -252,9 +255,7 @@ def _loss(
     return (loss, {name: of.as_given(value) for name, value in found.items()}) if options.stats else loss
 
 
-def _check_sampling(options: contract.LossOptions, axis_name: Any) -> None:
-    if axis_name is not None:
-        contract.fail_value(OP, "grad_samples", "be None with axis_name", "a number")
+def _check_sampling(options: contract.LossOptions) -> None:
     if options.label_smoothing and options.softcap is not None:
         # under a cap the smoothing's part of the gradient is no outer product
         contract.fail_value(OP, "grad_samples", "be None with label_smoothing and softcap together", "a number")

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_ops._lowering import loops_are_to_come
+
 Part = Array | int  # which chunk
 
 # Bytes of logits that exist at a time, where chunk_size is None; where memory="fast" goes by rows beside a GPU or TPU
@@ -74,8 +76,7 @@ class Cut:
         """
         if self.count == 1:
             return step(carry, 0)
-        if any(getattr(jax.config, f"jax_{name}", False) for name in ("scan3", "remat3")):
-            # JAX (0.10.2) cannot transpose these loops and checkpoints to come: a pushed tangent came out wrong.
+        if loops_are_to_come():
             for part in range(self.count):
                 carry = step(carry, part)
             return carry

@@ -19,10 +19,12 @@ from jax import Array, lax
 from jax_ops._head.chunks import Cut, Part
 from jax_ops._head.linear import Linear, ignored_rows, wide, without
 from jax_ops._head.per_row import per_row
+from jax_ops._parallel.points import here
+from jax_ops._parallel.points import sharded_points as points
 from jax_ops._parallel.shard import Shard
 from jax_ops._rows import dispatch as rows
+from jax_ops._rows import slices
 from jax_ops._rows.picked import picked_fwd, picked_input_bwd, picked_weight_bwd
-from jax_ops._rows.points import points
 from jax_ops._rows.sparse import by_class
 from jax_ops._rules.plan import Plan
 from jax_ops._rules.replaced import replaced
@@ -45,7 +47,8 @@ def sampled_rows(
     plan: Plan,
 ) -> tuple[Array, ...]:
     """per_row's results, their gradient sampled at K points a row: u (n, K) says where in each stratum."""
-    return _sampled(cut, shard, plan)(*alike(x, w, b, target, weight, u))
+    arrays = alike(shard.wide(x), w, b, target, weight, u, but=shard.names)
+    return _sampled(cut, shard, plan)(*shard.own(*arrays))
 
 
 @cache
@@ -53,7 +56,8 @@ def _sampled(cut: Cut, shard: Shard, plan: Plan) -> Any:
     """The named numbers of each row. Saves its arguments but u, the rows' numbers, and the points' ids."""
 
     def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any, u: Any) -> Any:
-        out = _forward(x, Linear(w, b, None), target, weight, u, cut, plan)
+        x = x.astype(w.dtype)
+        out = _forward(x, Linear(w, b, None), target, weight, u, cut, shard, plan)
         kept = (out["nll"], out["lse"], out.get("entropy"), out["ids"], out["q"])
         return tuple(out[name] for name in plan.names), (x, w, b, target, weight, *kept)
 
@@ -61,7 +65,9 @@ def _sampled(cut: Cut, shard: Shard, plan: Plan) -> Any:
         if 4 in wanted:
             rule = "be None with label_smoothing and a weight whose gradient is wanted"
             contract.fail_value("linear_cross_entropy", "grad_samples", rule, "a number")
-        return _backward(*saved, *plan.upstream(cotangents), plan=plan, wanted=wanted)
+        x, *others = saved
+        ups = plan.upstream(shard.cotangents(*cotangents, like=x))
+        return _backward(x, *shard.own(*others), *ups, plan=plan, wanted=wanted, shard=shard)
 
     def exact(x: Any, w: Any, b: Any, target: Any, weight: Any, u: Any) -> Any:
         return per_row(x, w, b, None, target, weight, cut, shard, plan)
@@ -70,23 +76,30 @@ def _sampled(cut: Cut, shard: Shard, plan: Plan) -> Any:
 
 
 def _forward(
-    x: Array, head: Linear, target: Array, weight: Array | None, u: Array, cut: Cut, plan: Plan
+    x: Array, head: Linear, target: Array, weight: Array | None, u: Array, cut: Cut, shard: Shard, plan: Plan
 ) -> dict[str, Array]:
     """Each row's numbers by name as `fast.fwd` has them, its points' ids and its mass q off its targets."""
 
     def step(out: dict[str, Array], part: Part) -> dict[str, Array]:
         t = cut.take(target, part)
         z = head.logits(without(cut.take(x, part), ignored_rows(t)))
-        found = dict(zip(plan.computed, rows.cross_entropy_fwd(z, t, weight, **plan.wanted()), strict=True))
-        how = {"scale": plan.scale, "softcap": plan.softcap}
+        if shard.names:  # a point's device is known only from whole rows: the devices speak once a chunk
+            state = slices.of(z, *shard.local(t), weight, names=("nll", *plan.names), layout=plan.row())
+            found = slices.numbers(shard.joined(state), t)
+        else:
+            found = dict(zip(plan.computed, rows.cross_entropy_fwd(z, t, weight, **plan.wanted()), strict=True))
         several = t if t.ndim > 1 else t[:, None]
-        found["ids"], found["q"] = points(z, found["m"], found["rest"], several, cut.take(u, part), **how)
+        found["ids"], found["q"] = points(z, found["m"], found["rest"], several, cut.take(u, part), shard, plan)
         return {name: cut.put(out[name], found[name], part) for name in out}
 
     kind = wide(x.dtype)
     shapes = {"nll": target.shape, "ids": u.shape}
     names = dict.fromkeys(("nll", "lse", *plan.names, "q", "ids"))
-    start = {n: jnp.zeros_like(x, shape=shapes.get(n, x.shape[:1]), dtype=kind) for n in names}
+    # as x where each device has its own, as the targets where all have the same
+    start = {
+        n: jnp.zeros_like(x if n in ("q", "ids") else target, shape=shapes.get(n, x.shape[:1]), dtype=kind)
+        for n in names
+    }
     start["ids"] = start["ids"].astype(jnp.int32)
     return cut.loop(step, start)
 
@@ -109,6 +122,7 @@ def _backward(
     *,
     plan: Plan,
     wanted: tuple[int, ...],
+    shard: Shard,
 ) -> list[Array]:
     (n, samples), targets = ids.shape, target if target.ndim > 1 else target[:, None]
     nll, marks = nll.reshape(targets.shape), rows.of_rows(targets, 2, 1)
@@ -116,11 +130,11 @@ def _backward(
     a, smooth, kept = jnp.zeros_like(q) if d_lse is None else d_lse, None, marks != rows.IGNORED
     if d_smooth is not None:
         of_class = jnp.ones_like(lse, shape=w.shape[:1]) if weight is None else weight
-        a = a + d_smooth * of_class.sum()
+        a = a + d_smooth * shard.weight_sum(of_class)
         smooth = (jnp.where(kept, d_smooth * plan.scale, 0.0), of_class)
     at, on, p = _on_targets(targets, nll, d_nll, a, q)
     off = ((d_nll.sum(1) + a) * (q / samples))[:, None]
-    ids = jnp.concatenate([ids.astype(at.dtype), at], 1)
+    ids = jnp.concatenate([ids.astype(at.dtype), here(at, shard)], 1)
     slope: Any = plan.scale
     if d_entropy is not None or plan.softcap is not None:
         raw = _logits_at(x, w, b, ids)
@@ -133,7 +147,7 @@ def _backward(
             on = on + c * p * (h[:, None] - shown)
     c = jnp.concatenate([jnp.broadcast_to(off, (n, samples)), on], 1) * slope
     c = jnp.where(kept[:, None], jnp.where((marks == rows.INVALID)[:, None], jnp.nan, c), 0.0)
-    return _products(x, w, b, ids, c, smooth, kept, wanted)
+    return _products(x, w, b, ids, c, smooth, kept, wanted, shard)
 
 
 def _on_targets(targets: Array, nll: Array, d_nll: Array, a: Array, q: Array) -> tuple[Array, Array, Array]:
@@ -162,19 +176,20 @@ def _products(
     smooth: tuple[Array, Array] | None,
     kept: Array,
     wanted: tuple[int, ...],
+    shard: Shard,
 ) -> list[Array]:
     """dX, dW and db, those wanted, of dz_ij = sum over id_ik = j of c_ik - s_i v_j for `smooth` (s, v)."""
     judged, out = jnp.where(kept[:, None], x, jnp.zeros((), x.dtype)), []
-    kind, wide_ = c.dtype, {"wide": smooth is not None}
+    kind = c.dtype
     # A row that is NaN makes a NaN of every class.
     spoilt = jnp.isnan(c).any()
     if 0 in wanted:
-        dx = picked_input_bwd(c, w, ids, **wide_)
+        dx = picked_input_bwd(c, w, ids, wide=smooth is not None or bool(shard.names))
         if smooth is not None:
             dx = dx - smooth[0][:, None] * (smooth[1] @ w.astype(kind))
-        out.append(jnp.where(kept[:, None], dx, 0.0).astype(x.dtype))
+        out.append(jnp.where(kept[:, None], dx, 0.0).astype(shard.wide(x).dtype))
     if 1 in wanted:
-        dw = picked_weight_bwd(c, judged, ids, w.shape[0], **wide_)
+        dw = picked_weight_bwd(c, judged, ids, w.shape[0], wide=smooth is not None)
         if smooth is not None:
             dw = dw - smooth[1][:, None] * (smooth[0] @ judged.astype(kind))
         out.append(_or_nan(dw, spoilt).astype(w.dtype))

@@ -40,6 +40,15 @@ class Shard:
         """The sum of the weights of all classes, each 1 without any."""
         return self.total if weight is None else self.sum(weight.sum())
 
+    def of_first(self, x: Array) -> Array:
+        """What the first device has, of integers; where shard_map knows that all have the same nothing is told."""
+        if not self.names:
+            return x
+        place = lax.axis_index(self.names)
+        if varying(place) and not varying(x) & set(self.names):
+            return x
+        return self.sum(jnp.where(place == 0, x, jnp.zeros_like(x)))
+
     def largest(self, x: Array) -> Array:
         """The maximum over the devices, held constant; whether it is NaN where a device has one is not said."""
         return lax.pmax(self._cast(lax.stop_gradient(x)), self.names) if self.names else lax.stop_gradient(x)

@@ -18,10 +18,11 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_ops._lowering import as_typed, compiled
+from jax_ops._lowering import alone, as_typed, compiled
 from jax_ops._rows import native
 from jax_ops._rows.classes import IGNORED
 from jax_ops._rows.primitive import serves
+from jax_ops._rows.sparse import run_sums
 
 # Bytes of rows of W that stand side by side where no kernel serves.
 _WORKSPACE = 1 << 26
@@ -38,7 +39,10 @@ def picked_input_bwd(c: Array, w: Array, ids: Array, *, wide: bool = False) -> A
 
 
 def picked_weight_bwd(c: Array, x: Array, ids: Array, classes: int, *, wide: bool = False) -> Array:
-    """dW (V, D), in x's type or the compute type: on a CPU the same bits for any number of threads."""
+    """dW (V, D), in x's type or the compute type: the same bits for any number of threads, and on a GPU in any run.
+
+    But where XLA itself cuts the rows over several GPUs: sorting them by class would gather them.
+    """
     return _weight_bwd.bind(c, x, ids, classes=classes, wide=wide)
 
 
@@ -86,6 +90,36 @@ def _plain_weight_bwd(c: Array, x: Array, ids: Array, *, classes: int, wide: boo
     return dw if wide else dw.astype(x.dtype)
 
 
+def _ordered_weight_bwd(c: Array, x: Array, ids: Array, *, classes: int, wide: bool) -> Array:
+    """`_plain_weight_bwd` without a scatter that adds at equal indices, which a GPU does in no order."""
+    kind, (n, k) = jnp.promote_types(x.dtype, jnp.float32), ids.shape
+    dw = jnp.zeros_like(x, shape=(classes, x.shape[1]), dtype=kind)
+    if classes and n and k:
+        at = jnp.where(ids < 0, classes, ids).reshape(-1)  # those of no class stand last
+        order = jnp.argsort(at, stable=True)
+        # in a piece each class has one run, whose sum is written once; a run that goes on is read by the next piece
+        size = n * k
+        fit = max(1, _WORKSPACE // (4 * max(1, x.shape[1]) * kind.itemsize))
+        step = min(size, fit) if isinstance(size, int) else size  # exported for any number of rows: all of them at once
+
+        def add(dw: Array, here: Array, which: Array) -> Array:
+            terms = c.reshape(-1)[which].astype(kind)[:, None] * x[which // k].astype(kind)
+            turns, one = here[1:] != here[:-1], jnp.ones_like(here[:1], dtype=bool)
+            sums = run_sums(jnp.concatenate([one, turns])[:, None], terms, 0)
+            last = jnp.concatenate([turns, one]) & (here < classes)
+            where = jnp.where(last, here, classes + jnp.arange(here.shape[0], dtype=here.dtype))
+            return dw.at[where].add(sums, mode="drop", unique_indices=True)
+
+        if (count := -(-size // step)) == 1:
+            dw = add(dw, at[order], order)
+        else:
+            fill = ((0, count * step - size),)
+            parts = jnp.pad(at[order], fill, constant_values=classes), jnp.pad(order, fill)
+            split = tuple(p.reshape(count, step) for p in parts)
+            dw = lax.scan(lambda dw, part: (add(dw, *part), None), dw, split)[0]
+    return dw if wide else dw.astype(x.dtype)
+
+
 def _rows(w: Array, ids: Array, kind: Any) -> Array:
     """W[ids] in the compute type; 0 for no class."""
     if w.shape[0] == 0:
@@ -121,13 +155,22 @@ def _by_rows(fn: Callable[..., Array], step: int, a: Array, ids: Array) -> Array
     return out.reshape(-1, out.shape[-1])[: a.shape[0]]
 
 
-def _product(name: str, plain: Callable[..., Array], *, by_rows: bool) -> Primitive:
-    """A product of two matrices at ids as a primitive; where not `by_rows`, its result is of classes."""
+def _product(
+    name: str, plain: Callable[..., Array], *, by_rows: bool, elsewhere: Callable[..., Array] | None = None
+) -> Primitive:
+    """A product of two matrices at ids as a primitive; where not `by_rows`, its result is of classes.
+
+    `elsewhere` is what a program for more than the CPU has in the place of `plain`, on one device.
+    """
     p = Primitive(f"softmax_ext_{name}")
 
     @as_typed
     def run(*arrays: Any, **how: Any) -> list[Any]:
         return [plain(*arrays, **how)]
+
+    @as_typed
+    def run_elsewhere(*arrays: Any, **how: Any) -> list[Any]:
+        return [(elsewhere or plain)(*arrays, **how)]
 
     def types(*avals: Any, **how: Any) -> Any:
         return jax.make_jaxpr(partial(run, **how))(*avals).out_avals[0]
@@ -137,7 +180,8 @@ def _product(name: str, plain: Callable[..., Array], *, by_rows: bool) -> Primit
         first, second = (a.dtype for a in ctx.avals_in[:2])
         wanted = second if name == "picked_fwd" else jnp.promote_types(second, jnp.float32)
         if native.missing or name not in native.served or first != wanted or not serves(ctx):
-            return mlir.lower_fun(run, multiple_results=True)(ctx, *values, **how)
+            there = tuple(ctx.module_context.platforms) != ("cpu",) and alone(ctx)
+            return mlir.lower_fun(run_elsewhere if there else run, multiple_results=True)(ctx, *values, **how)
         return jax.ffi.ffi_lowering(native.target(name))(ctx, *values)
 
     def jvp(primals: Any, tangents: Any, **how: Any) -> Any:
@@ -192,7 +236,7 @@ def _transposed(p: Primitive, first: Callable[..., Array], second: Callable[...,
 
 _fwd = _product("picked_fwd", _plain_fwd, by_rows=True)
 _input_bwd = _product("picked_input_bwd", _plain_input_bwd, by_rows=True)
-_weight_bwd = _product("picked_weight_bwd", _plain_weight_bwd, by_rows=False)
+_weight_bwd = _product("picked_weight_bwd", _plain_weight_bwd, by_rows=False, elsewhere=_ordered_weight_bwd)
 _transposed(
     _fwd,
     lambda c, w, ids, aval: picked_input_bwd(c, w, ids),

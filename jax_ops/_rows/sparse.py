@@ -1,9 +1,9 @@
-"""Sums over a row's equal ids."""
+"""Sums over equal ids. None is a scatter that adds: on a GPU that adds in whatever order its threads come."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def by_class(ids: Array, a: Array) -> tuple[Array, Array, Array]:
@@ -12,14 +12,26 @@ def by_class(ids: Array, a: Array) -> tuple[Array, Array, Array]:
     `a` is 0 where an id names no class. No sum is a difference of two.
     """
     order = jnp.argsort(ids, 1, stable=True)
-    at = jnp.take_along_axis(ids, order, 1)
-    begins = jnp.concatenate([jnp.ones_like(at[:, :1], dtype=bool), at[:, 1:] != at[:, :-1]], 1)
-    place, row = jnp.cumsum(begins, 1) - 1, jnp.arange(ids.shape[0])[:, None]
-    sums = jnp.zeros_like(a).at[row, place].add(jnp.take_along_axis(a, order, 1))
-    zero = jnp.zeros_like(a[:, :1])
-    before = jnp.concatenate([zero, jnp.cumsum(sums, 1)[:, :-1]], 1)
-    after = jnp.concatenate([jnp.cumsum(sums[:, ::-1], 1)[:, ::-1][:, 1:], zero], 1)
-    own, others = (
-        jnp.zeros_like(a).at[row, order].set(jnp.take_along_axis(s, place, 1)) for s in (sums, before + after)
-    )
-    return own, others, jnp.zeros_like(begins).at[row, order].set(begins) & (ids >= 0)
+    at, given = (jnp.take_along_axis(v, order, 1) for v in (ids, a))
+    turns, one, zero = at[:, 1:] != at[:, :-1], jnp.ones_like(at[:, :1], dtype=bool), jnp.zeros_like(a[:, :1])
+    begins, ends = jnp.concatenate([one, turns], 1), jnp.concatenate([turns, one], 1)
+    slot = lax.broadcasted_iota(jnp.int32, at.shape, 1)
+    first = lax.cummax(jnp.where(begins, slot, 0), axis=1)
+    last = lax.cummin(jnp.where(ends, slot, at.shape[1]), axis=1, reverse=True)
+    own = jnp.take_along_axis(run_sums(begins, given, 1), last, 1)
+    before = jnp.concatenate([zero, jnp.cumsum(given, 1)[:, :-1]], 1)
+    after = jnp.concatenate([jnp.cumsum(given[:, ::-1], 1)[:, ::-1][:, 1:], zero], 1)
+    others = jnp.take_along_axis(before, first, 1) + jnp.take_along_axis(after, last, 1)
+    back = jnp.argsort(order, 1)
+    own, others, begins = (jnp.take_along_axis(v, back, 1) for v in (own, others, begins))
+    return own, others, begins & (ids >= 0)
+
+
+def run_sums(begins: Array, a: Array, axis: int) -> Array:
+    """a added up from the begin of each run along `axis`; `begins` broadcasts to it."""
+
+    def joined(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        (some, before), (begun, own) = left, right
+        return some | begun, jnp.where(begun, own, before + own)
+
+    return lax.associative_scan(joined, (begins, a), axis=axis)[1]

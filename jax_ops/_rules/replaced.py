@@ -11,8 +11,9 @@ from jax import lax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from jax_ops._lowering import as_typed, mapped
+from jax_ops._lowering import as_typed, loops_are_to_come, mapped
 from jax_ops._rules.autodiff import apart, moves
+from jax_ops._rules.varying import varying_as
 
 
 def replaced(
@@ -155,8 +156,15 @@ def _summed(program: Any, axis: Any, dims: Sequence[int | None], outs: Sequence[
         wide = [
             jnp.promote_types(a.dtype, jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in alone
         ]
-        start = [jnp.zeros(a.shape, kind) for a, kind in zip(alone, wide, strict=True)]
-        sums, each = lax.scan(step, start, several)
+        start = [varying_as(jnp.zeros(a.shape, kind), a) for a, kind in zip(alone, wide, strict=True)]
+        if not loops_are_to_come():
+            sums, each = lax.scan(step, start, several)
+        else:
+            sums, found = start, []
+            for i in range(axis.size):
+                sums, own = step(sums, [a[i] for a in several])
+                found.append(own)
+            each = [jnp.stack(parts) for parts in zip(*found, strict=True)]
         summed, mine = (s.astype(a.dtype) for s, a in zip(sums, alone, strict=True)), iter(each)
         return [next(summed) if d is None else next(mine) for d in outs]
 

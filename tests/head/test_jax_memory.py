@@ -95,6 +95,23 @@ def test_temporary_memory_is_a_chunk_and_one_weight(name: str, uneven: bool, dty
         assert _temporary(_halved(name, (0,)), *args) <= chunk + slices + 16
 
 
+def test_pairs_without_a_kernel_go_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mass that a pair adds up at its classes is an array of a chunk's logits: of all rows it would be 64 MiB."""
+
+    def ours(x: Any, w: Any, v: Any, ids: Any) -> Any:
+        return jax_ops.linear_cross_entropy(x, w, (ids, v), chunk_size=64)
+
+    monkeypatch.setattr(native, "missing", "taken away")
+    jax.clear_caches()
+    with jax.enable_x64(False):
+        x, w, _, _ = _shapes("float32")
+        v, ids = (jax.ShapeDtypeStruct((1024, 3), kind) for kind in ("float32", "int32"))
+        found = _temporary(jax.value_and_grad(ours, (0, 1, 2)), x, w, v, ids)
+        monkeypatch.undo()
+        jax.clear_caches()
+    assert found <= 48
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_temporary_memory_with_a_frozen_weight(dtype: str) -> None:
     def ours(x: Any, w: Any, b: Any, t: Any) -> Any:

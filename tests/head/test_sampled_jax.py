@@ -11,6 +11,7 @@ import pytest
 
 import jax_ops
 from jax_ops._head import sampled
+from jax_ops._parallel import points as sharded
 from jax_ops._rows import native
 from jax_ops._rows import points as rows
 from softmax_ext import reference
@@ -105,7 +106,7 @@ SABOTEURS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", SABOTEURS)
 def test_wrong_points_are_seen(name, monkeypatch):
-    monkeypatch.setattr(sampled, "points", SABOTEURS[name])
+    monkeypatch.setattr(sharded, "points", SABOTEURS[name])
     sampled._sampled.cache_clear()
     jax.clear_caches()
     with pytest.raises(AssertionError):
@@ -193,6 +194,30 @@ def test_any_chunk_and_transform_has_the_same_points():
         np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["custom_vjp3", "remat3", "scan3"])
+def test_what_jax_will_do_one_day_changes_nothing(name, served):
+    if not hasattr(jax.config, f"jax_{name}"):
+        pytest.skip(f"JAX {jax.__version__} has no jax_{name}")
+    x, w, _, _ = head(6, 8, 60)
+    keys, pair = jax.random.split(KEY, 2), (np.array([[1, 4, 1]] * 6), jnp.full((6, 3), 0.3))
+    f = lambda w, key: OPS.linear_cross_entropy(x, w, pair, grad_samples=8, key=key, chunk_size=3)  # noqa: E731
+    uses = (
+        lambda w: jax.jit(jax.vmap(jax.grad(f), (None, 0)))(w, keys),
+        lambda w: jax.jit(jax.grad(lambda w: jax.vmap(f, (None, 0))(w, keys).sum()))(w),
+        lambda w: jax.jit(lambda w: jax.jvp(lambda w: f(w, KEY), (w,), (jnp.cos(w),))[1])(w),
+    )
+    due, before = [use(w) for use in uses], getattr(jax.config, f"jax_{name}")
+    try:
+        jax.config.update(f"jax_{name}", True)
+        found = [use(w) for use in uses]
+    finally:
+        jax.config.update(f"jax_{name}", before)
+    for a, c in zip(found, due, strict=True):
+        assert np.abs(c).max() > 1e-3
+        np.testing.assert_allclose(a, c, rtol=1e-4, atol=1e-6)
+
+
 def test_forward_mode_is_exact_and_second_derivatives_refused():
     x, w, _, t = head()
     f = lambda x, w: OPS.linear_cross_entropy(x, w, t, grad_samples=4, key=KEY)  # noqa: E731
@@ -254,7 +279,6 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "grad_samples must be None with memory='lean'; got 4.": {"grad_samples": 4, "memory": "lean", "key": KEY},
     "key must be a jax.random key with grad_samples; got None.": {"grad_samples": 4},
     "key must be None without grad_samples; got a key.": {"key": KEY},
-    "grad_samples must be None with axis_name; got a number.": {"grad_samples": 4, "key": KEY, "axis_name": "v"},
     "grad_samples must be None with label_smoothing and softcap together; got a number.": {
         "grad_samples": 4, "key": KEY, "softcap": 2.0, "label_smoothing": 0.1},
 }  # fmt: skip

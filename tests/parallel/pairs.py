@@ -28,6 +28,7 @@ from tests.parallel.shards import (
     same,
     targets,
 )
+from torch_ops._parallel import sampled
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("plain", {}),
@@ -147,26 +148,43 @@ def _sampled(target: Any, options: dict[str, Any], over: Any) -> Fn:
     return fn
 
 
+def _agree_sampled(sizes: tuple[int, ...], name: str, options: dict[str, Any], t: Any) -> None:
+    """Compared with the one-device call, gradient by gradient."""
+    classes, part, found = sum(sizes), Part(sizes), []
+    full = {n: arrays(classes)[n] for n in ("x", "lw", "lb", "tw")}
+    for fn, cut_ in ((_sampled(t, options, None), False), (_sampled(t, options, group()), True)):
+        leaves = {n: (part.of(n, v) if cut_ else v).clone().requires_grad_() for n, v in full.items()}
+        values = fn(**leaves)
+        up = [torch.cos(torch.arange(v.numel()).double()).reshape(v.shape) for v in values]
+        total = sum((v * c).sum() for v, c in zip(values, up, strict=True) if v.is_floating_point())
+        found.append([*values, *torch.autograd.grad(total, [*leaves.values()])])  # pyright: ignore
+    names = [*[f"value {i}" for i in range(len(found[0]) - 4)], *full]
+    for which, a, b in zip(names, found[1], found[0], strict=True):
+        same(a, part.of(which, b), f"sampled {sizes} {name} {which} pair={isinstance(t, tuple)}")
+
+
 @check
 def sampled_gradients_are_those_of_one_device() -> None:
-    """The same points whatever rank a class is on: compared with the one-device call, gradient by gradient."""
+    """The same points whatever rank a class is on."""
     each: Any = itertools.product(SIZES[dist.get_world_size()], SAMPLED)
     for sizes, (name, options) in each:
-        classes, part = sum(sizes), Part(sizes)
-        full = {n: arrays(classes)[n] for n in ("x", "lw", "lb", "tw")}
-        target = targets(classes)
-        for t in (target, (ids_of(classes), _probabilities())):
-            whole, mine = _sampled(t, options, None), _sampled(t, options, group())
-            found = []
-            for fn, cut_ in ((whole, False), (mine, True)):
-                leaves = {n: (part.of(n, v) if cut_ else v).clone().requires_grad_() for n, v in full.items()}
-                values = fn(**leaves)
-                up = [torch.cos(torch.arange(v.numel()).double()).reshape(v.shape) for v in values]
-                total = sum((v * c).sum() for v, c in zip(values, up, strict=True) if v.is_floating_point())
-                found.append([*values, *torch.autograd.grad(total, [*leaves.values()])])  # pyright: ignore
-            names = [*[f"value {i}" for i in range(len(found[0]) - 4)], *full]
-            for which, a, b in zip(names, found[1], found[0], strict=True):
-                same(a, part.of(which, b), f"sampled {sizes} {name} {which} pair={isinstance(t, tuple)}")
+        for t in (targets(sum(sizes)), (ids_of(sum(sizes)), _probabilities())):
+            _agree_sampled(sizes, name, options, t)
+
+
+@check
+def ranks_that_draw_points_of_their_own_are_seen() -> None:
+    """A saboteur: each rank takes the points of its own generator."""
+    sizes = SIZES[dist.get_world_size()][0]
+    shared, seen = sampled.of_first, []
+    sampled.of_first = lambda u, group: u
+    try:
+        _agree_sampled(sizes, *SAMPLED[1], targets(sum(sizes)))
+    except AssertionError:
+        seen.append(dist.get_rank())
+    finally:
+        sampled.of_first = shared
+    assert seen == ([dist.get_rank()] if dist.get_world_size() > 1 else []), "nobody saw points of many generators"
 
 
 @check

@@ -30,24 +30,27 @@ OPS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.slow
-def test_sharded_classes_on_eight_devices() -> None:
-    command, root = [sys.executable, "-m", "tests.parallel.jax_devices"], Path(__file__).parents[2]
+@pytest.mark.parametrize("checks", ["jax_devices", "jax_sampled"])
+def test_sharded_classes_on_eight_devices(checks: str) -> None:
+    command, root = [sys.executable, "-m", f"tests.parallel.{checks}"], Path(__file__).parents[2]
     env = {**os.environ, "XLA_FLAGS": FLAGS}
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().endswith("all sharded checks ran")
 
 
-def _on_one_device(op: str, axis_name: Any) -> Callable[[Any], Any]:
+def _on_one_device(op: str, axis_name: Any, **given: Any) -> Callable[[Any], Any]:
     mesh = jax.make_mesh((1,), ("v",), axis_types=(jax.sharding.AxisType.Auto,))
-    call = lambda w: OPS[op](w, axis_name=axis_name)  # noqa: E731
+    call = lambda w: OPS[op](w, axis_name=axis_name, **given)  # noqa: E731
     return jax.shard_map(call, mesh=mesh, in_specs=P("v"), out_specs=P())
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, "sampled"])
 def test_an_axis_of_one_device_changes_nothing(op: str) -> None:
-    ours = jax.jit(jax.value_and_grad(_on_one_device(op, "v")))(jnp.asarray(W))
-    for p, q in zip(ours, jax.value_and_grad(OPS[op])(jnp.asarray(W)), strict=True):
+    given = {"grad_samples": 3, "key": jax.random.key(0)} if op == "sampled" else {}
+    op = "linear_cross_entropy" if given else op
+    ours = jax.jit(jax.value_and_grad(_on_one_device(op, "v", **given)))(jnp.asarray(W))
+    for p, q in zip(ours, jax.value_and_grad(lambda w: OPS[op](w, **given))(jnp.asarray(W)), strict=True):
         assert np.abs(q).max() > 1e-2
         np.testing.assert_allclose(p, q, rtol=1e-6)
 
