@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_ops._lowering import loops_are_to_come
 from jax_ops._parallel.shard import Shard
 from jax_ops._rows.classes import IGNORED, INVALID
 from jax_ops._rows.points import points, points_and_mass
@@ -52,7 +53,15 @@ def _spans(own: Array, shard: Shard) -> Array:
     each = lax.all_gather(own, shard.names)
     # One after the other: what one device ends with is to the last bit what the next one begins with, and no point
     # falls between the two, nor on a device without any mass.
-    whole, begins = lax.scan(lambda total, mass: (_added(total, mass), total), jnp.zeros_like(own), each)
+    whole = jnp.zeros_like(own)
+    if loops_are_to_come():
+        parts = []
+        for mass in each:
+            parts.append(whole)
+            whole = _added(whole, mass)
+        begins = jnp.stack(parts)
+    else:
+        whole, begins = lax.scan(lambda total, mass: (_added(total, mass), total), whole, each)
     ends = jnp.concatenate([begins[1:], whole[None]])
     at = lax.axis_index(shard.names)
     return jnp.stack([begins[at], ends[at], whole], 1)
