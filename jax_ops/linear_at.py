@@ -82,7 +82,8 @@ def _logits(x: jax.Array, w: jax.Array, at: jax.Array, b: jax.Array | None) -> j
     """The logits at canonical ids."""
     x, w, at, b = alike(x, w, at, b)
     n, k = math.prod(x.shape[:-1]), at.shape[-1]
-    z = picked_fwd(x.reshape(n, x.shape[-1]), w, at.reshape(n, k)).reshape(at.shape)
-    if b is not None and b.shape[0]:
-        z = z + jnp.where(at < 0, 0.0, b.astype(z.dtype).at[at.clip(0)].get(mode="clip"))
-    return jnp.where(at == IGNORED, -jnp.inf, z)
+    flat = at.reshape(n, k)
+    z = picked_fwd(x.reshape(n, x.shape[-1]), w, flat)
+    if b is not None and b.shape[0]:  # not by an index alone: its gradient is a scatter, in no order on a GPU
+        z = z + picked_fwd(jnp.ones_like(x, shape=(n, 1)), b[:, None], flat)
+    return jnp.where(at == IGNORED, -jnp.inf, z.reshape(at.shape))

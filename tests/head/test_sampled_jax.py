@@ -195,7 +195,11 @@ def test_any_chunk_and_transform_has_the_same_points():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["custom_vjp3", "remat3", "scan3"])
+@pytest.mark.parametrize(
+    ("served", "name"),
+    [("native", "custom_vjp3"), ("native", "remat3"), ("native", "scan3"), ("plain", "scan3")],
+    indirect=["served"],
+)
 def test_what_jax_will_do_one_day_changes_nothing(name, served):
     if not hasattr(jax.config, f"jax_{name}"):
         pytest.skip(f"JAX {jax.__version__} has no jax_{name}")

@@ -328,6 +328,17 @@ def saboteurs_are_seen(mesh: Any) -> None:
         raise AssertionError(f"nobody saw it: {name}")
 
 
+def loops_to_come(mesh: Any) -> None:
+    """Under the scan that JAX (0.10.2) is to have."""
+    if hasattr(jax.config, "jax_scan3"):
+        try:
+            jax.config.update("jax_scan3", True)
+            problem = Problem("rows", PAIR)
+            agrees(problem, problem.shards(mesh), "scan3")
+        finally:
+            jax.config.update("jax_scan3", False)
+
+
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
     mesh = jax.make_mesh((8,), ("v",), axis_types=(AxisType.Auto,))
@@ -344,6 +355,7 @@ def main() -> None:
         (half_precision, mesh),
         (keys_of_their_own, mesh),
         (saboteurs_are_seen, mesh),
+        (loops_to_come, mesh),
     ):
         if sys.argv[1:] and check.__name__ not in sys.argv[1:]:
             continue
