@@ -6,7 +6,8 @@
 //   backward   with g_j = d_nll Y_j + d_smooth w_j  (Y one-hot, or a)  and  A = sum g_j + d_lse:
 //              dz_j = A p_j - g_j - d_entropy p_j (log p_j + entropy),   dx_j = dz_j dz/dx
 //              The target's d_nll (p_t - 1) is formed as -d_nll q_t: q_t = rest / total at the maximum and
-//              (total - e_t) / total elsewhere, where e_t <= total / 2. Never 1 subtracted from p.
+//              (total - e_t) / total elsewhere, where e_t <= total / 2. Never 1 subtracted from p. What else multiplies
+//              p_t is summed without d_nll, not A - d_nll: a small z-loss beside a loss would lose its digits.
 #pragma once
 #include "row_state.h"
 #include "rows.h"
@@ -47,18 +48,20 @@ SX_INLINE void write_results(const CrossEntropy& a, int64_t r, const RowState& s
 // What the gradient of one row needs beside e_j.
 struct GradRow {
   double total, rest, A, nll, smooth, entropy;  // upstream gradients, A as above
+  double others;                                // A without the d_nll of the class that at_target is asked for
   double log_shift;                             // log p_j + entropy = (z_j - m) + log_shift
   SX_INLINE GradRow(double rest_, double target_mass, double weight_sum, double H, double nll_, double lse,
                     double smooth_, double entropy_)
       : total(1 + rest_), rest(rest_), nll(nll_), smooth(smooth_), entropy(entropy_) {
-    A = nll * target_mass + smooth * weight_sum + lse;
+    others = smooth * weight_sum + lse;
+    A = nll * target_mass + others;
     log_shift = entropy != 0 ? H - log1p_positive(rest) : 0;
   }
   // dz at an integer target: z = its logit, d = z - m, w = its weight
   SX_INLINE double at_target(double d, double w) const {
     double e = __builtin_exp(d), p = e / total;
     double q = d == 0 ? rest / total : (total - e) / total;
-    double dz = (A - nll) * p - nll * q - smooth * w;
+    double dz = others * p - nll * q - smooth * w;
     return entropy != 0 && p > 0 ? dz - entropy * p * (d + log_shift) : dz;
   }
 };

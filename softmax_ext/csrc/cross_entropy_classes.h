@@ -56,6 +56,7 @@ template <class T, Do what> struct ClassesOfRows {
   Transform<F> tr;
   F* x;            // (rows of the unit, K): the logits at the ids
   double* mass;    // (K,)
+  double* after;   // (K,): the mass of classes that are first named after this slot
   int64_t* first;  // (K,)
   Equal equal;
 
@@ -112,11 +113,15 @@ template <class T, Do what> struct ClassesOfRows {
     }
     GradRow g(rest, 0, a.weight_sum, entropy, sum, row_value<F>(a.d_lse, r), row_value<F>(a.d_smooth, r),
               row_value<F>(a.d_entropy, r));
-    g.A += sum;
+    // The others' mass is summed, not all less this class's: one of K may hold nearly all of it.
+    double before = 0, later = 0;
+    for (int64_t k = a.K; k-- > 0;) after[k] = later, later += first[k] == k ? mass[k] : 0;
+    const double beside = g.others;
     for (int64_t k = 0; k < a.K; ++k) {
       if (first[k] != k) continue;
       int64_t v = id(at, k);
-      g.nll = mass[k];
+      g.nll = mass[k], g.others = (before + after[k]) + beside;
+      before += mass[k];
       double dz = g.at_target((double)(tr.on ? tr.one(x[k]) : x[k]) - m, w ? (double)w[v] : 1);
       put(out + v * inner(), (F)(dz * (tr.on ? (double)tr.slope_one(x[k]) : 1)));
     }
@@ -129,16 +134,17 @@ bool classes_of_rows(Fn fn, const CrossEntropy& a, int64_t begin, int64_t end, D
   using F = Compute<T>;
   const int64_t most = way_of(a.layout) == Way::planes ? a.layout.inner : way_of(a.layout) == Way::wide ? 1 : unit_lanes;
   const int64_t per_row = 8 + 8 + 4 * (int64_t)sizeof(F), room = most * (per_row + a.K * (int64_t)sizeof(F));
-  Scratch scratch(room + 64 + 16 * a.K + Equal::bytes(a.K));
+  Scratch scratch(room + 64 + 24 * a.K + Equal::bytes(a.K));
   if (!scratch.p) return false;
   double* sums = (double*)scratch.p;
   int64_t* targets = (int64_t*)(sums + most);
   double* mass = (double*)(targets + most);
-  int64_t* first = (int64_t*)(mass + a.K);
+  double* after = mass + a.K;
+  int64_t* first = (int64_t*)(after + a.K);
   char* table = (char*)(first + a.K);
   F* lse = (F*)(table + Equal::bytes(a.K));
   F *entropy = lse + most, *own_m = entropy + most, *own_rest = own_m + most, *x = own_rest + most;
-  ClassesOfRows<T, what> rows{a, {a.scale, a.softcap}, x, mass, first, Equal(a.K, table)};
+  ClassesOfRows<T, what> rows{a, {a.scale, a.softcap}, x, mass, after, first, Equal(a.K, table)};
   // where a row-shaped array of the unit's rows would begin if it had all rows
   auto of_all = [](void* p, int64_t r0, int64_t size) { return (void*)((uintptr_t)p - (uintptr_t)(r0 * size)); };
   for (int64_t u = begin; u < end; ++u) {

@@ -30,7 +30,8 @@ template <class F> struct LaneTargets {
 
 // The state of W rows as arrays over lanes, so that the scalar formulas become loops the compiler vectorises.
 template <class F> struct LaneRows {
-  double m[W<F>], rest[W<F>], ed[W<F>], wd[W<F>], ad[W<F>], a[W<F>], w_inf[W<F>], a_inf[W<F>], zt[W<F>], L[W<F>];
+  double m[W<F>], rest[W<F>], ed[W<F>], wd[W<F>], ad[W<F>], a[W<F>], a_others[W<F>];
+  double w_inf[W<F>], a_inf[W<F>], zt[W<F>], L[W<F>];
 };
 
 template <class F, class X, class Y>
@@ -39,7 +40,7 @@ SX_INLINE void ce_lane_extras(const CrossEntropy& a, X x, Y y, const Transform<F
   const F* w = (const F*)a.weight;
   const bool dense = is_dense(a);
   const F low = -__builtin_inff();
-  Sum<F> ed, wd, ad, asum;
+  Sum<F> ed, wd, ad, asum, aothers;
   Vec<F> w_inf = {}, a_inf = {}, zero = {};
   Shift<F> s(shift);
   if (smooth || entropy || dense)
@@ -60,6 +61,7 @@ SX_INLINE void ce_lane_extras(const CrossEntropy& a, X x, Y y, const Transform<F
         Vec<F> g = y[v] * wv;
         ad.add(g * d);
         asum.add(g);
+        aothers.add(z == shift ? zero : g);
         a_inf += (masked & (g != 0)) ? g * low : zero;
       }
     }
@@ -67,6 +69,7 @@ SX_INLINE void ce_lane_extras(const CrossEntropy& a, X x, Y y, const Transform<F
   wd.lanes(st.wd);
   ad.lanes(st.ad);
   asum.lanes(st.a);
+  aothers.lanes(st.a_others);
   F w_lost[W<F>], a_lost[W<F>];
   store(w_lost, w_inf);
   store(a_lost, a_inf);
@@ -138,26 +141,23 @@ SX_INLINE void ce_lanes_gradient(const CrossEntropy& a, X x, Y y, Out out, int64
   rows_in<F>(a.d_lse, r0, n, lse);
   rows_in<F>(a.d_smooth, r0, n, smooth);
   rows_in<F>(a.d_entropy, r0, n, entropy);
-  double factor[W<F>], less[W<F>], less_nll[W<F>], scale_e[W<F>], log_shift[W<F>], total[W<F>];
+  double factor[W<F>], at_top[W<F>], less_nll[W<F>], scale_e[W<F>], log_shift[W<F>], total[W<F>];
   for (int l = 0; l < W<F>; ++l) {
     total[l] = 1 + st.rest[l];
-    A[l] = nll[l] * (dense ? st.a[l] : 1) + smooth[l] * a.weight_sum + lse[l];
+    const double beside = smooth[l] * a.weight_sum + lse[l];
+    A[l] = nll[l] * (dense ? st.a[l] : 1) + beside;
     factor[l] = A[l] / total[l];
-    less[l] = -(A[l] * st.rest[l]) / total[l];
+    at_top[l] = (dense ? nll[l] * st.a_others[l] : 0) + beside - (A[l] * st.rest[l]) / total[l];
+    A[l] = beside / total[l];
     less_nll[l] = -nll[l] / total[l];
     top[l] = st.m[l] - st.m[l] == 0 ? st.m[l] : 0;
   }
-  if (a.d_entropy)
-    for (int l = 0; l < W<F>; ++l) {
-      scale_e[l] = -entropy[l] / total[l];
-      // log p_j + H = (z_j - m) - L + (L - ed / total)
-      log_shift[l] = -st.ed[l] / total[l];
-    }
+  if (a.d_entropy)  // log p_j + H = (z_j - m) - L + (L - ed / total)
+    for (int l = 0; l < W<F>; ++l) scale_e[l] = -entropy[l] / total[l], log_shift[l] = -st.ed[l] / total[l];
   Vec<F> m = to_vec<F>(top), d_nll = to_vec<F>(nll), d_smooth = to_vec<F>(smooth), zero = {};
-  Vec<F> part = to_vec<F>(less), to_nll = to_vec<F>(less_nll), rest = to_vec<F>(st.rest);
-  Split<F> f(factor), excess(A), whole(total);
-  for (int l = 0; l < W<F>; ++l) A[l] = (A[l] - nll[l]) / total[l];
-  Split<F> f_target(A);  // what multiplies e_t beside the -d_nll q_t
+  Vec<F> to_nll = to_vec<F>(less_nll), rest = to_vec<F>(st.rest);
+  Split<F> f(factor), confident(at_top), whole(total);  // of a confident row: dz at the maximum, without w_m
+  Split<F> f_target(A);                                 // what multiplies e_t beside the -d_nll q_t
   Vec<F> entropy_scale = {}, entropy_shift = {};
   if (a.d_entropy) {
     entropy_scale = to_vec<F>(scale_e);
@@ -172,9 +172,10 @@ SX_INLINE void ce_lanes_gradient(const CrossEntropy& a, X x, Y y, Out out, int64
     Vec<F> g = -(w ? w[v] * d_smooth : d_smooth), dz;  // minus g_j
     Ints<F> is_top = z == m;
     if (dense) {
+      Vec<F> at_maximum = (confident.hi + g) + confident.lo;
       g = g - d_nll * (w ? y[v] * w[v] : y[v]);
       // p_j as 1 - rest / total only where that is small: with rest >= 1 it would be the form that cancels
-      dz = (is_top & (rest < 1)) ? ((excess.hi + g) + excess.lo) + part : f.times_plus(q.e, g);
+      dz = (is_top & (rest < 1)) ? at_maximum : f.times_plus(q.e, g);
     } else {
       // d_nll q_t = d_nll / total * (rest, or total - e_t)
       Vec<F> others = is_top ? rest : (whole.hi - q.e) + whole.lo;

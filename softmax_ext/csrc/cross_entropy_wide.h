@@ -15,7 +15,7 @@ template <class T, class Y> struct WideExtras {
   const Transform<F>& tr;
 
   void operator()(int64_t begin, int64_t count, F shift, RowState& st) const {
-    Sum<F> ed, wd, ad, asum, wsum;
+    Sum<F> ed, wd, ad, asum, aothers, wsum;
     Vec<F> w_inf = {}, a_inf = {}, zero = {};
     Shift<F> s(all<F>(shift));
     const F low = -__builtin_inff();
@@ -41,6 +41,7 @@ template <class T, class Y> struct WideExtras {
         Vec<F> a = load_n(y + i, n, F(0)) * wv;
         ad.add(a * d);
         asum.add(a);
+        aothers.add(z == all<F>(shift) ? zero : a);
         a_inf += (masked & (a != 0)) ? a * low : zero;
       }
     });
@@ -49,6 +50,7 @@ template <class T, class Y> struct WideExtras {
     st.w += wsum.total();
     st.ad += ad.total();
     st.a += asum.total();
+    st.a_others += aothers.total();
     st.w_inf += lane_sum<F>(w_inf);
     st.a_inf += lane_sum<F>(a_inf);
   }
@@ -68,7 +70,7 @@ SX_INLINE RowState ce_visit(const CrossEntropy& a, const T* x, const Y* y, bool 
 // out_j = (A p_j - g_j - d_entropy p_j (log p_j + H)) dz/dx over the row, the integer target's entry apart.
 template <class T, class Y, bool Tr, bool Extra>
 void ce_gradient(const CrossEntropy& a, const T* x, const Y* y, T* out, int64_t t, double m, const GradRow& g,
-                 const Transform<Compute<T>>& tr) {
+                 double a_others, const Transform<Compute<T>>& tr) {
   using F = Compute<T>;
   const int64_t V = a.layout.V;
   const F* w = (const F*)a.weight;
@@ -81,7 +83,9 @@ void ce_gradient(const CrossEntropy& a, const T* x, const Y* y, T* out, int64_t 
     at_target = (F)(g.at_target((double)(Tr ? tr.one(xt) : xt) - (double)top, w ? (double)w[t] : 1) * slope);
   }
   Shift<F> s(all<F>(top));
-  Split<F> factor(g.A / g.total), excess(g.A), less(-(g.A * g.rest) / g.total), entropy(-g.entropy / g.total);
+  Split<F> factor(g.A / g.total), entropy(-g.entropy / g.total);
+  // at the maximum of a confident row, without w_m: A - a_m by the others' mass, less A (1 - p_m)
+  Split<F> at_top(g.nll * a_others + g.others - (g.A * g.rest) / g.total);
   Vec<F> smooth = all<F>((F)-g.smooth);
   const F nll = (F)g.nll, log_shift = (F)g.log_shift, low = -__builtin_inff();
   // p_j as 1 - rest / total only where that is small: with rest >= 1 it would be the form that cancels
@@ -96,8 +100,8 @@ void ce_gradient(const CrossEntropy& a, const T* x, const Y* y, T* out, int64_t 
       if (y) {
         Vec<F> yj = load_n(y + i, n, F(0));
         if (w) yj = yj * load_n(w + i, n, F(0));
+        Vec<F> confident = (at_top.hi + gj) + at_top.lo;
         gj = gj - nll * yj;
-        Vec<F> confident = ((excess.hi + gj) + excess.lo) + less.hi;
         dz = z == all<F>(confident_at) ? confident : factor.times_plus(q.e, gj);
       } else {
         dz = factor.times_plus(q.e, gj);
@@ -179,7 +183,7 @@ void ce_row(const CrossEntropy& a, int64_t r, const Transform<Compute<T>>& tr, [
   double H = d_entropy != 0 ? log1p_positive(st.rest) - st.ed / (1 + st.rest) : 0;
   GradRow g(st.rest, dense ? st.a : 1, a.weight_sum, H, row_value<F>(a.d_nll, r), row_value<F>(a.d_lse, r),
             row_value<F>(a.d_smooth, r), d_entropy);
-  ce_gradient<T, Y, Tr, Extra>(a, x, y, out, t, st.m, g, tr);
+  ce_gradient<T, Y, Tr, Extra>(a, x, y, out, t, st.m, g, st.a_others, tr);
 }
 
 // kept: room for one row's exps where the gradient cannot hold them unrounded (`Do::both`, V <= keep_up_to).

@@ -18,6 +18,7 @@ struct RowState {
   double ed = 0;              // sum e_j d_j
   double wd = 0, w = 0;       // sum w_j d_j, sum w_j
   double ad = 0, a = 0;       // sum a_j d_j, sum a_j,  a_j = w_j y_j
+  double a_others = 0;        // sum a_j where z_j < m: a - a_m would lose a small rest beside a target of nearly 1
   double w_inf = 0, a_inf = 0;  // the terms of wd and ad that are infinite: mass on a logit of -inf
 
   SX_INLINE double shift() const { return m > -inf ? m : 0; }
@@ -37,6 +38,7 @@ struct RowState {
     }
     if (w != 0) wd += w * delta;
     if (a != 0) ad += a * delta;
+    a_others = a;
     m = M;
   }
   // A row whose maximum is not finite has no distribution: every result of it is NaN.

@@ -75,7 +75,7 @@ def cross_entropy_fwd_kernel(
     ENTROPY: tl.constexpr = entropy_out is not None
     target_z = tl.load(x + first + step(t, inner, INNER), mask=counts, other=float("nan")).to(F)
     target_z = capped(target_z, scale, cap, F, SCALED, CAPPED)
-    m, top, rest, ed, wd, ws, ad, asum, _, _ = visit(
+    m, top, rest, ed, wd, ws, ad, asum, _, _, _ = visit(
         x, target, weight, first, real & (ignored == 0), V, inner, scale, cap,
         SOFT, SMOOTH, ENTROPY, F, FAST, SCALED, CAPPED, INNER, ONE, ROWS, COLS, LANES, VECTOR, False,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def cross_entropy_bwd_kernel(
     target_raw = tl.load(x + first + step(t, inner, INNER), mask=counts, other=0.0).to(F)
     target_z = capped(target_raw, scale, cap, F, SCALED, CAPPED)
     if BOTH:
-        m, top, rest, ed, wd, ws, ad, asum, raw, e = visit(
+        m, top, rest, ed, wd, ws, ad, asum, aside, raw, e = visit(
             x, target, weight, first, alive, V, inner, scale, cap,
             SOFT, smooth_out is not None, ENTROPY or entropy_out is not None,
             F, FAST, SCALED, CAPPED, INNER, ONE, ROWS, COLS, LANES, VECTOR, True,
@@ -145,14 +145,14 @@ def cross_entropy_bwd_kernel(
         m = tl.where(tl.abs(m) < float("inf"), m, tl.zeros_like(m))
         big, floor, magic = origin(m, F, FAST)
     else:
-        m, top, rest, ed, asum, big, floor, magic = stored(
+        m, top, rest, ed, asum, aside, big, floor, magic = stored(
             m_row, rest_row, x, target, weight, row, first, alive, V, inner, scale, cap,
             SOFT, ENTROPY, F, FAST, SCALED, CAPPED, INNER, ROWS, COLS,
         )  # fmt: skip
     d_nll, d_lse = number(d_nll_in, row, real, F), number(d_lse_in, row, real, F)
     d_smooth, d_entropy = number(d_smooth_in, row, real, F), number(d_entropy_in, row, real, F)
     others, log_shift, excess, lost, high, low, ent_high, ent_low = factors(
-        weight, weight_sum, V, ed, asum, top, rest, d_nll, d_lse, d_smooth, d_entropy, SOFT, SMOOTH, ENTROPY, F
+        weight, weight_sum, V, ed, asum, aside, top, rest, d_nll, d_lse, d_smooth, d_entropy, SOFT, SMOOTH, ENTROPY, F
     )
     at_target = target_entry(
         t, counts, target_raw, target_z, weight, m, top, rest, big, floor, magic, others, d_nll, d_smooth, d_entropy,

@@ -19,6 +19,7 @@ def _sums(
     first,
     alive,
     m,
+    confident,
     big,
     floor,
     magic,
@@ -36,20 +37,25 @@ def _sums(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """(sum e_j d_j, sum a_j), sums over the row that the forward did not keep."""
+    """(sum e_j d_j, sum a_j, sum a_j but at the maximum), sums over the row that the forward did not keep.
+
+    The last only of a confident row, whose logits are read for it.
+    """
     cols = tl.arange(0, COLS)[None, :]
-    e_d, a_all = tl.zeros([ROWS, COLS], F), tl.zeros([ROWS, COLS], F)
+    e_d, a_all, a_side = tl.zeros([ROWS, COLS], F), tl.zeros([ROWS, COLS], F), tl.zeros([ROWS, COLS], F)
     for begin in range(0, V, COLS):
         at, mask = first + step(begin + cols, inner, INNER), alive & (begin + cols < V)
-        if ENTROPY:
-            z = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
+        if ENTROPY or SOFT:
+            z = tl.load(x + at, mask=mask if ENTROPY else mask & confident, other=-float("inf")).to(F)
             z = capped(z, scale, cap, F, SCALED, CAPPED)
+        if ENTROPY:
             ez = exp(z, big, floor, magic, F, FAST)
             e_d += tl.where(ez > 0.0, ez * (z - m), tl.zeros_like(ez))
         if SOFT:
             _w, a = masses(target, weight, at, begin + cols, mask, SOFT, F)
             a_all += a
-    return total(e_d, 1), total(a_all, 1)
+            a_side += tl.where(z < m, a, tl.zeros_like(a))
+    return total(e_d, 1), total(a_all, 1), total(a_side, 1)
 
 
 @triton.jit
@@ -76,18 +82,18 @@ def stored(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """(m, top, rest, sum e_j d_j, sum a_j, the three numbers of exp's origin) of rows that were visited before."""
+    """(m, top, rest, the three of _sums, the three numbers of exp's origin) of rows that were visited before."""
     m, rest = number(m_row, row, alive, F), number(rest_row, row, alive, F)
     m = tl.where(tl.abs(m) < float("inf"), m, tl.zeros_like(m))
     big, floor, magic = origin(m, F, FAST)
     top = at_origin(m, big, floor, magic, F, FAST)
-    ed, asum = tl.zeros_like(m), tl.zeros_like(m)
+    ed, asum, aside = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
     if SOFT or ENTROPY:
-        ed, asum = _sums(
-            x, target, weight, first, alive, m, big, floor, magic, V, inner, scale, cap,
+        ed, asum, aside = _sums(
+            x, target, weight, first, alive, m, rest < 1.0, big, floor, magic, V, inner, scale, cap,
             SOFT, ENTROPY, F, FAST, SCALED, CAPPED, INNER, ROWS, COLS,
         )  # fmt: skip
-    return m, top, rest * top, ed, asum, big, floor, magic
+    return m, top, rest * top, ed, asum, aside, big, floor, magic
 
 
 @triton.jit
@@ -97,6 +103,7 @@ def factors(
     V,
     ed,
     asum,
+    aside,
     top,
     rest,
     d_nll,
@@ -108,7 +115,7 @@ def factors(
     ENTROPY: tl.constexpr,
     F: tl.constexpr,
 ):
-    """What all of a row's entries are multiplied by; `others` is A without the target's own part."""
+    """What all of a row's entries are multiplied by; `others` and `excess` are A without the target's own part."""
     others = d_lse
     if SMOOTH:
         if weight is not None:
@@ -118,8 +125,9 @@ def factors(
     log_shift = tl.zeros_like(top)
     if ENTROPY:  # log p_j + H = (z_j - m) + log_shift: L cancels
         log_shift = -ratio(ratio(ed, top, F), 1.0 + ratio(rest, top, F), F)
-    excess = others + d_nll * asum if SOFT else others + d_nll
-    high, low = over(excess, top, rest, F)
+    every = others + d_nll * asum if SOFT else others + d_nll
+    excess = others + d_nll * aside if SOFT else others
+    high, low = over(every, top, rest, F)
     ent_high, ent_low = over(-d_entropy, top, rest, F)
-    lost_high, lost_low = over(excess * rest, top, rest, F)
+    lost_high, lost_low = over(every * rest, top, rest, F)
     return others, log_shift, excess, lost_high + lost_low, high, low, ent_high, ent_low

@@ -100,8 +100,10 @@ def _gradient(
     if SOFT or ENTROPY:
         z = capped(raw, scale, cap, F, SCALED, CAPPED)
         if SOFT:
-            # one class holds more than half: A p - g = (A - g) - A rest / total does not cancel there
-            dz = tl.where(confident & (z == m), (excess + g) - lost, dz)
+            # one class holds more than half: A p - g = (A - g) - A rest / total does not cancel there, where A - g is
+            # formed of what lies on the others
+            beside = excess - d_smooth * w if SMOOTH else excess
+            dz = tl.where(confident & (z == m), beside - lost, dz)
         if ENTROPY:
             d = tl.where(e > 0.0, z - m, tl.zeros_like(e))
             dz = dz + tl.fma(e, ent_high, e * ent_low) * (d + log_shift)

@@ -95,7 +95,8 @@ def visit(
 ):
     """What one read of a row leaves: (m, top, rest, sums, its only block's x and exps if ONE). AGAIN: another follows.
 
-    sums = (sum e_j d_j, sum w_j d_j, sum w_j, sum a_j d_j, sum a_j) with d_j = z_j - m; those not asked for are 0.
+    sums = (sum e_j d_j, sum w_j d_j, sum w_j, sum a_j d_j, sum a_j, sum a_j but at the maximum) with d_j = z_j - m;
+    those not asked for are 0. The last is no difference: beside a target of nearly 1 that would have no digits.
     """
     if ONE:
         return _one_block(
@@ -134,7 +135,7 @@ def _one_block(
     """`visit` of a row that is one block: x and its exps are kept for a gradient."""
     cols = tl.arange(0, COLS)[None, :]
     zero = tl.zeros([ROWS, 1], F)
-    ed, wd, ws, ad, asum = zero, zero, zero, zero, zero
+    ed, wd, ws, ad, asum, aside = zero, zero, zero, zero, zero, zero
     at, mask = first + step(cols, inner, INNER), alive & (cols < V)
     raw = tl.load(x + at, mask=mask, other=-float("inf")).to(F)
     z = capped(raw, scale, cap, F, SCALED, CAPPED)
@@ -149,7 +150,8 @@ def _one_block(
                 wd, ws = _dot(w, d, 1), total(w, 1)
             if SOFT:
                 ad, asum = _dot(a, d, 1), total(a, 1)
-    return m, top, rest, ed, wd, ws, ad, asum, raw, e
+                aside = total(tl.where(d < 0.0, a, tl.zeros_like(a)), 1)
+    return m, top, rest, ed, wd, ws, ad, asum, aside, raw, e
 
 
 @triton.jit
@@ -181,7 +183,7 @@ def _by_blocks(
     cols = tl.arange(0, COLS)[None, :]
     m, top, rest = no_rows(ROWS, F, LANES)
     zero = nothing(ROWS, F, LANES)
-    ed, wd, ws, ad, asum = zero, zero, zero, zero, zero
+    ed, wd, ws, ad, asum, aside = zero, zero, zero, zero, zero, zero
     for begin in range(0, V, COLS):
         at, mask = first + step(begin + cols, inner, INNER), alive & (begin + cols < V)
         if AGAIN:
@@ -209,6 +211,7 @@ def _by_blocks(
                 if SOFT:
                     a = dealt(a, LANES, VECTOR)
                     ad = _dot(a, d, LANES) + (ad + _moved(asum, by))
+                    aside = tl.where(m > old, asum, aside) + total(tl.where(d < 0.0, a, tl.zeros_like(a)), LANES)
                     asum += total(a, LANES)
     lane, lane_top, lane_rest = m, top, rest
     m, top, rest, carry = joined(m, top, rest, F, FAST, LANES)
@@ -220,15 +223,17 @@ def _by_blocks(
             wd = wd + _moved(ws, by)
         if SOFT:
             ad = ad + _moved(asum, by)
-    ed, wd, ws, ad, asum = (
+            aside = tl.where(by < 0.0, asum, aside)
+    ed, wd, ws, ad, asum, aside = (
         of_row(ed, LANES),
         of_row(wd, LANES),
         of_row(ws, LANES),
         of_row(ad, LANES),
         of_row(asum, LANES),
+        of_row(aside, LANES),
     )
     none = tl.zeros([ROWS, 1], F)
-    return m, top, rest, ed, wd, ws, ad, asum, none, none
+    return m, top, rest, ed, wd, ws, ad, asum, aside, none, none
 
 
 @triton.jit

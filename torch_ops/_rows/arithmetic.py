@@ -67,9 +67,10 @@ def shifted(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nll_gradient(mass: Tensor, p: Tensor, q: Tensor, confident: Tensor, dim: int) -> Tensor:
-    """S p - mass for S = sum(mass), in the form that does not cancel: a confident row keeps its gradient."""
-    s = mass.sum(dim, keepdim=True)
-    return torch.where(confident, (s - mass) - s * q, s * p - mass)
+    """S p - mass for S = sum(mass), in the form that does not cancel: S - mass at a confident maximum by the others."""
+    others = mass.masked_fill(confident, 0.0).sum(dim, keepdim=True)
+    s = others + torch.where(confident, mass, 0.0).sum(dim, keepdim=True)
+    return torch.where(confident, others - s * q, s * p - mass)
 
 
 def entropy_of(d: Tensor, e: Tensor, rest: Tensor, dim: int) -> Tensor:

@@ -158,7 +158,7 @@ def cross_entropy_bwd(
         index = target.clamp(min=0)
         each = d_nll.masked_fill(target < 0, 0.0)
         mass = torch.zeros_like(p).scatter_add(dim, index, each) if not is_none(d.shape[dim]) else p
-        dz = dz + (mass.sum(dim, keepdim=True) - mass) * p - mass * q
+        dz = dz + nll_gradient(mass, p, q, confident, dim)
     elif d_nll is not None:
         c = d_nll.unsqueeze(dim)
         if soft:

@@ -140,3 +140,32 @@ def test_what_an_ignored_slot_holds_is_not_read():
     found = ops.cross_entropy_bwd(x, ids, None, *out[-2:], up, None, None, None, 1, 1.0, None)
     assert found.isfinite().all()
     assert (found[1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES[:2], ids=str)
+@pytest.mark.parametrize("other", [1e-6, 1e-13, 1e-20])
+@pytest.mark.parametrize("layout", [((5,), 40, ()), ((3,), 300, ()), ((2,), 50, (20,)), ((2,), 200, (3,))], ids=str)
+def test_a_small_term_beside_a_confident_target_keeps_its_digits(layout, other, dtype):
+    """(A - a_t) p_t - a_t q_t, where A - a_t is another class's mass, or the upstream of lse: no difference of sums."""
+    lead, V, inner = layout
+    x = torch.zeros(*lead, V, *inner, dtype=dtype)
+    x[:, 7] = 60.0
+    w = np.exp(-60.0)
+    p, q = 1 / (1 + (V - 1) * w), (V - 1) * w / (1 + (V - 1) * w)
+    ids = torch.full((*lead, 4, *inner), -1)
+    ids[:, 0], ids[:, 1], ids[:, 3] = 7, 3, 3
+    up = torch.zeros(ids.shape, dtype=dtype)
+    up[:, 0], up[:, 1], up[:, 3] = 0.7, other, other / 2
+    m, rest = ops.cross_entropy_fwd(x, ids, None, 1, 1.0, None, False, False)[-2:]
+    own, mass = float(up[:, 0].flatten()[0]), float(up[:, 1].flatten()[0]) + float(up[:, 3].flatten()[0])
+    bound = 8 * (2.0**-53 if dtype == torch.float64 else 2.0**-24) * (mass * p + own * q)
+    found = ops.cross_entropy_bwd(x, ids, None, m, rest, up, None, None, None, 1, 1.0, None)
+    assert (found[:, 7].double() - (mass * p - own * q)).abs().max() <= bound
+    over = x.clone()
+    ops.cross_entropy_fwd_bwd_(over, ids, None, up, None, None, None, 1, 1.0, None, False, False)
+    assert (over[:, 7].double() - (mass * p - own * q)).abs().max() <= bound
+    # one target, and a z-loss's upstream beside it
+    d_nll, d_lse = up[:, 0].contiguous(), (up[:, 1] + up[:, 3]).contiguous()
+    mass = float(d_lse.flatten()[0])
+    found = ops.cross_entropy_bwd(x, ids[:, 0].contiguous(), None, m, rest, d_nll, d_lse, None, None, 1, 1.0, None)
+    assert (found[:, 7].double() - (mass * p - own * q)).abs().max() <= bound
