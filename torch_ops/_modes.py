@@ -124,6 +124,12 @@ def is_watched() -> bool:
     return _c._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def packing_hook() -> Any:
+    """What is told of a tensor that autograd saves now, or None."""
+    hooks = _c._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
 def is_traced() -> bool:
     """Whether what is done now is written into a graph."""
     # no any() over the three: it takes four times as long, and a small call asks twice

@@ -127,7 +127,8 @@ def linear_cross_entropy(
         grad_samples: K, or None for the exact gradient. Loss and statistics stay exact; off its targets a row's
             gradient is taken at K points drawn from the model's own distribution: unbiased, its variance in any
             direction at most 1/K of that of a label drawn from the model, and one matmul in the place of three.
-        generator: draws the points; None is the default generator of the input's device.
+        generator: draws the points; None is the default generator of the input's device. A checkpoint takes the same
+            points again (a reentrant one only of the default generator).
         group: the ranks that `linear_weight`, `linear_bias`, B, `weight` and soft targets are sharded over by class, in
             rank order, any number of classes each; class indices are those of the whole vocabulary; input, results
             and the input's gradient are the same on every rank. DTensor arguments need no group: their mesh has it.

@@ -20,6 +20,7 @@ from torch.autograd import Function
 from softmax_ext import contract
 from torch_ops import _modes as modes
 from torch_ops._head.chunks import join
+from torch_ops._head.draws import uniform
 from torch_ops._head.fast import Buffer
 from torch_ops._head.linear import Linear, first_maximum
 from torch_ops._head.per_row import as_row_map, derived_size
@@ -52,8 +53,7 @@ class Shard(Protocol):
 
 def sampled_rows(samples: int, generator: torch.Generator | None, x: Tensor, *args: Any) -> Any:
     """per_row's results, their gradient sampled at K points a row, which are drawn here."""
-    # All at once and not by the chunk: on some devices the numbers of two draws are not those of one.
-    u = torch.rand(x.shape[0], samples, device=x.device, dtype=torch.float32, generator=generator)
+    u = uniform(x.shape[0], samples, device=x.device, generator=generator)
     lw, lb, _, target, weight, *plan = args
     return sampled(x, lw, lb, target, weight, u, *plan)[:-2]
 
@@ -164,7 +164,7 @@ def _chunk(z: Tensor, target: Tensor, weight: Tensor | None, u: Tensor, plan: Pl
     """A chunk's [nll, lse, [smooth], [entropy], m, rest, [argmax], ids, q]."""
     values = [*rows.cross_entropy_fwd(z, target, weight, **plan.wanted)]
     m, rest = values[-2:]
-    found = points(z, m, rest, target.reshape(len(z), -1), u, scale=plan.scale, softcap=plan.softcap)
+    found = points(z, m, rest, target.reshape(z.shape[0], -1), u, scale=plan.scale, softcap=plan.softcap)
     if plan.argmax:
         values.append(first_maximum(z, plan.scale, plan.softcap)[1])
     return [*values, *found]

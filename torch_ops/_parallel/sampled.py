@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torch_ops._head.draws import uniform
 from torch_ops._head.fast import rows_that_fit
 from torch_ops._head.linear import first_maximum
 from torch_ops._head.sampled import Sampled, sampled
@@ -50,7 +51,7 @@ def _drawn(x: Tensor, samples: int, generator: torch.Generator | None, place: Pl
     at, count = 0, 1
     for group in place.row_groups:
         at, count = at * dist.get_world_size(group) + dist.get_rank(group), count * dist.get_world_size(group)
-    return torch.rand(count, x.shape[0], samples, device=x.device, dtype=torch.float32, generator=generator)[at]
+    return uniform(count, x.shape[0], samples, device=x.device, generator=generator)[at]
 
 
 class SampledShard:
@@ -67,7 +68,7 @@ class SampledShard:
     def chunk(self, z: Tensor, target: Tensor, weight: Tensor | None, u: Tensor) -> list[Tensor]:
         """[nll, lse, [smooth], [entropy], m, rest, [argmax], ids, q] of whole rows, the ids of this rank's classes."""
         plan, shard = self.plan, self.shard
-        argmax = torch.zeros_like(target.reshape(len(z), -1).sum(1)) if plan.argmax else None
+        argmax = torch.zeros_like(target.reshape(z.shape[0], -1).sum(1)) if plan.argmax else None
         if shard.count:
             local: Any = [*rows.cross_entropy_fwd(z, shard.local(target)[1], weight, **plan.wanted)]
             local[-2] = told_from_nan(z, local[-2], 1)
@@ -82,13 +83,13 @@ class SampledShard:
             own, own_rest = local[plan.values : plan.values + 2]
             value = own.masked_fill(own_rest.isnan() & ~dead & (own != math.inf), math.nan)
             found.append(first_of_all(value, argmax, shard))
-        return [*found, *self._points(z, m, rest, target.reshape(len(z), -1), u)]
+        return [*found, *self._points(z, m, rest, target.reshape(z.shape[0], -1), u)]
 
     def _points(self, z: Tensor, m: Tensor, rest: Tensor, target: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         layout: dict[str, Any] = {"scale": self.plan.scale, "softcap": self.plan.softcap}
         inside = (target >= self.shard.begin) & (target < self.shard.begin + self.shard.count)
         excepted = (target - self.shard.begin).where(inside, target.clamp(max=rows.INVALID).where(target >= 0, target))
-        own = m.new_zeros(len(z))
+        own = m.new_zeros(z.shape[0])
         if self.shard.count:
             own = points(z, m, rest, excepted, u[:, :0], **layout)[1]
         total = 1.0 + rest.double()
