@@ -18,6 +18,7 @@ SMALLEST = 9.0  # points
 DOTS = 200  # to the inch, for screens that have them
 OURS_TORCH, OURS_JAX, TORCH, JAX = "#e8710a", "#1f6fb4", "#8c8c8c", "#262626"
 LEAN_TORCH, LEAN_JAX = "#f2b35e", "#7fbde6"
+SAMPLED_TORCH, SAMPLED_JAX = "#9e3d06", "#0b3a66"
 LIMIT = "#262626"
 _CALLS = {  # colour, marker
     "torch": (TORCH, "o"),
@@ -42,8 +43,9 @@ _SPARE = (("#b8860b", "<"), ("#5c6bc0", ">"), ("#a83232", "p"), ("#546e7a", "h")
 def of(door: str, call: str) -> str:
     """The colour of a call of `torch` or `jax`."""
     if call.startswith("ours"):
-        lean = "lean" in call
-        return {"torch": (OURS_TORCH, LEAN_TORCH), "jax": (OURS_JAX, LEAN_JAX)}[door][lean]
+        which = 1 if "lean" in call else 2 if "sampled" in call else 0
+        ours = {"torch": (OURS_TORCH, LEAN_TORCH, SAMPLED_TORCH), "jax": (OURS_JAX, LEAN_JAX, SAMPLED_JAX)}
+        return ours[door][which]
     return _known(call)[0]
 
 
