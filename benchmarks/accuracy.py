@@ -8,8 +8,9 @@ are taken with loud upstreams and with upstreams of 1 at the target, their error
 entry is the sum of: softmax's y_j (dy_j - mean) and y_j times the mean of |dy - mean|, log_softmax's (1 - p_j) dy_j and
 p_j times the others. The mean is over the entries of a case, then over cases.
 
-Then the relative error of dL/dlinear_weight against the number of chunks (`benchmarks.weight_error`). All figures are
-kept in benchmarks/results and drawn in docs/accuracy.png.
+Then the relative error of dL/dlinear_weight against the number of chunks (`benchmarks.weight_error`), and bias and
+variance of a sampled gradient against the number of points (`benchmarks.sample_error`). All figures are kept in
+benchmarks/results, the errors drawn in docs/accuracy.png.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rich.table import Table
 
 import jax_ops
 import torch_ops
-from benchmarks import records, weight_error
+from benchmarks import records, sample_error, weight_error
 from benchmarks.accuracy_plot import draw
 from benchmarks.cases import rounded
 from benchmarks.errors import Error
@@ -67,8 +68,11 @@ def main(given: Sequence[str] | None = None) -> int:
         console.print(table(errors, dtype))
     weights = weight_error.measure()
     console.print(weight_error.table(weights))
+    samples = sample_error.measure()
+    console.print(sample_error.table(samples))
     records.write(Error, errors, options.results / "accuracy.csv")
     records.write(weight_error.WeightError, weights, options.results / "weight_error.csv")
+    records.write(sample_error.SampleError, samples, options.results / "sample_error.csv")
     draw(options.picture, errors, weights)
     console.print(f"kept in {options.results}, drawn in {options.picture}")
     return 0

@@ -9,7 +9,11 @@ not timed, and fails the run.
 The linear head with its loss and gradients is measured by three bare matmuls instead: 6NDV flops, which all calls do,
 and 8NDV of "lean", which forms the logits twice; the divergence of two heads by four, and six of "lean". Its memory is
 that of arrays beyond arguments and gradients, with linear_weight trained and frozen: at the worst moment (torch), or as
-the compiler planned it (jax).
+the compiler planned it (jax). "ours, sampled" is one of its calls: the exact loss with its gradient at 64 points a row,
+whose answer is right if its loss is, and its gradients are within what their variance allows; its flops are those it
+does. Targets of 64 classes a row stand beside the same logits' integer targets; `linear_at` beside the time of reading
+the rows of linear_weight that it names. A head's shape may end in another number of classes a row:
+2048x576@49152/16.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from benchmarks import table
 from benchmarks.cases import DTYPES, OPS, PLAN, SHAPES, Case, shape_of
 from benchmarks.check import WrongAnswer, check
-from benchmarks.heads import HEAD_OPS, HEAD_PLAN, HEADS, PAIR, HeadCase, head_of
+from benchmarks.heads import HEAD_OPS, HEAD_PLAN, HEADS, PAIR, HeadCase, head_of, kept_of
 from benchmarks.timing import LARGE, Call, peak_bytes, take_turns
 from softmax_ext import machine
 
@@ -86,7 +90,7 @@ def _cases(shapes: list[str] | None, dtypes: list[str] | None, ops: list[str]) -
     found = []
     for shape, dtype in plan:
         head = head_of(shape)
-        case = Case(shape_of(shape), dtype) if head is None else HeadCase(head, dtype)
+        case = Case(shape_of(shape), dtype) if head is None else HeadCase(head, dtype, kept_of(shape))
         if set(ops) & set(OPS if head is None else HEAD_OPS):
             found.append((shape, case))
     if not found:
@@ -118,14 +122,12 @@ def measure(
     for name, call in calls.items():
         try:
             answers = call.answers() if call.answers else [door.numpy(answer) for answer in call()]
-            check(case, about["op"], answers, ours=name.startswith(table.OURS))
+            check(case, call.op or about["op"], answers, ours=name.startswith(table.OURS))
         except WrongAnswer as error:
             raise WrongAnswer(f"{name}: {error}") from None
     memory: dict[str, dict[str, int | None]] = {}
     if isinstance(case, HeadCase):
-        pair = about["op"] == PAIR
-        name_of_limit, least, lean = (table.GEMMS_OF_PAIR, 4, 6) if pair else (table.GEMMS, 3, 4)
-        work = {name: case.flops(lean if name == "ours, lean" else least) for name in (*calls, name_of_limit)}
+        name_of_limit, work = head_work(case, about["op"], calls)
         for name, call in calls.items():
             if call.workspace is not None:
                 memory[name] = {"workspace_bytes": call.workspace(False), "frozen_bytes": call.workspace(True)}
@@ -141,13 +143,22 @@ def measure(
     return table.lines(about, turns, memory, limit=name_of_limit, work=work)
 
 
+def head_work(case: HeadCase, op: str, calls: Iterable[str]) -> tuple[str, dict[str, int]]:
+    """The limit's name, and what each call has to do: bytes to read, or flops."""
+    if op == "linear_at":
+        return table.READING, dict.fromkeys((*calls, table.READING), case.row_bytes)
+    limit, least, lean = (table.GEMMS_OF_PAIR, 4, 6) if op == PAIR else (table.GEMMS, 3, 4)
+    work = {name: case.flops(lean if name == "ours, lean" else least) for name in (*calls, limit)}
+    return limit, {**work, **({table.OURS_SAMPLED: case.sampled_flops} if table.OURS_SAMPLED in work else {})}
+
+
 def main(given: Sequence[str] | None = None) -> int:
     """Measure, print and keep; 1 if an answer was wrong."""
     options = arguments(given)
     threads = limit(options.threads)
     # Before the profiler, which counts the head's memory, writes to stderr that it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    torch_calls = importlib.import_module("benchmarks.torch_calls")
+    torch_calls, torch_heads = (importlib.import_module(f"benchmarks.torch_{room}") for room in ("calls", "heads"))
     modules = {
         room: [importlib.import_module(f"benchmarks.{door}_{room}") for door in DOORS if door in options.door]
         for room in ("calls", "heads", "rivals")
@@ -195,7 +206,11 @@ def main(given: Sequence[str] | None = None) -> int:
                 calls = door.CALLS[op](inputs[door])
                 if door in rivals:
                     calls = {**calls, **rivals[door].more(op, inputs[door])}
-                limit_call = copy or (door.limit(inputs[door], op) if op == PAIR else door.limit(inputs[door]))
+                limit_call = copy
+                if head and op == PAIR:
+                    limit_call = door.limit(inputs[door], op)
+                elif head:
+                    limit_call = (torch_heads.reading if op == "linear_at" else door.limit)(inputs[door])
                 try:
                     found.append(measure(about, case, door, calls, limit_call, options))
                 except WrongAnswer as error:
@@ -203,7 +218,11 @@ def main(given: Sequence[str] | None = None) -> int:
                     wrong.append(f"{title}, {door.VERSION}, {op}: {error}")
                 progress.advance(bar)
             table.keep([line for cell in found for line in cell], file, refused=refused)
-            console.print(table.show_head(title, found) if head else table.show(title, found, case.logits_bytes))
+            if not head:
+                console.print(table.show(title, found, case.logits_bytes))
+            for op in options.op if head else ():
+                if mine := [cell for cell in found if cell[0].op == op]:
+                    console.print(table.show_head(f"{title}: {op}", mine))
     console.print(f"kept in {file}")
     for what in wrong:
         console.print(f"[bold red]not timed, the answer is wrong:[/] {what}", soft_wrap=True)

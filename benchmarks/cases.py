@@ -55,6 +55,8 @@ class Op:
     looks: int = 0  # over the targets
 
 
+KEPT = 64  # classes a row of targets (ids, probabilities), where there are as many
+
 # Row-shaped results are not counted: at most 16 bytes a row.
 OPS = {
     "softmax": Op(("softmax",), passes=2),
@@ -71,6 +73,9 @@ OPS = {
     # Of a teacher's logits too: the forward reads both, the backward reads both and writes one.
     "divergence": Op(("divergence",), passes=2),
     "divergence_grad": Op(("divergence", "divergence_gradient"), passes=5),
+    # Ids and probabilities of half their size.
+    "sparse_grad": Op(("loss_sparse", "gradient_sparse"), passes=3, looks=3 * KEPT),
+    "sparse_value_and_grad": Op(("loss_sparse", "gradient_sparse"), passes=2, looks=2 * KEPT),
 }
 
 
@@ -138,10 +143,10 @@ class Case:
         return rounded(x, self.dtype)
 
     def _whole(self, distinct: Array) -> Array:
-        rows = np.resize(distinct, (self.rows, self.classes))
+        rows = np.resize(distinct, (self.rows, distinct.shape[1]))
         if len(self.shape) == 2:
             return rows
-        inner = (self.shape[0], *self.shape[2:], self.classes)
+        inner = (self.shape[0], *self.shape[2:], distinct.shape[1])
         return np.ascontiguousarray(np.moveaxis(rows.reshape(inner), -1, 1))
 
     def logits(self) -> Array:
@@ -159,6 +164,14 @@ class Case:
     def target(self) -> Array:
         """Class indices."""
         return np.resize(self._distinct[1], self.rows).reshape(self.shape[0], *self.shape[2:])
+
+    @cached_property
+    def _pair(self) -> tuple[Array, Array]:
+        return pair(self._distinct[1], self.classes, KEPT)
+
+    def sparse(self) -> tuple[Array, Array]:
+        """K class indices a row, the target first, and float32 probabilities: of logits' shape with K for V."""
+        return self._whole(self._pair[0]), self._whole(self._pair[1])
 
     @cached_property
     def _known(self) -> dict[str, tuple[Array, Array]]:
@@ -183,8 +196,16 @@ class Case:
             return (p - q) / self.rows, (p + q) / self.rows
         if name == "divergence":
             value = np.resize(reference.divergence(x, self._teacher, reduction="none"), self.rows).mean()
-        elif name == "loss":
-            value = np.resize(self.truth("loss_rows")[0], self.rows).mean()
+        elif name in ("loss", "loss_sparse"):
+            value = np.resize(self.truth(name.replace("loss", "loss_rows"))[0], self.rows).mean()
+        elif name == "loss_rows_sparse":
+            value = np.asarray(reference.cross_entropy(x, self._pair, reduction="none"))
+        elif name == "gradient_sparse":
+            value = reference.cross_entropy_grad(x, self._pair, reduction="sum") / self.rows
+            mass = np.zeros_like(value)
+            np.add.at(mass, (np.arange(self.period)[:, None], self._pair[0]), self._pair[1] / self.rows)
+            p = self.truth("softmax")[0]
+            return value, p * mass.sum(-1, keepdims=True) + mass  # the terms of S p - y
         elif name == "loss_rows":
             value = np.asarray(reference.cross_entropy(x, target, reduction="none"))
         elif name == "gradient":
@@ -210,6 +231,14 @@ class Case:
         """How far from the truth an entry may be."""
         roundoff, floor = DTYPES[self.dtype]
         return (OURS if ours else RIVALS)[ITEMSIZE[self.dtype]] * roundoff * scale + floor
+
+
+def pair(target: Array, classes: int, kept: int) -> tuple[Array, Array]:
+    """(ids, probabilities) of rows: the target and others, each once, nine tenths of the mass."""
+    rng, count = np.random.default_rng(2), min(kept, classes)
+    ids = np.stack([np.r_[t, rng.permutation(np.delete(np.arange(classes), t))[: count - 1]] for t in target])
+    mass = np.exp(2 * rng.standard_normal(ids.shape))
+    return ids, (0.9 * mass / mass.sum(-1, keepdims=True)).astype(np.float32)
 
 
 def prime_below(most: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.cases import OPS, Case
-from benchmarks.heads import HEAD_OPS, HeadCase
+from benchmarks.heads import HEAD_OPS, SAMPLED, HeadCase
 
 
 class WrongAnswer(Exception):
@@ -16,7 +16,7 @@ class WrongAnswer(Exception):
 
 def check(case: Case | HeadCase, op: str, answers: Sequence[np.ndarray], *, ours: bool) -> None:
     """Raise WrongAnswer unless every entry of every answer is near the truth."""
-    names = (OPS | HEAD_OPS)[op].answers
+    names = (OPS | HEAD_OPS | SAMPLED)[op].answers
     if len(answers) != len(names):
         raise WrongAnswer(f"{len(answers)} answers where {', '.join(names)} are due")
     for name, found in zip(names, answers, strict=True):

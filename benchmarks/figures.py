@@ -24,14 +24,16 @@ from benchmarks.features import Answer
 from benchmarks.fresh import Fresh
 from benchmarks.gpu_lines import DeviceLine
 from benchmarks.page_tables import TABLES, Kept, Machine
+from benchmarks.sample_error import SampleError
 from benchmarks.scaling import swept
 from benchmarks.table import Line
 from benchmarks.weight_error import WeightError
-from examples import confident
+from examples import confident, sampled_gradient
 
 RESULTS = Path("benchmarks", "results")
 README = "README.md"
-PAGES = (README, "docs/index.md", "docs/accuracy.md", "docs/performance.md", "docs/leaderboard.md", "docs/gpu.md")
+_PAGES = ("index", "accuracy", "sampled", "performance", "leaderboard", "gpu")
+PAGES = (README, *(f"docs/{name}.md" for name in _PAGES))
 SHOWN = re.compile(r"<!-- figures of: (\S+) -->")
 
 
@@ -61,6 +63,7 @@ def draw(kept: Kept, docs: Path) -> None:
         scaling_plot.draw(docs / "scaling.png", swept(kept.scaling), table.machine(kept.scaling))
     accuracy_plot.draw(docs / "accuracy.png", kept.errors, kept.weights)
     confident.draw(docs / "confident.png", kept.trainings)
+    sampled_gradient.draw(docs / "sampled.png", kept.gradients, kept.moved)
 
 
 def read(folder: Path, first: str) -> Kept:
@@ -73,7 +76,10 @@ def read(folder: Path, first: str) -> Kept:
         sweeps.get(first) or next(iter(sweeps.values()), []),
         records.read(Error, folder / "accuracy.csv"),
         records.read(WeightError, folder / "weight_error.csv"),
+        records.read(SampleError, folder / "sample_error.csv"),
         records.read(confident.Point, folder / "confident.csv"),
+        records.read(sampled_gradient.Point, folder / "sampled.csv"),
+        records.read(sampled_gradient.Moved, folder / "sampled_updates.csv"),
         records.read(Answer, folder / "features.csv"),
         [records.read(DeviceLine, file) for file in files(folder, DeviceLine)],
         [records.read(Fresh, file) for file in sorted((folder / "fresh").glob("*.csv"))],

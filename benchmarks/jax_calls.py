@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,6 +28,12 @@ class Inputs:
         self.case = case
         self.logits = jnp.asarray(case.logits(), case.dtype)
         self.target = jnp.asarray(case.target(), jnp.int32)
+
+    @cached_property
+    def sparse(self) -> tuple[jax.Array, jax.Array]:
+        """Targets of K classes a row."""
+        ids, probabilities = self.case.sparse()
+        return jnp.asarray(ids, jnp.int32), jnp.asarray(probabilities)
 
     @cached_property
     def upstream(self) -> jax.Array:
@@ -84,6 +91,23 @@ def _value_and_grad(on: Inputs) -> dict[str, Call]:
     return {"ours": call(_OURS), "optax": call(_OPTAX)}
 
 
+def _dense(x: jax.Array, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Optax's way to such targets."""
+    dense = jnp.put_along_axis(jnp.zeros(x.shape, x.dtype), pair[0], pair[1].astype(x.dtype), axis=1, inplace=False)
+    return optax.softmax_cross_entropy(x, dense, axis=1).mean()
+
+
+def _value_and_grad_sparse(on: Inputs) -> dict[str, Call]:
+    """Beside the same logits' integer targets."""
+
+    def call(loss: Callable[..., Any], target: Any, op: str | None = None) -> Call:
+        return replace(_compiled(jax.value_and_grad(loss), on.logits, target), op=op)
+
+    ours = partial(jax_ops.cross_entropy, axis=1)
+    found = {"ours": call(ours, on.sparse), "optax, dense targets": call(_dense, on.sparse)}
+    return {**found, "integer targets": call(ours, on.target, "cross_entropy_value_and_grad")}
+
+
 CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
     "softmax": partial(_forward, jax_ops.softmax, jax.nn.softmax),
     "softmax_bwd": partial(_backward, jax_ops.softmax, jax.nn.softmax),
@@ -91,4 +115,5 @@ CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
     "log_softmax_bwd": partial(_backward, jax_ops.log_softmax, jax.nn.log_softmax),
     "cross_entropy": _cross_entropy,
     "cross_entropy_value_and_grad": _value_and_grad,
+    "sparse_value_and_grad": _value_and_grad_sparse,
 }

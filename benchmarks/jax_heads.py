@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ import optax
 import jax_ops
 from benchmarks.heads import HeadCase
 from benchmarks.jax_calls import VERSION, numpy
+from benchmarks.table import OURS_SAMPLED
 from benchmarks.timing import Call
 
 __all__ = ["CALLS", "DTYPES", "LOSSES", "VERSION", "Inputs", "call", "compiled", "limit", "numpy", "workspace_bytes"]
 
 DTYPES = ("float32", "bfloat16")
-Loss = Callable[[jax.Array, jax.Array, jax.Array], Any]
+Loss = Callable[..., Any]  # of input, linear_weight, targets
 
 
 class Inputs:
@@ -29,6 +30,12 @@ class Inputs:
         self.input = jnp.asarray(case.input(), case.dtype)
         self.linear_weight = jnp.asarray(case.linear_weight(), case.dtype)
         self.target = jnp.asarray(case.target(), jnp.int32)
+
+    @cached_property
+    def sparse(self) -> tuple[jax.Array, jax.Array]:
+        """Targets of K classes a row."""
+        ids, probabilities = self.case.sparse()
+        return jnp.asarray(ids, jnp.int32), jnp.asarray(probabilities)
 
 
 def built_in(x: jax.Array, linear_weight: jax.Array, target: jax.Array) -> jax.Array:
@@ -53,9 +60,9 @@ def workspace_bytes(program: Any) -> int:
     return program.memory_analysis().temp_size_in_bytes
 
 
-def call(loss: Loss, on: Inputs) -> Call:
-    """Loss and gradients."""
-    arrays = (on.input, on.linear_weight, on.target)
+def call(loss: Loss, on: Inputs, *others: Any, op: str | None = None) -> Call:
+    """Loss and gradients; `others` in the place of the target."""
+    arrays = (on.input, on.linear_weight, *(others or (on.target,)))
     program = compiled(loss, *arrays)
 
     def run() -> tuple[jax.Array, ...]:
@@ -65,11 +72,42 @@ def call(loss: Loss, on: Inputs) -> Call:
     def workspace(frozen: bool) -> int:
         return workspace_bytes(compiled(loss, *arrays, frozen=True) if frozen else program)
 
-    return Call(run, workspace=workspace)
+    return Call(run, workspace=workspace, op=op)
 
 
 def _head(on: Inputs) -> dict[str, Call]:
-    return {name: call(loss, on) for name, loss in LOSSES.items()}
+    def sampled(x: jax.Array, w: jax.Array, target: jax.Array, key: jax.Array) -> Any:
+        return jax_ops.linear_cross_entropy(x, w, target, grad_samples=on.case.kept, key=key)
+
+    calls = {name: call(loss, on) for name, loss in LOSSES.items()}
+    key = jax.random.key(0)
+    return {**calls, OURS_SAMPLED: call(sampled, on, on.target, key, op="linear_cross_entropy, sampled")}
+
+
+def _dense(x: jax.Array, linear_weight: jax.Array, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Optax's way to targets of K classes a row."""
+    z = x @ linear_weight.T
+    dense = jnp.put_along_axis(jnp.zeros(z.shape, z.dtype), pair[0], pair[1].astype(z.dtype), axis=1, inplace=False)
+    return optax.softmax_cross_entropy(z, dense).mean()
+
+
+def _sparse(on: Inputs) -> dict[str, Call]:
+    """Beside the same head's integer targets."""
+    ours = jax_ops.linear_cross_entropy
+    found = {"ours": call(ours, on, on.sparse), "optax, dense targets": call(_dense, on, on.sparse)}
+    return {**found, "integer targets": call(ours, on, op="linear_cross_entropy")}
+
+
+def _at(on: Inputs) -> dict[str, Call]:
+    arrays = (on.input, on.linear_weight, jnp.asarray(on.case.at(), jnp.int32))
+
+    def gathered(x: jax.Array, w: jax.Array, ids: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x @ w.T, ids, 1).astype(jnp.float32)
+
+    def one(program: Any) -> Call:
+        return Call(lambda: (jax.block_until_ready(program(*arrays)),))
+
+    return {"ours": one(jax.jit(jax_ops.linear_at)), "x @ W.T, gathered": one(jax.jit(gathered))}
 
 
 def matmuls(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -84,4 +122,8 @@ def limit(on: Inputs) -> Call:
     return Call(lambda: jax.block_until_ready(program(on.input, on.linear_weight)))
 
 
-CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {"linear_cross_entropy": _head}
+CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
+    "linear_cross_entropy": _head,
+    "linear_cross_entropy_sparse": _sparse,
+    "linear_at": _at,
+}

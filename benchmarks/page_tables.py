@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarks import fresh as fresh_memory
-from benchmarks import gpu_lines, leaderboard, table
+from benchmarks import gpu_lines, leaderboard, sample_error, table
 from benchmarks.accuracy import ALL, CALLS, QUANTITIES, UNITS, Error
 from benchmarks.features import Answer
 from benchmarks.overview_plot import Pair
+from benchmarks.sample_error import SampleError
 from benchmarks.scaling import crossings
 from benchmarks.table import LIMITS, Line, markdown, rivals
 from benchmarks.weight_error import WeightError
-from examples import confident
+from examples import confident, sampled_gradient
 
 LARGE, LARGER, HEAD, SMALL = "1024x32000", "512x128256", "2048x576@49152", "1x50"
 GRADIENT = "cross_entropy_grad"
@@ -54,7 +56,10 @@ class Kept:
     scaling: list[Line]
     errors: list[Error]
     weights: list[WeightError]
+    samples: list[SampleError]
     trainings: list[confident.Point]
+    gradients: list[sampled_gradient.Point]
+    moved: list[sampled_gradient.Moved]
     answers: list[Answer]
     devices: list[list[gpu_lines.DeviceLine]]  # each one's of `python -m benchmarks.gpu`
     fresh: list[list[fresh_memory.Fresh]]  # each machine's
@@ -176,6 +181,31 @@ def weights(kept: Kept) -> str:
     return markdown(("chunks", *map(str, counts)), rows)
 
 
+def samples(kept: Kept) -> str:
+    """What points do to a head's gradient, a call's gradient a row."""
+    counts = sorted({e.samples for e in kept.samples})
+    found = [(call, quantity, *cells) for call, quantity, cells in sample_error.rows(kept.samples)]
+    return markdown(("bias, variance, noise", "", *(f"K = {count}" for count in counts)), found)
+
+
+def sampled(kept: Kept) -> str:
+    """Where each gradient's trainings are at the last step, and how far its rare rows have come."""
+    last = max(point.step for point in kept.gradients)
+    ends = [point for point in kept.gradients if point.step == last]
+    rarest = max(m.first_rank for m in kept.moved)
+    rows = []
+    for name in dict.fromkeys(point.gradient for point in ends):
+        mine = [point for point in ends if point.gradient == name]
+        moved = next(m for m in kept.moved if (m.gradient, m.step, m.first_rank) == (name, last, rarest))
+        losses = (" / ".join(f"{getattr(p, field):.4g}" for p in mine) for field in ("train_loss", "held_out_loss"))
+        time = 1e3 * statistics.fmean(p.processor_seconds for p in mine)
+        ratio = sampled_gradient.of_exact(kept.moved, moved)
+        rows.append((name, *losses, f"{time:.0f}", f"{ratio:.2f}"))
+    seeds = " / ".join(f"seed {seed}" for seed in dict.fromkeys(point.seed for point in ends))
+    head = ("gradient", f"training loss, {seeds}", f"held-out loss, {seeds}", "ms of the processor a step")
+    return markdown((f"step {last}: {head[0]}", *head[1:], "rare rows have moved, of exact's"), rows)
+
+
 def trainings(kept: Kept) -> str:
     """The collapse of the softmax at a few steps."""
     last = max(point.step for point in kept.trainings)
@@ -247,6 +277,31 @@ def _heads(one: Machine) -> str:
     return markdown(head, rows)
 
 
+def classes(kept: Kept) -> str:
+    """K classes a row on every machine that has them: each call by ours, and by what limits it."""
+    found = [(one, rows) for one in kept.machines if (rows := _classes(one))]
+    head = ("", "op", "shape", "call", "its time / ours", "in its limit's")
+    blocks = [f"### K classes a row: {one.name}\n\n{markdown(head, rows)}" for one, rows in found]
+    return "\n\n".join(blocks) or "Not measured yet: `make bench`."
+
+
+def _classes(one: Machine) -> list[tuple[str, ...]]:
+    return [
+        (
+            line.framework.split()[0],
+            f"`{op}`",
+            f"{line.shape} {line.dtype}",
+            line.call,
+            _ratio(line),
+            f"{line.limits:.2f}",
+        )
+        for op in ("linear_cross_entropy_sparse", "linear_at")
+        for cell in one.cells(op=op)
+        for line in cell
+        if line.call not in LIMITS
+    ]
+
+
 def scaling(kept: Kept) -> str:
     """Who is faster below which size."""
     if not kept.scaling:
@@ -287,7 +342,8 @@ def gpu(kept: Kept) -> str:
 
 
 TABLES: dict[str, Callable[[Kept], str]] = {
-    **{f.__name__: f for f in (machine, overview, accuracy, weights, trainings, speed, heads, scaling, fresh, gpu)},
+    **{f.__name__: f for f in (machine, overview, accuracy, weights, samples, trainings, sampled)},
+    **{f.__name__: f for f in (speed, heads, classes, scaling, fresh, gpu)},
     "features": lambda kept: leaderboard.features(kept.answers),
     "refusals": lambda kept: leaderboard.refusals(kept.answers),
     "peers": lambda kept: leaderboard.peers(kept.answers, [one.lines for one in kept.machines]),

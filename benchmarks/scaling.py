@@ -1,8 +1,9 @@
-"""`make scaling`: time and memory as N, V and D grow over two decades, on one core and on all.
+"""`make scaling`: time and memory as N, V, D and K grow over two decades, on one core and on all.
 
 Runs `benchmarks.bench` in a process for each number of cores and keeps benchmarks/results/scaling/<device>.csv, draws
 docs/scaling.png and prints the crossovers: the sizes at which ours and a rival take the same time, between two measured
-sizes on a straight line in the logarithms. The limit is a copy of the logits, or three bare matmuls.
+sizes on a straight line in the logarithms. The limit is a copy of the logits, or three bare matmuls. K is the number of
+points a row of the head's sampled gradient, and of classes a row of its sparse targets.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ RESULTS = Path("benchmarks", "results", "scaling")
 PICTURE = Path("docs", "scaling.png")
 ROW_OPS = ("softmax", "cross_entropy_grad", "cross_entropy_value_and_grad")
 HEAD_OP = "linear_cross_entropy"
-
+KEPT_OPS = (HEAD_OP, "linear_cross_entropy_sparse", "linear_at")
 
 # Largest logits 32 MB (rows), so that a copy goes to memory; the head's largest case takes about a second.
 ROWS = (Sweep("N", 10, "{}x8192"), Sweep("V", 1000, "64x{}"))
 HEADS = (Sweep("N", 20, "{}x64@8192", 4), Sweep("V", 400, "256x64@{}", 4), Sweep("D", 16, "256x{}@4096", 4))
+KEPT = (Sweep("K", 4, "256x64@8192/{}", 5),)
+SWEEPS = (*ROWS, *HEADS, *KEPT)
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,19 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def _measure(threads: int, options: argparse.Namespace) -> int:
     """`make bench` on so many cores: they are chosen before the frameworks are loaded."""
-    shapes = [shape for sweep in (*ROWS, *HEADS) for shape in sweep.shapes(options.start)]
-    words = ["--built-ins", "--op", *ROW_OPS, HEAD_OP, "--shape", *dict.fromkeys(shapes), "--threads", str(threads)]
-    words += ["--seconds", options.seconds, "--rounds", options.rounds, "--results", str(options.results)]
-    return subprocess.run([sys.executable, "-m", "benchmarks.bench", *words], check=False).returncode
+    how = ["--seconds", options.seconds, "--rounds", options.rounds, "--results", str(options.results)]
+    for ops, sweeps in (((*ROW_OPS, HEAD_OP), (*ROWS, *HEADS)), (KEPT_OPS, KEPT)):
+        shapes = [shape for sweep in sweeps for shape in sweep.shapes(options.start)]
+        words = ["--built-ins", "--op", *ops, "--shape", *dict.fromkeys(shapes), "--threads", str(threads), *how]
+        status = subprocess.run([sys.executable, "-m", "benchmarks.bench", *words], check=False).returncode
+        if status:
+            return status
+    return 0
 
 
 def swept(lines: Sequence[Line]) -> list[tuple[Sweep, dict[str, int], list[Line]]]:
     """Each sweep with its sizes and lines."""
-    return [(sweep, *split(lines, sweep)) for sweep in (*ROWS, *HEADS)]
+    return [(sweep, *split(lines, sweep)) for sweep in SWEEPS]
 
 
 def crossings(lines: Sequence[Line]) -> list[Crossover]:

@@ -17,7 +17,7 @@ from examples import palette
 if TYPE_CHECKING:
     from benchmarks.sweeps import Sweep
 
-COLUMNS = ("N", "V", "D")
+COLUMNS = ("N", "V", "D", "K")
 TITLE = {"torch": "PyTorch", "jax": "JAX"}
 Swept = tuple["Sweep", dict[str, int], list[Line]]
 
@@ -59,11 +59,11 @@ def draw(path: Path, sweeps: Sequence[Swept], machine: str) -> None:
     with palette.sizes():
         figure = palette.canvas(2.15 * len(ROWS))
         figure.suptitle(f"time and memory as one size grows; lower is better\n{machine}", x=0.01, ha="left")
-        grid = figure.add_gridspec(len(ROWS), 6)
+        grid = figure.add_gridspec(len(ROWS), 12)
         for i, row in enumerate(ROWS):
             panels = [panel for name in COLUMNS for panel in _panels(row, name, sweeps)]
             for j, (sweep, sizes, lines) in enumerate(panels):
-                width = 6 // len(panels)
+                width = 12 // len(panels)
                 axes = figure.add_subplot(grid[i, j * width : (j + 1) * width])
                 axes.set_title(sweep.shape.format(sweep.name).replace("x", " x "), fontweight="normal")
                 axes.set_ylabel("" if j else row.title)

@@ -11,9 +11,9 @@ DECADES = 2
 class Sweep:
     """One size grows from `start` over two decades, the others stay."""
 
-    name: str  # N, V or D
+    name: str  # N, V, D or K
     start: int
-    shape: str  # of format: rows x classes, or rows x features @ classes
+    shape: str  # of format: rows x classes, or rows x features @ classes / classes a row
     points: int = 5
 
     def shapes(self, start: int | None = None) -> list[str]:

@@ -14,8 +14,9 @@ from rich.table import Table
 from benchmarks import records
 from benchmarks.timing import Turns
 
-COPY, GEMMS, GEMMS_OF_PAIR, OURS = "copy", "three matmuls", "four matmuls", "ours"
-LIMITS = (COPY, GEMMS, GEMMS_OF_PAIR)
+COPY, GEMMS, GEMMS_OF_PAIR, READING, OURS = "copy", "three matmuls", "four matmuls", "rows read", "ours"
+OURS_SAMPLED = "ours, sampled"  # the head's exact loss with a gradient at K points
+LIMITS = (COPY, GEMMS, GEMMS_OF_PAIR, READING)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Line:
     ratio: float  # its time / ours
     ratio_low: float  # the quartiles of that
     ratio_high: float
-    limits: float  # its time / that of the limit: copying the logits, or the bare matmuls
+    limits: float  # its time / that of the limit: copying the logits, the bare matmuls, or rows of the weight read
     work: int  # the bytes that must be read and written, or the matmuls' floating-point operations
     share: float  # its work by its time, of the limit's work by the limit's time
     peak_bytes: int | None  # resident, beyond the arguments
@@ -158,11 +159,13 @@ def show(title: str, cells: Sequence[list[Line]], logits_bytes: int) -> Table:
 
 
 def show_head(title: str, cells: Sequence[list[Line]]) -> Table:
-    """One shape and type of the linear head: a call a row."""
+    """One op on one shape and type of the linear head: a call a row."""
     table = _titled(title, cells)
     for name in ("", "call"):
         table.add_column(name, no_wrap=True)
-    columns = ("time", "its time / ours (quartiles)", "flops", "of matmul speed", "workspace", "weight frozen")
+    reads = any(line.call == READING for cell in cells for line in cell)
+    work = ("bytes", "of reading's speed") if reads else ("flops", "of matmul speed")
+    columns = ("time", "its time / ours (quartiles)", *work, "workspace", "weight frozen")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:

@@ -27,6 +27,7 @@ class Call:
     # Of a call that another process makes:
     peak: Callable[[], int | None] | None = None  # what `peak_bytes` saw there
     answers: Callable[[], Any] | None = None  # as arrays of NumPy
+    op: str | None = None  # whose answers it has, where they are not those of the op it stands beside
 
     def __call__(self) -> Any:
         """Once, on its own argument."""

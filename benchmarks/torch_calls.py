@@ -31,6 +31,12 @@ class Inputs:
         self.target = torch.from_numpy(case.target())
 
     @cached_property
+    def sparse(self) -> tuple[Tensor, Tensor]:
+        """Targets of K classes a row."""
+        ids, probabilities = self.case.sparse()
+        return torch.from_numpy(ids), torch.from_numpy(probabilities)
+
+    @cached_property
     def leaf(self) -> Tensor:
         """Logits as a parameter is: their gradient goes to memory of its own."""
         return self.logits.clone().requires_grad_()
@@ -137,6 +143,25 @@ PARTS: dict[str, tuple[Callable[[Function, Any], Call], Function, Function]] = {
 }
 
 
+def _dense(logits: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+    """The built-in's way to such targets."""
+    return F.cross_entropy(logits, torch.zeros_like(logits).scatter_(1, pair[0], pair[1].to(logits.dtype)))
+
+
+def _sparse_grad(on: Inputs) -> dict[str, Call]:
+    """Beside the same logits' integer targets."""
+
+    def call(loss: Function, target: Any, op: str | None = None) -> Call:
+        def run() -> tuple[Tensor, ...]:
+            value = loss(on.leaf, target)
+            return value, *torch.autograd.grad(value, on.leaf)
+
+        return Call(run, op=op)
+
+    found = {"ours": call(torch_ops.cross_entropy, on.sparse), "torch, dense targets": call(_dense, on.sparse)}
+    return {**found, "integer targets": call(torch_ops.cross_entropy, on.target, "cross_entropy_grad")}
+
+
 def _both(op: str, on: Inputs) -> dict[str, Call]:
     call, ours, built_in = PARTS[op]
     return {"ours": call(ours, on), "torch": call(built_in, on)}
@@ -144,5 +169,6 @@ def _both(op: str, on: Inputs) -> dict[str, Call]:
 
 CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
     **{op: partial(_both, op) for op in PARTS},
+    "sparse_grad": _sparse_grad,
     **({} if native.missing else {"cross_entropy_one_visit": _cross_entropy_one_visit}),
 }

@@ -12,13 +12,26 @@ from torch import Tensor
 
 import torch_ops
 from benchmarks.heads import PAIR, HeadCase
+from benchmarks.table import OURS_SAMPLED
 from benchmarks.timing import Call
 from benchmarks.torch_calls import VERSION, numpy
 
-__all__ = ["CALLS", "DTYPES", "PARTS", "VERSION", "Inputs", "call", "limit", "numpy", "skipped", "workspace_bytes"]
+__all__ = [
+    "CALLS",
+    "DTYPES",
+    "PARTS",
+    "VERSION",
+    "Inputs",
+    "call",
+    "limit",
+    "numpy",
+    "reading",
+    "skipped",
+    "workspace_bytes",
+]
 
 DTYPES = ("float32", "bfloat16")
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 class Inputs:
@@ -35,6 +48,12 @@ class Inputs:
         """A teacher's input and weight."""
         y, u = (torch.from_numpy(a).to(self.input.dtype) for a in self.case.teacher())
         return y, u
+
+    @cached_property
+    def sparse(self) -> tuple[Tensor, Tensor]:
+        """Targets of K classes a row."""
+        ids, probabilities = self.case.sparse()
+        return torch.from_numpy(ids), torch.from_numpy(probabilities)
 
 
 def built_in(x: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
@@ -71,24 +90,53 @@ def rivals(case: HeadCase) -> dict[str, Loss]:
     return found
 
 
-def gradients(loss: Loss, on: Inputs, *, frozen: bool = False) -> tuple[Tensor, ...]:
+def gradients(loss: Loss, on: Inputs, *, frozen: bool = False, target: Any = None) -> tuple[Tensor, ...]:
     """(loss, dL/dinput, dL/dlinear_weight), the last not with a frozen weight."""
     weight = on.linear_weight.detach() if frozen else on.linear_weight
-    value = loss(on.input, weight, on.target)
+    value = loss(on.input, weight, on.target if target is None else target)
     return value, *torch.autograd.grad(value, (on.input,) if frozen else (on.input, weight))
 
 
-def call(loss: Loss, on: Inputs) -> Call:
+def call(loss: Loss, on: Inputs, *, target: Any = None, op: str | None = None) -> Call:
     """Loss and gradients."""
-    return Call(partial(gradients, loss, on), workspace=partial(_workspace, loss, on))
+    run = partial(gradients, loss, on, target=target)
+    return Call(run, workspace=lambda frozen: workspace_bytes(partial(run, frozen=frozen))[1], op=op)
 
 
 def _head(on: Inputs) -> dict[str, Call]:
-    return {name: call(loss, on) for name, loss in rivals(on.case).items()}
+    calls = {name: call(loss, on) for name, loss in rivals(on.case).items()}
+    sampled = partial(torch_ops.linear_cross_entropy, grad_samples=on.case.kept)
+    return {**calls, OURS_SAMPLED: call(sampled, on, op="linear_cross_entropy, sampled")}
 
 
-def _workspace(loss: Loss, on: Inputs, frozen: bool) -> int:
-    return workspace_bytes(partial(gradients, loss, on, frozen=frozen))[1]
+def _dense(x: Tensor, linear_weight: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+    """The built-in's way to targets of K classes a row."""
+    logits = F.linear(x, linear_weight)
+    return F.cross_entropy(logits, torch.zeros_like(logits).scatter_(1, pair[0], pair[1].to(logits.dtype)))
+
+
+def _sparse(on: Inputs) -> dict[str, Call]:
+    """Beside the same head's integer targets."""
+    ours, op = torch_ops.linear_cross_entropy, "linear_cross_entropy"
+    found = {
+        "ours": call(ours, on, target=on.sparse),
+        "F.linear, dense targets": call(_dense, on, target=on.sparse),
+    }
+    return {**found, "integer targets": call(ours, on, op=op)}
+
+
+def _at(on: Inputs) -> dict[str, Call]:
+    x, w, ids = on.input.detach(), on.linear_weight.detach(), torch.from_numpy(on.case.at())
+    return {
+        "ours": Call(lambda: (torch_ops.linear_at(x, w, ids),)),
+        "F.linear, gathered": Call(lambda: (F.linear(x, w).gather(1, ids).float(),)),
+    }
+
+
+def reading(on: Any) -> Call:
+    """The yardstick of `linear_at`: the same rows of linear_weight read, and added up, by PyTorch's own kernel."""
+    w, ids = torch.from_numpy(on.case.linear_weight()).to(getattr(torch, on.case.dtype)), torch.from_numpy(on.case.at())
+    return Call(lambda: F.embedding_bag(ids, w, mode="sum"))
 
 
 def workspace_bytes(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], int]:
@@ -155,4 +203,9 @@ def limit(on: Inputs, op: str = "linear_cross_entropy") -> Call:
 
 
 PARTS = {"linear_cross_entropy": (call, torch_ops.linear_cross_entropy, built_in)}
-CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {"linear_cross_entropy": _head, PAIR: _pair}
+CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
+    "linear_cross_entropy": _head,
+    "linear_cross_entropy_sparse": _sparse,
+    "linear_at": _at,
+    PAIR: _pair,
+}

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import bench, head_memory, table, torch_heads, weight_error
 from benchmarks.check import WrongAnswer, check
-from benchmarks.heads import HEAD_OPS, HEAD_PLAN, PAIR, HeadCase, head_of
+from benchmarks.heads import HEAD_OPS, HEAD_PLAN, PAIR, HeadCase, head_of, kept_of
 from benchmarks.timing import Call
 from softmax_ext import reference
 
@@ -46,6 +46,7 @@ def test_every_call_is_judged_timed_shown_and_kept(tmp_path: Path, capsys: pytes
         assert cell["ours"].ratio == cell[table.GEMMS].limits == cell[table.GEMMS].share == 1
         assert cell["ours"].work == cell[table.GEMMS].work == 6 * 6 * 5 * 40
         assert cell["ours, lean"].work == 8 * 6 * 5 * 40
+        assert cell[table.OURS_SAMPLED].work == 2 * 6 * 5 * 40 + 4 * 6 * 5 * 65
         for call, line in cell.items():
             assert call in printed
             assert (line.workspace_bytes is None) == (line.frozen_bytes is None) == (call == table.GEMMS)
@@ -85,7 +86,10 @@ def test_a_shape_is_of_one_kind(op: str, shape: str, capsys: pytest.CaptureFixtu
 def test_the_plan_is_possible() -> None:
     assert all(head_of(shape) for shape, _ in HEAD_PLAN)
     assert head_of("smollm-head") == (2048, 576, 49152)
-    assert head_of("4x6") is head_of("0x6@7") is head_of("4x-6@7") is None
+    assert head_of("2x3@4/5") == head_of("2x3@4") == (2, 3, 4)
+    assert kept_of("2x3@4/5") == 5
+    assert kept_of("2x3@4") == kept_of("smollm-head") == 64
+    assert head_of("2x3@4/0") is head_of("4x6") is head_of("0x6@7") is head_of("4x-6@7") is None
 
 
 def test_a_missing_rival_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

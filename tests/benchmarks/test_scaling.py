@@ -12,8 +12,8 @@ pytest.importorskip("rich")
 
 from benchmarks import records, scaling, scaling_plot, table
 from benchmarks.cases import shape_of
-from benchmarks.heads import head_of
-from benchmarks.scaling import HEADS, ROWS, Crossover, Sweep, crossovers, split
+from benchmarks.heads import head_of, kept_of
+from benchmarks.scaling import HEADS, KEPT, ROWS, SWEEPS, Crossover, Sweep, crossovers, split
 
 
 def _line(shape: str, call: str, ratio: float, spread: float = 1.01, **other: object) -> table.Line:
@@ -25,12 +25,13 @@ def _line(shape: str, call: str, ratio: float, spread: float = 1.01, **other: ob
 
 
 def test_sizes_grow_over_two_decades() -> None:
-    for sweep in (*ROWS, *HEADS):
+    for sweep in SWEEPS:
         sizes = sweep.sizes()
         assert sizes[-1] == 100 * sizes[0]
         assert sizes == sorted(set(sizes))
         assert all(shape_of(shape) if sweep in ROWS else head_of(shape) for shape in sweep.shapes())
     assert {sweep.name for sweep in HEADS} == {"N", "V", "D"}
+    assert [kept_of(shape) for sweep in KEPT for shape in sweep.shapes()] == [4, 13, 40, 126, 400]
 
 
 def test_a_sweep_finds_its_own_lines() -> None:
@@ -40,6 +41,9 @@ def test_a_sweep_finds_its_own_lines() -> None:
     assert split(lines, Sweep("N", 10, "{}x8192"))[0] == {"10x8192": 10, "100x8192": 100, "64x8192": 64}
     assert split(lines, Sweep("V", 10, "64x{}"))[0] == {"64x8192": 8192, "64x1000": 1000}
     assert split(lines, Sweep("N", 10, "{}x64@8192"))[0] == {"10x64@8192": 10}
+    more = [*lines, *(_line(f"256x64@8192/{k}", "ours", 1.0) for k in (4, 40))]
+    assert split(more, KEPT[0])[0] == {"256x64@8192/4": 4, "256x64@8192/40": 40}
+    assert [split(more, sweep)[0] for sweep in HEADS[1:]] == [{}, {}]
 
 
 def test_crossovers_are_where_the_winner_changes() -> None:
@@ -66,4 +70,4 @@ def test_what_was_measured_is_drawn_and_kept(tmp_path: Path, capsys: pytest.Capt
     assert "N = 50" in capsys.readouterr().out
     assert (tmp_path / "s.png").stat().st_size > 10_000
     assert {c.size for c in scaling.crossings(lines)} == {50}
-    assert set(scaling_plot.COLUMNS) == {sweep.name for sweep in (*ROWS, *HEADS)}
+    assert set(scaling_plot.COLUMNS) == {sweep.name for sweep in SWEEPS}

@@ -18,7 +18,7 @@ from benchmarks.table import LIMITS, OURS
 from examples import palette
 
 ROOT = Path(__file__).parents[2]
-DRAWN = ("overview.png", "speed.png", "scaling.png", "accuracy.png", "confident.png")
+DRAWN = ("overview.png", "speed.png", "scaling.png", "accuracy.png", "confident.png", "sampled.png")
 
 
 @pytest.fixture(scope="module")
