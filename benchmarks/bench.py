@@ -206,7 +206,7 @@ def main(given: Sequence[str] | None = None) -> int:
                 calls = door.CALLS[op](inputs[door])
                 if door in rivals:
                     calls = {**calls, **rivals[door].more(op, inputs[door])}
-                limit_call = copy
+                limit_call: Any = copy
                 if head and op == PAIR:
                     limit_call = door.limit(inputs[door], op)
                 elif head:

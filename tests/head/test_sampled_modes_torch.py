@@ -30,7 +30,7 @@ def seeded(call: Any, *leaves: Any) -> Any:
     return value, *torch.autograd.grad(value.sum(), leaves)
 
 
-def same(ours: Any, truth: Any, **bounds: float) -> None:
+def same(ours: Any, truth: Any, **bounds: Any) -> None:
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a, b, **bounds)
 
