@@ -148,3 +148,25 @@ def as_asked(found: tuple[Array, dict[str, Array]], names: Sequence[str]) -> tup
     """A loss with its statistics in the order asked for, indices in the type JAX has for integers around the call."""
     (loss, stats), kind = found, jax.dtypes.canonicalize_dtype(int)
     return loss, {n: stats[n].astype(kind) if n in ("argmax", "rank") else stats[n] for n in names}
+
+
+def divergence_weight(like: Array, tokens: Array | None, kept: Array | None) -> Array:
+    """What each row's divergence is multiplied by: 0 where it is not kept."""
+    weight = jnp.ones_like(like) if tokens is None else tokens.astype(like.dtype)
+    return weight if kept is None else jnp.where(kept, weight, 0.0)
+
+
+def divergence_reduced(values: Array, weight: Array, kept: Array | None, options: Any) -> Array:
+    """The rows' divergences weighted, or their sum or mean."""
+    losses = weight * values
+    return losses if options.reduction == "none" else divergence_mean(losses.sum(), weight, kept, options)
+
+
+def divergence_mean(total: Array, weight: Array, kept: Array | None, options: Any) -> Array:
+    """The sum or mean from the summed divergence."""
+    if options.reduction == "sum":
+        return total
+    if kept is None:
+        return total / weight.sum()
+    some = kept.any()  # exchanged before dividing: a gradient through an unused 0 / 0 would be NaN
+    return jnp.where(some, total / jnp.where(some, weight.sum(), 1.0), jnp.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -14,10 +15,14 @@ from jax_ops._arguments import describe, scale_of, unwrap
 from jax_ops._head.chunks import cut, that_fit
 from jax_ops._head.columns import scaled
 from jax_ops._head.divergence import divergence_rows, divergence_sum
+from jax_ops._head.divergence_lean import lean_divergence
 from jax_ops._head.linear import wide
 from jax_ops._lowering import as_typed
+from jax_ops._parallel.divergence import sharded_divergence
 from jax_ops._parallel.mesh import spread_of, under_auto_axes
-from jax_ops._rows.divergence import Pair
+from jax_ops._parallel.shard import Shard, shard_of
+from jax_ops._reduction import divergence_mean, divergence_reduced, divergence_weight
+from jax_ops._rows.ratios import Pair
 from jax_ops._rules.divergence import constant, divergence_row
 from jax_ops._rules.scaled import times
 from softmax_ext import contract
@@ -37,6 +42,7 @@ def divergence(
     keep: ArrayLike | None = None,
     reduction: str = "mean",
     axis: int = -1,
+    axis_name: str | Sequence[str] | None = None,
 ) -> jax.Array:
     """Divergence of the student's softmax p from the teacher's softmax q along one axis, in nats.
 
@@ -60,6 +66,9 @@ def divergence(
         keep: booleans, one per row: other rows reach no result, even when they are NaN.
         reduction: "mean" (over the kept rows, weighted by token_weight), "sum" or "none".
         axis: the classes' axis.
+        axis_name: inside `jax.shard_map`, the mesh axis (or axes) whose devices have an equal part of the classes
+            each, in their order, of input and teacher. Rows, token_weight, keep and results are the same on every
+            device.
 
     Returns:
         The divergence, float32 for half-precision logits: a scalar, or row-shaped with reduction "none". The mean of
@@ -92,7 +101,8 @@ def divergence(
     given: list[Any] = [None if a is None else jnp.asarray(a) for a in (*arrays, s)]
     given[1] = constant("divergence", "teacher")(given[1])
     rows = [i for i in range(len(facts.shape)) if i != at]
-    return _spread(_of_logits, given, rows, facts.shape, options, axis=at)
+    shard = shard_of("divergence", axis_name, facts.shape[at])
+    return _spread(_of_logits, given, rows, facts.shape, options, axis=at, shard=shard)
 
 
 def linear_divergence(
@@ -115,6 +125,7 @@ def linear_divergence(
     shift: int = 0,
     memory: Literal["fast", "lean"] = "fast",
     chunk_size: int | None = None,
+    axis_name: str | Sequence[str] | None = None,
 ) -> jax.Array:
     """Divergence of softmax(input @ linear_weight.T) from the teacher head's softmax, in nats.
 
@@ -142,7 +153,11 @@ def linear_divergence(
         shift: k compares positions [..., :-k, :], by token_weight and keep of [..., k:]. A logit_scale of the rows'
             shape goes with the input.
         memory: "fast" or "lean"; see Memory.
-        chunk_size: rows at a time; None takes the most whose logits, of both heads, fit the workspace.
+        chunk_size: rows (fast) or classes (lean) at a time; None takes the most whose logits, of both heads, fit the
+            workspace.
+        axis_name: inside `jax.shard_map`, the mesh axis (or axes) whose devices have an equal part of the classes
+            each, in their order, of both weights and biases. Both inputs' rows, token_weight, keep and results are the
+            same on every device.
 
     Returns:
         The divergence, float32 for half-precision inputs: a scalar, or row-shaped with reduction "none". The mean of
@@ -155,8 +170,9 @@ def linear_divergence(
     Memory:
         At most 256 MiB of logits, of both heads together, exist at a time (1 GiB where JAX's default backend is no
         CPU). fast with "mean" or "sum" forms the gradients in the forward pass (four matmuls) and keeps them, the
-        weight's in float32. With reduction "none" and where memory is "lean" only the arguments are kept, and the
-        backward pass recomputes both heads' logits (six matmuls).
+        weight's in float32. With reduction "none" and where memory is "lean" the arguments and seven numbers per row
+        are kept, and the backward pass recomputes both heads' logits (six matmuls; lean "jsd" and "tv" eight). lean
+        writes the weight's gradient once, in its own type.
 
     Source:
         Csiszar 1963 for the divergences; Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models".
@@ -179,7 +195,7 @@ def linear_divergence(
     for i, name in ((2, "teacher_input"), (3, "teacher_weight"), (5, "teacher_bias")):
         if given[i] is not None:
             given[i] = constant("linear_divergence", name)(given[i])
-    shape = given[0].shape
+    shape, static["shard"] = given[0].shape, shard_of("linear_divergence", axis_name, given[1].shape[0])
     if shift:
         shape = (*shape[:-2], _shorter(shape[-2], shift), shape[-1])
     return _spread(_of_heads, given, range(len(shape) - 1), shape, options, **static)
@@ -196,7 +212,7 @@ def _spread(fn: Any, arrays: Any, rows: Any, shape: Any, options: contract.Diver
 
 
 # One program each, as a loss's: an eager gradient is one as well.
-@partial(jax.jit, static_argnames=("options", "axis"), inline=True)
+@partial(jax.jit, static_argnames=("options", "axis", "shard"), inline=True)
 @as_typed
 def _of_logits(
     x: jax.Array,
@@ -207,15 +223,18 @@ def _of_logits(
     *,
     options: contract.DivergenceOptions,
     axis: int,
+    shard: Shard,
 ) -> jax.Array:
     if scale is not None:
-        x = times(x, scale, axis, None if keep is None else ~keep)
+        (own,) = shard.own(scale)
+        x = times(x, own, axis, None if keep is None else ~keep)
     dtype = jnp.promote_types(x.dtype, t.dtype)
-    values = divergence_row(x.astype(dtype), t.astype(dtype), keep, _pair(options, axis, dtype))
-    return _reduced(values, _weight(values, tokens, keep), keep, options)
+    row = partial(sharded_divergence, shard=shard) if shard.names else divergence_row
+    values = row(x.astype(dtype), t.astype(dtype), keep, _pair(options, axis, dtype))
+    return divergence_reduced(values, divergence_weight(values, tokens, keep), keep, options)
 
 
-@partial(jax.jit, static_argnames=("options", "shift", "memory", "chunk_size", "blocks"), inline=True)
+@partial(jax.jit, static_argnames=("options", "shift", "memory", "chunk_size", "shard", "blocks"), inline=True)
 @as_typed
 def _of_heads(
     x: jax.Array,
@@ -232,6 +251,7 @@ def _of_heads(
     shift: int,
     memory: str,
     chunk_size: int | None,
+    shard: Shard,
     blocks: int = 1,
 ) -> jax.Array:
     lead, outside = x.shape[:-1], ...
@@ -244,13 +264,16 @@ def _of_heads(
     if scale is not None:
         x, w, b = scaled(x, w, b, scale.reshape(n) if scale.ndim else scale, keep)
     kind = wide(jnp.promote_types(x.dtype, tx.dtype))
-    fits = that_fit(chunk_size, 2 * w.shape[0], kind.itemsize, by_rows=True)
-    how = (cut(n, fits, strided=True, blocks=blocks), _pair(options, 1, kind))
-    weight = _weight(jnp.ones_like(x, shape=(n,), dtype=kind), tokens, keep)
+    lean, classes = memory == "lean", w.shape[0]
+    fits = that_fit(chunk_size, 2 * (n if lean else classes), kind.itemsize, by_rows=not lean)
+    parts = cut(classes, fits) if lean else cut(n, fits, strided=True, blocks=blocks)
+    how = (parts, _pair(options, 1, kind), shard)
+    weight = divergence_weight(jnp.ones_like(x, shape=(n,), dtype=kind), tokens, keep)
     arrays = (x, w, b, tx, tw, tb, keep)
-    if options.reduction != "none" and memory == "fast":
-        return _mean(divergence_sum(*arrays, weight, *how), weight, keep, options)
-    out = _reduced(divergence_rows(*arrays, *how), weight, keep, options)
+    if options.reduction != "none" and not lean:
+        return divergence_mean(divergence_sum(*arrays, weight, *how), weight, keep, options)
+    rows = lean_divergence if lean else divergence_rows
+    out = divergence_reduced(rows(*arrays, *how), weight, keep, options)
     return out.reshape(lead)[outside] if options.reduction == "none" else out
 
 
@@ -272,25 +295,3 @@ def _pair(options: contract.DivergenceOptions, axis: int, dtype: Any) -> Pair:
     """The static part of the rows, of logits of a type."""
     limits = jnp.finfo(jnp.promote_types(dtype, jnp.float32))
     return Pair(axis, options.kind, options.beta, *options.fitted(float(limits.tiny), float(limits.max)))
-
-
-def _weight(like: jax.Array, tokens: jax.Array | None, kept: jax.Array | None) -> jax.Array:
-    """What each row's divergence is multiplied by: 0 where it is not kept."""
-    weight = jnp.ones_like(like) if tokens is None else tokens.astype(like.dtype)
-    return weight if kept is None else jnp.where(kept, weight, 0.0)
-
-
-def _reduced(values: jax.Array, weight: jax.Array, kept: jax.Array | None, options: Any) -> jax.Array:
-    """The rows' divergences weighted, or their sum or mean."""
-    losses = weight * values
-    return losses if options.reduction == "none" else _mean(losses.sum(), weight, kept, options)
-
-
-def _mean(total: jax.Array, weight: jax.Array, kept: jax.Array | None, options: Any) -> jax.Array:
-    """The sum or mean from the summed divergence."""
-    if options.reduction == "sum":
-        return total
-    if kept is None:
-        return total / weight.sum()
-    some = kept.any()  # exchanged before dividing: a gradient through an unused 0 / 0 would be NaN
-    return jnp.where(some, total / jnp.where(some, weight.sum(), 1.0), jnp.nan)

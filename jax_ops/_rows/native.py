@@ -14,7 +14,7 @@ from softmax_ext import built
 
 LIBRARY = "libsoftmax_ext_xla.so"
 _ROWS = [f"{op}_{way}" for op in ("softmax", "log_softmax", "cross_entropy") for way in ("fwd", "bwd")]
-_ROWS += ["cross_entropy_fwd_bwd", "divergence_fwd", "divergence_bwd"]
+_ROWS += ["cross_entropy_fwd_bwd", "divergence_fwd", "divergence_sums", "divergence_bwd", "divergence_fwd_bwd"]
 _ROWS += ["picked_fwd", "picked_input_bwd", "picked_weight_bwd", "points"]
 
 

@@ -33,10 +33,11 @@ Error inputs(const char* op, Divergence& a, AnyBuffer student, AnyBuffer teacher
   return Error::Success();
 }
 
-bool state_of(const AnyBuffer& state, const AnyBuffer& value) {
-  auto s = state.dimensions(), v = value.dimensions();
-  bool same = state.element_type() == value.element_type() && s.size() == v.size() + 1;
-  for (size_t i = 0; same && i < s.size(); ++i) same = s[i] == (i < v.size() ? v[i] : row_state);
+// Whether an array has `count` entries of each row of x, beside each other.
+bool numbers_of(const AnyBuffer& array, const AnyBuffer& x, int64_t axis, Type type, int64_t count) {
+  auto a = array.dimensions(), b = x.dimensions();
+  bool same = array.element_type() == compute_type(type) && a.size() == b.size() && a.back() == count;
+  for (int64_t i = 0; same && i + 1 < (int64_t)a.size(); ++i) same = a[i] == b[i < axis ? i : i + 1];
   return same;
 }
 
@@ -49,8 +50,23 @@ Error divergence_fwd(ffi::ThreadPool pool, AnyBuffer student, AnyBuffer teacher,
       inputs(op, a, student, teacher, more, axis, kind, beta, scale, softcap, teacher_scale, teacher_softcap);
   if (error.failure()) return error;
   SX_CHECK(rows_of(*value, student, axis, a.type), "value must have one entry per row, in the compute type.");
-  SX_CHECK(state_of(*state, *value), "state must have its entries per row, in the compute type.");
+  SX_CHECK(numbers_of(*state, student, axis, a.type, row_state), "state must have its entries per row.");
   a.value = value->untyped_data(), a.state = state->untyped_data();
+  return run_all(pool, Fn::divergence_fwd, a);
+}
+
+// Of a slice of the classes, from the whole rows' states.
+Error divergence_sums(ffi::ThreadPool pool, AnyBuffer student, AnyBuffer teacher, AnyBuffer state,
+                      ffi::RemainingArgs more, Out sums, int64_t axis, int64_t kind, double beta, double scale,
+                      double softcap, double teacher_scale, double teacher_softcap) {
+  const char* op = "divergence_sums";
+  Divergence a{};
+  Error error =
+      inputs(op, a, student, teacher, more, axis, kind, beta, scale, softcap, teacher_scale, teacher_softcap);
+  if (error.failure()) return error;
+  SX_CHECK(numbers_of(state, student, axis, a.type, row_state), "state must have its entries per row.");
+  SX_CHECK(numbers_of(*sums, student, axis, a.type, row_sums), "the result must have three entries per row.");
+  a.state = state.untyped_data(), a.sums = sums->untyped_data();
   return run_all(pool, Fn::divergence_fwd, a);
 }
 
@@ -63,10 +79,26 @@ Error divergence_bwd(ffi::ThreadPool pool, AnyBuffer student, AnyBuffer teacher,
       inputs(op, a, student, teacher, more, axis, kind, beta, scale, softcap, teacher_scale, teacher_softcap);
   if (error.failure()) return error;
   SX_CHECK(rows_of(d_value, student, axis, a.type), "d_value must have one entry per row, in the compute type.");
-  SX_CHECK(state_of(state, d_value), "state must have its entries per row, in the compute type.");
+  SX_CHECK(numbers_of(state, student, axis, a.type, row_state), "state must have its entries per row.");
   SX_CHECK(like(*dstudent, student), "the result must be like student.");
   a.state = state.untyped_data(), a.d_value = d_value.untyped_data(), a.dstudent = fresh(dstudent);
   return run_all(pool, Fn::divergence_bwd, a);
+}
+
+// Over the student's logits: XLA gives both the same buffer, or has copied them.
+Error divergence_fwd_bwd(ffi::ThreadPool pool, AnyBuffer student, AnyBuffer teacher, AnyBuffer d_value,
+                         ffi::RemainingArgs more, Out dstudent, Out value, int64_t axis, int64_t kind, double beta,
+                         double scale, double softcap, double teacher_scale, double teacher_softcap) {
+  const char* op = "divergence_fwd_bwd";
+  Divergence a{};
+  Error error =
+      inputs(op, a, student, teacher, more, axis, kind, beta, scale, softcap, teacher_scale, teacher_softcap);
+  if (error.failure()) return error;
+  SX_CHECK(rows_of(d_value, student, axis, a.type), "d_value must have one entry per row, in the compute type.");
+  SX_CHECK(rows_of(*value, student, axis, a.type), "value must have one entry per row, in the compute type.");
+  SX_CHECK(like(*dstudent, student), "the result must be like student.");
+  a.d_value = d_value.untyped_data(), a.value = value->untyped_data(), a.dstudent = fresh(dstudent);
+  return run_all(pool, Fn::divergence_fwd_bwd, a);
 }
 
 template <class Binding> auto with_options(Binding binding) {
@@ -87,6 +119,17 @@ template <class Binding> auto with_options(Binding binding) {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     softmax_ext_divergence_fwd, divergence_fwd,
     with_options(row_binding().Arg<AnyBuffer>().Arg<AnyBuffer>().RemainingArgs().Ret<AnyBuffer>().Ret<AnyBuffer>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    softmax_ext_divergence_sums, divergence_sums,
+    with_options(row_binding().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().RemainingArgs().Ret<AnyBuffer>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(softmax_ext_divergence_fwd_bwd, divergence_fwd_bwd,
+                              with_options(row_binding()
+                                               .Arg<AnyBuffer>()
+                                               .Arg<AnyBuffer>()
+                                               .Arg<AnyBuffer>()
+                                               .RemainingArgs()
+                                               .Ret<AnyBuffer>()
+                                               .Ret<AnyBuffer>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(softmax_ext_divergence_bwd, divergence_bwd,
                               with_options(row_binding()
                                                .Arg<AnyBuffer>()

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 import jax_ops
+from jax_ops._rows import native
 from tests.head.test_divergence import HEAD, ROWS
 from tests.judging import quick
 
@@ -56,6 +57,38 @@ def test_no_array_of_all_logits() -> None:
         head = lambda x, w, y, u, m=memory: jax_ops.linear_divergence(x, w, y, u, memory=m, chunk_size=4)  # noqa: E731
         assert used(head) < n * v * 4
     assert used(lambda x, w, y, u: jax_ops.divergence(x @ w.T, y @ u.T)) > n * v * 4
+
+
+MIB = 2**20
+# Half of both heads' logits at a time; in primes of rows and classes the halves overlap.
+HALVES: dict[str, dict[str, Any]] = {
+    "fast": {"chunk_size": 512},
+    "fast, none": {"chunk_size": 512, "reduction": "none"},
+    "lean": {"memory": "lean", "chunk_size": 8192},
+    "lean, jsd": {"memory": "lean", "chunk_size": 8192, "kind": "jsd"},
+}
+
+
+def _temporary(name: str, wrt: tuple[int, ...], dtype: str, uneven: bool) -> float:
+    """MiB beside arguments and gradients, of 64 MiB of float32 logits of each head and weights of 20."""
+    n, v, d = (1021, 16381, 320) if uneven else (1024, 16384, 320)
+    given = [jax.ShapeDtypeStruct(s, dtype) for s in ((n, d), (v, d), (n, d), (v, d))]
+    f = lambda x, w, y, u: jax_ops.linear_divergence(x, w, y, u, **HALVES[name]).sum()  # noqa: E731
+    found: Any = jax.jit(jax.value_and_grad(f, wrt), **quick.QUICK).lower(*given).compile().memory_analysis()
+    return found.temp_size_in_bytes / MIB
+
+
+@pytest.mark.skipif(bool(native.missing), reason=native.missing)
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("name", HALVES)
+def test_temporary_memory_is_two_chunks_and_one_weight(name: str, uneven: bool, dtype: str) -> None:
+    """Another chunk or weight would be seen: each is larger than the 16 MiB left over."""
+    chunks, weight, lean = 64, 20, "lean" in name
+    slices = weight if lean else 0  # halves of both weights, beside those of the logits
+    assert _temporary(name, (0, 1), dtype, uneven) <= chunks + (slices if lean else weight) + 16
+    assert _temporary(name, (0,), dtype, uneven) <= chunks + slices + 16
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

@@ -12,7 +12,7 @@ import pytest
 
 import jax_ops
 from jax_ops._rows import divergence as rows
-from jax_ops._rows import native
+from jax_ops._rows import native, ratios
 from softmax_ext.contract import KINDS
 from tests.judging import quick
 from tests.judging.divergences import BETA, Jax, judged, of_logits, pairs
@@ -52,19 +52,19 @@ def test_rows_that_a_library_lacks_are_plain(monkeypatch: pytest.MonkeyPatch) ->
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("part", ["_less", "_log1p"])
+@pytest.mark.parametrize("part", ["less", "_log1p"])
 def test_formulas_that_lose_digits_are_seen(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shift that is not corrected, and XLA's own log1p."""
     monkeypatch.setattr(native, "missing", "asked for by a test")
     about: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
-        "_less": ("a millionth", "float32", lambda d, p, q: jnp.zeros_like(d), {}),
+        "less": ("a millionth", "float32", lambda d, p, q: jnp.zeros_like(d), {}),
         "_log1p": ("elsewhere", "float64", jnp.log1p, {"kind": "jsd", "beta": BETA}),
     }
     distance, dtype, wrong, options = about[part]
     s, t = pairs(17, dtype)[distance]
     jax.clear_caches()
     judged(*of_logits(Jax(), s, t, dtype, **options), s, t, dtype, **options)
-    monkeypatch.setattr(rows, part, wrong)
+    monkeypatch.setattr(ratios, part, wrong)
     jax.clear_caches()
     with pytest.raises(AssertionError):
         judged(*of_logits(Jax(), s, t, dtype, **options), s, t, dtype, **options)
@@ -132,6 +132,40 @@ def test_wherever_jax_goes(kind: Any) -> None:
     np.testing.assert_allclose(exported.call(s), want, rtol=1e-6, atol=1e-7)
 
 
+OPEN: dict[str, Callable[..., Any]] = {
+    "jsd": lambda s, t: jax_ops.divergence(s, t, kind="jsd"),
+    "tv": lambda s, t: jax_ops.divergence(s, t, kind="tv"),
+    "fast": lambda s, t: jax_ops.linear_divergence(s, WEIGHT, t, WEIGHT, reduction="none").sum(),
+    "lean": lambda s, t: jax_ops.linear_divergence(s, WEIGHT, t, 2 * WEIGHT, kind="jsd", memory="lean"),
+}
+WEIGHT = np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(4, 6) ** 3
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_one_export_for_all_platforms_and_numbers_of_rows(name: str) -> None:
+    s, t = jnp.asarray(S, jnp.float32), jnp.asarray(T, jnp.float32)
+    step = jax.jit(jax.value_and_grad(OPEN[name]))
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 6"), jnp.float32)
+    exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(shape, shape)
+    assert "@softmax_ext" not in exported.mlir_module()  # no kernel of this machine
+    again = jax.export.deserialize(exported.serialize())
+    found, due = again.call(s, t), step(s, t)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+        assert np.abs(b).max() > 1e-2
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_donated_logits() -> None:
+    """The gradient may lie where the logits did; and logits that are not donated stay."""
+    s, t = jnp.asarray(S, jnp.float32), jnp.asarray(T, jnp.float32)
+    step = jax.value_and_grad(jax_ops.divergence)
+    due = jax.jit(step)(s, t)
+    np.testing.assert_array_equal(s, S.astype(np.float32))
+    found = jax.jit(step, donate_argnums=0)(s + 0.0, t)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_the_teacher_is_a_constant() -> None:
     s, t, w = jnp.asarray(S), jnp.asarray(T), jnp.asarray(0.5 * S.reshape(6, 3))
     x = s[:, :3]
@@ -159,7 +193,7 @@ def test_a_kernel_told_no_state_gives_nan(kind: str) -> None:
     """Forward by jax.numpy and backward by a kernel, as where a pullback moves to another device: never a number."""
     if native.missing:
         pytest.skip(f"no native kernels: {native.missing}")
-    pair = rows.Pair(1, kind, BETA, 1.0, None, 1.0, None)
+    pair = ratios.Pair(1, kind, BETA, 1.0, None, 1.0, None)
     s, t = (jnp.asarray(np.random.default_rng(i).standard_normal((3, 20)), jnp.float32) for i in (0, 1))
     value, state = rows._plain_fwd(s, t, None, **pair._asdict())
     own, known = rows.divergence_fwd(s, t, None, pair=pair)

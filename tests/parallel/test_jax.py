@@ -26,11 +26,13 @@ TARGET = np.array([1, -100, 4])
 OPS: dict[str, Callable[..., Any]] = {
     "cross_entropy": lambda w, **more: jax_ops.cross_entropy(X @ w.T, TARGET, **more),
     "linear_cross_entropy": lambda w, **more: jax_ops.linear_cross_entropy(X, w, TARGET, **more),
+    "divergence": lambda w, **more: jax_ops.divergence(X @ w.T, jax.lax.stop_gradient(jnp.cos(X @ w.T)), **more),
+    "linear_divergence": lambda w, **more: jax_ops.linear_divergence(X, w, X, jax.lax.stop_gradient(-w), **more),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checks", ["jax_devices", "jax_sampled"])
+@pytest.mark.parametrize("checks", ["jax_devices", "jax_sampled", "jax_divergences"])
 def test_sharded_classes_on_eight_devices(checks: str) -> None:
     command, root = [sys.executable, "-m", f"tests.parallel.{checks}"], Path(__file__).parents[2]
     env = {**os.environ, "XLA_FLAGS": FLAGS}
