@@ -119,7 +119,7 @@ def tv_turned(p: Package) -> None:
     def wrong(right: Any) -> Any:
         return lambda *a: -right(*a) if "tv" in [getattr(v, "kind", "") for v in a] else right(*a)
 
-    p.part("_rows.divergence:weighed", "_rows.divergence:_slope_of", wrong)
+    p.part("_rows.divergence:weighed", "_rows.divergence:slope_of", wrong)
 
 
 OF_ROWS, OF_SHARDS = "_rules.statistics", "_parallel.statistics"
