@@ -107,6 +107,34 @@ def test_derivatives_of_every_order(kind: str, served: str) -> None:
     torch.testing.assert_close(each, whole)
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd", "tv"])
+def test_derivatives_where_the_teacher_lacks_a_class(kind: str, served: str) -> None:
+    """Tangents and Hessians know as the gradient does that the student is above such a teacher there."""
+    lost = OF.masked_fill(torch.arange(6) == 2, -torch.inf)
+
+    def f(x: Tensor) -> Tensor:
+        return torch_ops.divergence(x, lost, kind=kind, beta=BETA, reduction="sum")  # pyright: ignore
+
+    def g(x: Tensor) -> Tensor:  # e^-700 is nothing beside the others, and has a logarithm
+        return composed(x, lost.clamp(min=-700.0), kind, BETA).sum()
+
+    along = IN.flip(1)
+    tangents = [torch.func.jvp(of, (IN,), (along,))[1] for of in (f, g)]
+    torch.testing.assert_close(*tangents, rtol=1e-9, atol=1e-12)
+    for derive in (torch.func.grad, torch.func.hessian, lambda of: torch.func.jacrev(torch.func.grad(of))):
+        torch.testing.assert_close(derive(f)(IN), derive(g)(IN), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd", "tv"])
+def test_tangents_where_the_student_lacks_a_class(kind: str, served: str) -> None:
+    """Of forward_kl it is p - q there as everywhere, though the divergence is infinite."""
+    x = IN.masked_fill(torch.arange(6) == 2, -torch.inf)
+    f = lambda x: torch_ops.divergence(x, OF, kind=kind, beta=BETA, reduction="sum")  # pyright: ignore # noqa: E731
+    along = IN.flip(1)
+    due = (torch.func.grad(f)(x) * along).sum()
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (along,))[1], due, rtol=1e-9, atol=1e-12)
+
+
 def test_the_teacher_is_a_constant() -> None:
     x, w = IN.clone().requires_grad_(), 0.5 * IN.reshape(6, 3)
     moving = OF.clone().requires_grad_()

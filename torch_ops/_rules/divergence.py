@@ -204,7 +204,7 @@ def weighed(d: Tensor, p: Tensor, q: Tensor, pair: Pair) -> Tensor:
     if pair.kind == "forward_kl":
         near = d.abs() < 0.7
         close = -p * torch.expm1(-torch.where(near, d, 0.0))  # p - q
-        return torch.where(near & (q > 0), close, p - q)
+        return torch.where(near & (p > 0) & (q > 0), close, p - q)  # d says nothing where a side has no class
     return p * steepness(d, p, q, pair)[0]
 
 
@@ -212,14 +212,13 @@ def steepness(d: Tensor, p: Tensor, q: Tensor, pair: Pair) -> tuple[Tensor, Tens
     """(u, u')."""
     if pair.kind == "reverse_kl":
         return d, torch.ones_like(d)
+    gone = (q == 0) & (p > 0)  # a teacher without the class is infinitely far behind, whatever d holds there
     if pair.kind == "tv":
-        return 0.5 * torch.sign(d), torch.zeros_like(d)
+        return torch.where(gone, 0.5, 0.5 * torch.sign(d)), torch.zeros_like(d)
     # log(m / p) by whichever exponential does not overflow
     b, ahead = pair.beta, d >= 0
     up, down = torch.where(ahead, d, 0.0), torch.where(ahead, 0.0, d)
     log = torch.where(ahead, torch.log1p(b * torch.expm1(-up)), torch.log1p((1 - b) * torch.expm1(down)) - down)
-    # a teacher without the class is infinitely far behind
-    gone = (q == 0) & (p > 0)
     log = torch.where(gone, math.log1p(-b), log)
     share = torch.where(gone, 0.0, torch.sigmoid(math.log(b / (1 - b)) - d))  # beta q / m
     return (b - 1) * log, (1 - b) * share
