@@ -72,6 +72,31 @@ def test_no_array_of_all_logits(memory: Any) -> None:
     assert whole.peak > 2 * logits
 
 
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize(
+    ("student", "teacher", "eps"),
+    [("float32", "float64", 2.0**-22), ("bfloat16", "float64", 2.0**-7), ("float64", "float32", 1e-12)],
+)
+def test_a_teacher_of_another_type(student: str, teacher: str, eps: float, memory: Any) -> None:
+    """Rows are formed in the wider of both heads' types, gradients are of the student's."""
+    arrays = {k: v.to(getattr(torch, teacher if "teacher" in k else student)) for k, v in HEAD.items()}
+
+    def found(arrays: dict[str, Tensor], **options: Any) -> Any:
+        names = ("input", "linear_weight", "linear_bias")
+        leaves = [arrays[k].clone().requires_grad_() for k in names]
+        value = torch_ops.linear_divergence(**{**arrays, **dict(zip(names, leaves, strict=True))}, **options)
+        return value, torch.autograd.grad(value.sum(), leaves)
+
+    for reduction, chunk_size in (("mean", None), ("sum", 2), ("none", 2)):
+        value, grads = found(arrays, reduction=reduction, memory=memory, chunk_size=chunk_size, kind="jsd")
+        due, right = found({k: v.double() for k, v in arrays.items()}, reduction=reduction, kind="jsd")
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, due, rtol=eps, atol=0.0)
+        for mine, theirs, k in zip(grads, right, ("input", "linear_weight", "linear_bias"), strict=True):
+            assert mine.dtype == arrays[k].dtype
+            torch.testing.assert_close(mine.double(), theirs, rtol=eps, atol=eps * theirs.abs().max().item())
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_lean_holds_a_slice_of_both_heads(kind: Any, frozen: bool) -> None:

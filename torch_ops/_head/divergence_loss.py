@@ -48,7 +48,8 @@ def of_heads(
 ) -> Tensor:
     """The divergence of two heads' checked arrays; `over` sums what several devices have of rows."""
     x, lw, lb, tx, tw, tb, token_weight, keep, scale = arrays
-    pair = pair_of(options, 1, torch.promote_types(x.dtype, tx.dtype))
+    kind = torch.promote_types(x.dtype, tx.dtype)
+    pair = pair_of(options, 1, kind)
     if scale is not None and scale.dim() and shift:
         scale = scale[..., : max(x.shape[-2] - shift, 0)]
     x, tx, token_weight, keep, shape = _laid_out(x, tx, token_weight, keep, shift)
@@ -58,7 +59,7 @@ def of_heads(
     if keep is not None and can_look(keep) and not keep.all():  # rows that do not count never reach a matmul
         index, some = keep.nonzero().squeeze(1), None
         x, tx = x.index_select(0, index), tx.index_select(0, index)
-    ones = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).expand(math.prod(shape))
+    ones = torch.ones((), dtype=torch.promote_types(kind, torch.float32), device=x.device).expand(math.prod(shape))
     weight = weight_of(ones, token_weight, keep)
     given = (x, lw, lb, tx, tw, tb, some)
     if options.reduction != "none" and memory == "fast":
