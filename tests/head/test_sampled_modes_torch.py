@@ -113,6 +113,26 @@ def test_points_that_are_drawn_anew_are_seen(monkeypatch):
         test_a_checkpoint_has_the_points_of_its_generator(True, False)
 
 
+@pytest.mark.parametrize("pack", ["no function", "a frame of its own"])
+def test_hooks_of_others_are_no_checkpoint(pack):
+    x, w, t = head(30, 8, 60)
+    frame = [0]
+
+    def counted(saved: Any) -> Any:
+        frame[0] += 1
+        return saved
+
+    def run() -> Any:
+        g = torch.Generator().manual_seed(4)
+        return torch.autograd.grad(LOSS(x, w, t, grad_samples=3, generator=g), (x, w))
+
+    hook = partial(torch.clone) if pack == "no function" else counted
+    with torch.autograd.graph.saved_tensors_hooks(hook, lambda saved: saved):
+        found = run()
+    for a, b in zip(found, run(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("more", [{}, {"softcap": 20.0}, {"reduction": "none", "z_loss": 0.1}], ids=str)
 def test_what_lives_at_a_time(more, dtype):

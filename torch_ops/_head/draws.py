@@ -33,8 +33,11 @@ def replayed(generator: torch.Generator) -> Iterator[None]:
     if hook is None:
         yield
         return
-    # The hooks of torch.utils.checkpoint: a forward's knows its frame, a recomputation's refers to that.
-    known = inspect.getclosurevars(inspect.unwrap(hook)).nonlocals
+    # The hooks of torch.utils.checkpoint: a forward's knows its frame, a recomputation's refers to that. Others' may be
+    # anything that can be called.
+    plain = inspect.unwrap(hook)
+    theirs = inspect.isfunction(plain) and plain.__module__ == "torch.utils.checkpoint"
+    known = inspect.getclosurevars(plain).nonlocals if theirs else {}
     if "frame" in known:
         vars(known["frame"]).setdefault(_STATES, []).append(generator.get_state())
         yield
