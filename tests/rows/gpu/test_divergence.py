@@ -77,6 +77,7 @@ def test_rows_not_kept_reach_nothing(ran: list[str]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_go_by_the_same_kernels(kind: str, ran: list[str], narrow: None) -> None:
     same_by_kernels_and_plain_ops(kind, ran)
+    assert "divergence_bwd_kernel" in ran
 
 
 def same_by_kernels_and_plain_ops(kind: str, ran: list[str]) -> None:
