@@ -14,16 +14,13 @@ from jax.typing import ArrayLike
 
 from jax_ops._arguments import describe, describe_target, parts_of, scale_of, unwrap_all
 from jax_ops._lowering import as_typed
-from jax_ops._parallel.logits import sharded_row
 from jax_ops._parallel.mesh import lies_otherwise, spread_of, under_auto_axes
 from jax_ops._parallel.shard import Shard, shard_of
-from jax_ops._parallel.statistics import MORE, statistics_of
 from jax_ops._reduction import as_asked, coefficients, finish
 from jax_ops._rows.dispatch import capped, is_soft
 from jax_ops._rows.targets import canonical
 from jax_ops._rules.cross_entropy import row
 from jax_ops._rules.plan import Plan
-from jax_ops._rules.scaled import ignored, times
 from softmax_ext import contract
 
 
@@ -194,17 +191,24 @@ def _loss(
     if raw:
         t = canonical(t, shard.total, options.ignored)
     if scale is not None:
+        from jax_ops._rules.scaled import ignored, times
+
         (own,) = shard.own(scale)
         logits = times(logits, own, axis, ignored(logits, t, axis))
     plan = Plan.of(options, logits.dtype)
     of_class = plan.class_weight(w, logits.dtype, soft=is_soft(t))
     if shard.names:
+        from jax_ops._parallel.logits import sharded_row
+
         per_row = sharded_row(logits, t, of_class, axis, plan, shard)
     else:
         per_row = row(logits, t, of_class, axis, plan)
     one = per_row[plan.names[0]]
     ones = jnp.ones_like(one.sum(axis) if one.ndim == logits.ndim else one)
-    per_row |= statistics_of([n for n in options.stats if n in MORE], logits, t, axis, plan, shard)
+    if options.stats:
+        from jax_ops._parallel.statistics import MORE, statistics_of
+
+        per_row |= statistics_of([n for n in options.stats if n in MORE], logits, t, axis, plan, shard)
     by = coefficients(ones, t, w, tokens, options, shard, probabilities, axis)
     loss, found = finish(per_row, lambda: _argmax(logits, axis, plan, shard), t, by, options, axis)
     return (loss, found) if options.stats else loss

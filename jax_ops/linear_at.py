@@ -14,7 +14,6 @@ from jax_ops._arguments import describe, unwrap
 from jax_ops._lowering import as_typed
 from jax_ops._parallel.mesh import spread_of, under_auto_axes
 from jax_ops._rows.dispatch import IGNORED
-from jax_ops._rows.picked import picked_fwd
 from jax_ops._rows.targets import canonical
 from jax_ops._rules.varying import alike
 from softmax_ext import contract
@@ -80,6 +79,8 @@ def linear_at(
 @as_typed
 def _logits(x: jax.Array, w: jax.Array, at: jax.Array, b: jax.Array | None) -> jax.Array:
     """The logits at canonical ids."""
+    from jax_ops._rows.picked import picked_fwd
+
     x, w, at, b = alike(x, w, at, b)
     n, k = math.prod(x.shape[:-1]), at.shape[-1]
     flat = at.reshape(n, k)

@@ -13,12 +13,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_ops._arguments import describe, describe_target, parts_of, scale_of, unwrap, unwrap_all
-from jax_ops._head.layout import each_row, largest, lay_out, more, total
 from jax_ops._lowering import as_typed
 from jax_ops._parallel.mesh import spread_of, under_auto_axes
-from jax_ops._parallel.points import first_key
 from jax_ops._parallel.shard import Shard, shard_of
-from jax_ops._parallel.statistics import MORE
 from jax_ops._reduction import as_asked, coefficients, finish, reduce
 from jax_ops._rows.dispatch import is_soft
 from jax_ops._rows.targets import canonical
@@ -172,6 +169,8 @@ def linear_cross_entropy(
         >>> round(jax_ops.linear_cross_entropy(hidden, weight, jnp.array([1])).item(), 4)
         0.3977
     """
+    from jax_ops._parallel.points import first_key
+
     s, factor = scale_of(logit_scale)
     options = contract.LossOptions(
         ignore_index, reduction, label_smoothing, factor, softcap, z_loss, on_all_ignored, stats
@@ -237,6 +236,9 @@ def _loss(
     blocks: int = 1,
 ) -> Any:
     """The loss, and its statistics; targets are canonical or soft, `blocks` of the rows are on devices of their own."""
+    from jax_ops._head.layout import each_row, largest, lay_out, more, total
+    from jax_ops._parallel.statistics import MORE
+
     lean, plan = memory == "lean", Plan.of(options, x.dtype, memory == "lean")
     low_rank = None if down is None or up is None else (down, up)
     of = lay_out(x, w, b, t, probabilities, tokens, shift=shift, scale=scale, low_rank=low_rank)

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Files of ours, softmax_ext's among them.
-MOST = {"torch_ops": 37}
+MOST = {"torch_ops": 37, "jax_ops": 39}
 
 FIRST = {
     "torch_ops": """
@@ -26,6 +26,15 @@ torch_ops.log_softmax(x).sum().backward()
 torch_ops.cross_entropy(x, target).backward()
 torch_ops.cross_entropy(x, target, label_smoothing=0.1, z_loss=0.1, ignore_index=2).backward()
 torch_ops.nn.CrossEntropyLoss(reduction="none")(x, target).sum().backward()
+""",
+    "jax_ops": """
+import sys, jax, jax.numpy as jnp, jax_ops
+before = set(sys.modules)
+x, target = jnp.ones((3, 5)), jnp.array([0, 1, 2])
+jax.grad(lambda x: jax_ops.softmax(x).sum() + jax_ops.log_softmax(x).sum())(x)
+jax.jit(jax.grad(lambda x: jax_ops.cross_entropy(x, target)))(x)
+jax_ops.cross_entropy(x, target, label_smoothing=0.1, z_loss=0.1, ignore_index=2)
+jax_ops.softmax_cross_entropy_with_integer_labels(x, target)
 """,
 }
 OURS = "[name for name in sys.modules if name.split('.')[0] in ('softmax_ext', 'torch_ops', 'jax_ops')]"
