@@ -12,19 +12,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_ops._arguments import describe, scale_of, unwrap
-from jax_ops._head.chunks import cut, that_fit
-from jax_ops._head.columns import scaled
-from jax_ops._head.divergence import divergence_rows, divergence_sum
-from jax_ops._head.divergence_lean import lean_divergence
-from jax_ops._head.linear import wide
 from jax_ops._lowering import as_typed
-from jax_ops._parallel.divergence import sharded_divergence
 from jax_ops._parallel.mesh import spread_of, under_auto_axes
 from jax_ops._parallel.shard import Shard, shard_of
 from jax_ops._reduction import divergence_mean, divergence_reduced, divergence_weight
-from jax_ops._rows.ratios import Pair
-from jax_ops._rules.divergence import constant, divergence_row
-from jax_ops._rules.scaled import times
 from softmax_ext import contract
 
 
@@ -90,6 +81,8 @@ def divergence(
         >>> round(jax_ops.divergence(student, teacher).item(), 4)
         0.2662
     """
+    from jax_ops._rules.divergence import constant
+
     s, factor = scale_of(logit_scale)
     options = contract.DivergenceOptions(kind, beta, factor, teacher_scale, softcap, teacher_softcap, reduction)
     arrays = [None if a is None else unwrap(a, numbers=False) for a in (input, teacher, token_weight, keep)]
@@ -183,6 +176,8 @@ def linear_divergence(
         >>> round(jax_ops.linear_divergence(x, weight, 2.0 * x, weight).item(), 4)
         0.1156
     """
+    from jax_ops._rules.divergence import constant
+
     s, factor = scale_of(logit_scale)
     options = contract.DivergenceOptions(kind, beta, factor, teacher_scale, softcap, teacher_softcap, reduction)
     every = (input, linear_weight, teacher_input, teacher_weight, linear_bias, teacher_bias, token_weight, keep)
@@ -225,12 +220,17 @@ def _of_logits(
     axis: int,
     shard: Shard,
 ) -> jax.Array:
+    from jax_ops._parallel.divergence import sharded_divergence
+    from jax_ops._rows.ratios import Pair
+    from jax_ops._rules.divergence import divergence_row
+    from jax_ops._rules.scaled import times
+
     if scale is not None:
         (own,) = shard.own(scale)
         x = times(x, own, axis, None if keep is None else ~keep)
     dtype = jnp.promote_types(x.dtype, t.dtype)
     row = partial(sharded_divergence, shard=shard) if shard.names else divergence_row
-    values = row(x.astype(dtype), t.astype(dtype), keep, _pair(options, axis, dtype))
+    values = row(x.astype(dtype), t.astype(dtype), keep, Pair.of(options, axis, dtype))
     return divergence_reduced(values, divergence_weight(values, tokens, keep), keep, options)
 
 
@@ -254,6 +254,13 @@ def _of_heads(
     shard: Shard,
     blocks: int = 1,
 ) -> jax.Array:
+    from jax_ops._head.chunks import cut, that_fit
+    from jax_ops._head.columns import scaled
+    from jax_ops._head.divergence import divergence_rows, divergence_sum
+    from jax_ops._head.divergence_lean import lean_divergence
+    from jax_ops._head.linear import wide
+    from jax_ops._rows.ratios import Pair
+
     lead, outside = x.shape[:-1], ...
     if shift:
         tokens, keep = _shifted(lead, tokens, keep, shift)
@@ -267,7 +274,7 @@ def _of_heads(
     lean, classes = memory == "lean", w.shape[0]
     fits = that_fit(chunk_size, 2 * (n if lean else classes), kind.itemsize, by_rows=not lean)
     parts = cut(classes, fits) if lean else cut(n, fits, strided=True, blocks=blocks)
-    how = (parts, _pair(options, 1, kind), shard)
+    how = (parts, Pair.of(options, 1, kind), shard)
     weight = divergence_weight(jnp.ones_like(x, shape=(n,), dtype=kind), tokens, keep)
     arrays = (x, w, b, tx, tw, tb, keep)
     if options.reduction != "none" and not lean:
@@ -289,9 +296,3 @@ def _shifted(lead: Any, tokens: jax.Array | None, keep: jax.Array | None, shift:
     keep = jnp.ones(lead, bool) if keep is None else keep
     keep = jnp.pad(keep[..., shift:], widths, constant_values=False)
     return None if tokens is None else jnp.pad(tokens[..., shift:], widths), keep
-
-
-def _pair(options: contract.DivergenceOptions, axis: int, dtype: Any) -> Pair:
-    """The static part of the rows, of logits of a type."""
-    limits = jnp.finfo(jnp.promote_types(dtype, jnp.float32))
-    return Pair(axis, options.kind, options.beta, *options.fitted(float(limits.tiny), float(limits.max)))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_ops._rows.arithmetic import capped, compute, exponentials
+from softmax_ext.contract import DivergenceOptions
 
 
 class Pair(NamedTuple):
@@ -25,6 +26,12 @@ class Pair(NamedTuple):
     softcap: float | None
     teacher_scale: float
     teacher_softcap: float | None
+
+    @classmethod
+    def of(cls, options: DivergenceOptions, axis: int, dtype: Any) -> Pair:
+        """Of an op's options, for logits of a type."""
+        limits = jnp.finfo(jnp.promote_types(dtype, jnp.float32))
+        return cls(axis, options.kind, options.beta, *options.fitted(float(limits.tiny), float(limits.max)))
 
     @property
     def alike(self) -> bool:
