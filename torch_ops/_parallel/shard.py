@@ -44,7 +44,8 @@ def shard_of(
     told = torch.zeros((), dtype=torch.int64, device=target.device)
     if not target.is_floating_point():
         t = target.reshape(-1).to(torch.int64)
-        told = (t * (2 * torch.arange(t.numel(), device=t.device) + 1)).sum()
+        at = 2 * torch.arange(t.numel(), device=t.device) + 1
+        told = (t * at * at * at).sum()  # cubes: as plain numbers rows 0 and 3 add up to what rows 1 and 2 do
     mine = [torch.full_like(told, v) for v in (position, count, rows)]
     table = gathered(torch.stack([*mine, told]), group)
     if not modes.can_look(table):
