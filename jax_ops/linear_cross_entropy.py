@@ -156,7 +156,7 @@ def linear_cross_entropy(
     Memory:
         A chunk of the logits, in float32 for half precision. "fast" with reduction "mean" or "sum" and no stats
         forms the gradients in the forward pass (three matmuls) and keeps those of what is differentiated, in float32.
-        Otherwise the arguments and two to four numbers per row are kept, and the backward pass forms the logits again
+        Otherwise the arguments and two to six numbers per row are kept, and the backward pass forms the logits again
         (four matmuls). Second derivatives form each chunk again. "argmax" is one matmul more. grad_samples: one matmul,
         and K ids a row are kept.
 

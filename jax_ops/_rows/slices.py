@@ -35,7 +35,8 @@ def nothing(like: Array, target: Array, kind: Any, names: tuple[str, ...]) -> St
     start |= {f"{k}{name}": 0.0 for name in ("nll", "smooth") if name in names for k in "uS"}
     start |= {"mass": 0.0} if soft and "nll" in names else {}
     start |= {"e": 0.0} if "entropy" in names else {}
-    shapes: dict[str, tuple[int, ...]] = {} if soft else {"unll": target.shape, "Snll": target.shape}
+    shapes: dict[str, tuple[int, ...]] = {"unll": target.shape, "Snll": target.shape}
+    shapes = {"mass": (*rows_, 3)} if soft else shapes
     return {n: jnp.full_like(like, value, shape=shapes.get(n, rows_), dtype=kind) for n, value in start.items()}
 
 
@@ -66,10 +67,11 @@ def of(
             masses = _masses(t, weight, z.dtype, axis)
             # A soft target of 0 on -inf counts 0, and so does its derivative, which in S is the lse. `mass` is for the
             # gradient S p - mass of the logits, where it is p: unsharded too.
-            gone = rows.capped(z, layout["scale"], layout["softcap"]) == -jnp.inf
+            capped = rows.capped(z, layout["scale"], layout["softcap"])
+            gone = capped == -jnp.inf
             live = jnp.where(gone, jax.lax.stop_gradient(masses), masses)
             state |= mass_sums("nll", values[0], live.sum(axis), (masses != 0).any(axis))
-            state["mass"] = masses.sum(axis)
+            state["mass"] = _mass_and_aside(capped, masses, m, axis)
         else:
             nll = jnp.where(values[0] < 0, jnp.inf, values[0]) if t.ndim == z.ndim else values[0]
             nll = jnp.where(inside, nll - along(log_total, nll, axis), 0.0)
@@ -93,7 +95,7 @@ def merge(a: State, b: State, axis: int = 1) -> State:
             u = f"u{name[1:]}"
             out[u] = (a[u] - _times(a[name], by_a, axis)) + (b[u] - _times(b[name], by_b, axis))
     if "mass" in a:
-        out["mass"] = a["mass"] + b["mass"]
+        out["mass"] = _mass_beside(a, m, axis) + _mass_beside(b, m, axis)
     if "e" in a:
         out["e"] = e_a + e_b
     return out
@@ -111,7 +113,7 @@ def over(state: State, largest: Callable[[Array], Array], sum_of: Callable[[Arra
             u = f"u{name[1:]}"
             parts |= {name: state[name], u: state[u] - _times(state[name], by, axis)}
     if "mass" in state:
-        parts["mass"] = state["mass"]
+        parts["mass"] = _mass_beside(state, m, axis)
     if "e" in state:
         parts["e"] = e
     lines = [jnp.moveaxis(v, axis, 0) if v.ndim > m.ndim else v[None] for v in parts.values()]
@@ -159,7 +161,8 @@ def upstream(
 ) -> tuple[Array | None, Array | None]:
     """(d_nll, d_lse) of which `cross_entropy_bwd` forms the whole row's gradient in this slice.
 
-    `masses` are the whole row's mass of soft targets, sum of class weights, and e.
+    `masses` are the whole row's mass of soft targets, all of it and what lies beside its maximum, the sum of class
+    weights, and e.
     """
     # legend:  p, M, rest of the whole row; S, W, e sums over the whole row, S', W', e' over the slice
     # formula: `cross_entropy_bwd` forms dL/dz_j = A' p_j - .. with the slice's masses and entropy;
@@ -167,7 +170,10 @@ def upstream(
     axis, (mass, weights, e) = layout["axis"], masses
     others = [] if d_lse is None else [d_lse]
     if d_nll is not None and inside is None:
-        others.append(d_nll * (mass - _masses(t, weight, z.dtype, axis).sum(axis)))
+        found = _mass_and_aside(
+            rows.capped(z, layout["scale"], layout["softcap"]), _masses(t, weight, z.dtype, axis), m, axis
+        )
+        others.append(d_nll * _mass_of_others(mass, found, rest, axis))
     elif d_nll is not None:
         elsewhere = jnp.where(inside | (t == rows.IGNORED), 0.0, d_nll)
         others.append(elsewhere.sum(axis) if t.ndim == z.ndim else elsewhere)
@@ -206,6 +212,33 @@ def bwd(
     if any(wanted[:4]):
         dz = rows.cross_entropy_bwd_over(z, t, weight, m, rest, *here, *ups[2:], **layout)
     return dz, d_target, d_weight
+
+
+def _mass_and_aside(z: Array, masses: Array, m: Array, axis: int) -> Array:
+    """Beside each other along `axis`: a slice's mass, that of its classes below m, whether one is m."""
+    top = jax.lax.stop_gradient(z) == jnp.expand_dims(m, axis)
+    aside = jnp.where(top, 0.0, masses).sum(axis)
+    return jnp.stack([masses.sum(axis), aside, top.any(axis).astype(masses.dtype)], axis)
+
+
+def _mass_beside(state: State, m: Array, axis: int) -> Array:
+    """The same where m is the largest of more slices: all is aside in one that does not have it."""
+    (mass, aside, held), own = _each(state["mass"], axis), state["m"] == m
+    return jnp.stack([mass, jnp.where(own, aside, mass), jnp.where(own, held, 0.0)], axis)
+
+
+def _mass_of_others(whole: Array, own: Array, rest: Array, axis: int) -> Array:
+    """What the other slices hold of a row's mass: of a confident row's maximum, which may hold nearly all, by the rest.
+
+    A difference of all would leave the roundings of that one. Which class is left out on both sides does not matter.
+    """
+    (mass, aside, held), (here, here_aside, here_held) = _each(whole, axis), _each(own, axis)
+    known = jax.lax.stop_gradient((rest < 0.5) & (held > 0) & (here_held > 0))
+    return jnp.where(known, aside - here_aside, mass - here)
+
+
+def _each(mass: Array, axis: int) -> list[Array]:
+    return [mass.take(i, axis) for i in range(3)]
 
 
 def _masses(target: Array, weight: Array | None, kind: Any, axis: int) -> Array:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -79,12 +80,16 @@ def bwd(
     x, dx = slices.x, torch.zeros_like(slices.x, dtype=kind) if needs[0] else None
     shared, mass = head.gradient(*needs[1:4], summed=False), MassGradient(target, weight, *needs[4:6])
     of_row = _total(weight, head.classes, m)
-    of_target = _mass(target, weight, kind) if soft else None
-    for i, j, z in slices:
+    elsewhere = []
+    if soft and upstream[0] is not None:
+        cuts = [None if weight is None else weight[i:j] for i, j in slices.spans]
+        masses = [_mass(target[:, i:j], w, kind) for (i, j), w in zip(slices.spans, cuts, strict=True)]
+        elsewhere = [upstream[0] * of_others for of_others in _of_others(masses)]
+    for k, (i, j, z) in enumerate(slices):
         w = None if weight is None else weight[i:j]
         own = _own_upstream(upstream, target, i, j, of_row - _total(w, j - i, m))
-        if of_target is not None and upstream[0] is not None:
-            own[1] = _plus(own[1], upstream[0] * (of_target - _mass(target[:, i:j], w, kind)))
+        if elsewhere:
+            own[1] = _plus(own[1], elsewhere[k])
         if upstream[3] is not None:
             own[1] = _plus(own[1], -upstream[3] * _entropy_elsewhere(z, m, rest, h, plan.row))
         mass.add(z, m, rest, upstream, plan.row, classes=slice(i, j))
@@ -216,6 +221,13 @@ def _mass(target: Tensor, weight: Tensor | None, kind: torch.dtype) -> Tensor:
     if weight is None:
         return target.sum(1, dtype=kind)
     return torch.mv(target.to(kind), weight)
+
+
+def _of_others(masses: list[Tensor]) -> list[Tensor]:
+    """What all slices but each hold: a difference would leave the roundings of one that holds nearly all."""
+    none = torch.zeros_like(masses[0])
+    before, after = accumulate(masses[:-1], initial=none), [*accumulate(masses[:0:-1], initial=none)][::-1]
+    return [a + b for a, b in zip(before, after, strict=True)]
 
 
 def _total(weight: Tensor | None, classes: int, like: Tensor) -> Tensor:
