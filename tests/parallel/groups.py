@@ -318,9 +318,13 @@ def messages_matmuls_and_memory_are_those_of_the_documentation() -> None:
     x, lw = make(rows, features), part.of("lw", make(each * dist.get_world_size(), features))
     z, w = make(rows, each), part.of("w", make(each * dist.get_world_size()).abs())
     leaf = z.clone().requires_grad_()
-    for given, forward in (({}, [3]), ({"z_loss": 0.1, "label_smoothing": 0.1}, [5]), ({"weight": w}, [3, 1])):
+    soft, smooth = torch.rand(rows, each, generator=g), {"label_smoothing": 0.1}
+    steps: Any = [(t, {}, [3]), (t, {"z_loss": 0.1, **smooth}, [5]), (t, {"weight": w}, [3, 1])]
+    steps += [(soft, {}, [5]), (soft, {"weight": w, "stats": ("entropy",)}, [6]), (soft, {"weight": w, **smooth}, [8])]
+    for target, given, forward in steps:
         with Messages() as sent:
-            loss: Any = torch_ops.cross_entropy(leaf, t, group=group(), **given)  # pyright: ignore
+            loss: Any = torch_ops.cross_entropy(leaf, target, group=group(), **given)
+            loss = loss[0] if "stats" in given else loss
         assert sent.sizes() == sorted([rows * n for n in (1, *forward)]), sent.found
         with Messages() as sent:
             torch.autograd.grad(loss, leaf)

@@ -66,7 +66,7 @@ def dtensor_logits_stay_where_they_are() -> None:
             with Messages() as sent:
                 loss: Any = torch_ops.cross_entropy(z, t, w, token_weight=tw, **options)
                 loss.sum().backward()
-            assert all(n <= 5 * N for n in sent.sizes()), f"mesh {i}: {sent.found}"
+            assert all(n <= 6 * N for n in sent.sizes()), f"mesh {i}: {sent.found}"
             agree(theirs, loss, [z, w, tw], f"logits on mesh {i}, {reduction}")
             where = [Replicate()] * mesh.ndim if reduction == "mean" else [*rows(0)]
             assert [*loss.placements] == where, loss.placements
@@ -85,7 +85,7 @@ def dtensor_heads_stay_where_they_are() -> None:
             loss = call(x, lw, target, linear_bias=lb, weight=w)
             loss.backward()
         head = 0 if lw.placements == (Replicate(),) else 1  # dW of a head that every rank has is summed over rows
-        assert not head or all(n <= 5 * N for n in sent.sizes()) or i == 2, f"mesh {i}: {sent.found}"
+        assert not head or all(n <= 6 * N for n in sent.sizes()) or i == 2, f"mesh {i}: {sent.found}"
         agree(theirs, loss, [x, lw, lb, w], f"head on mesh {i}, {memory}")
     # Rows and classes on one mesh dimension, as FSDP leaves them between forward passes: rows are gathered.
     mesh = meshes()[0][0]

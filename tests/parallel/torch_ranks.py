@@ -13,7 +13,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from tests.parallel import divergences, groups, meshes, pairs  # noqa: F401  # whose checks CHECKS then lists
+from tests.parallel import confident, divergences, groups, meshes, pairs  # noqa: F401  # whose checks CHECKS then lists
 from tests.parallel.shards import CHECKS
 
 

@@ -79,15 +79,16 @@ def bwd(
     slices = Slices(without(x, ignored, 0, x.shape[0]), head, target, plan.chunk_size)
     x, dx = slices.x, torch.zeros_like(slices.x, dtype=kind) if needs[0] else None
     shared, mass = head.gradient(*needs[1:4], summed=False), MassGradient(target, weight, *needs[4:6])
-    of_row = _total(weight, head.classes, m)
+    cuts = [None if weight is None else weight[i:j] for i, j in slices.spans]
+    of_row: list[Any] = [None] * len(cuts)
     elsewhere = []
+    if upstream[2] is not None:
+        of_row = _of_others([_total(w, j - i, m) for (i, j), w in zip(slices.spans, cuts, strict=True)])
     if soft and upstream[0] is not None:
-        cuts = [None if weight is None else weight[i:j] for i, j in slices.spans]
         masses = [_mass(target[:, i:j], w, kind) for (i, j), w in zip(slices.spans, cuts, strict=True)]
         elsewhere = [upstream[0] * of_others for of_others in _of_others(masses)]
     for k, (i, j, z) in enumerate(slices):
-        w = None if weight is None else weight[i:j]
-        own = _own_upstream(upstream, target, i, j, of_row - _total(w, j - i, m))
+        w, own = cuts[k], _own_upstream(upstream, target, i, j, of_row[k])
         if elsewhere:
             own[1] = _plus(own[1], elsewhere[k])
         if upstream[3] is not None:
@@ -105,7 +106,7 @@ def bwd(
     return [None if dx is None else scaled(dx, None, dtype), *shared.rounded(), *mass.done()]
 
 
-def _own_upstream(upstream: list[Any], target: Tensor, i: int, j: int, elsewhere: Tensor) -> list[Any]:
+def _own_upstream(upstream: list[Any], target: Tensor, i: int, j: int, elsewhere: Tensor | None) -> list[Any]:
     """The upstream gradients for a row function that sees one slice, and m and rest of the whole row.
 
     It forms A p_j - a_j with A summed over its slice only, and H = log1p(rest) - sum p d over its slice only. What the

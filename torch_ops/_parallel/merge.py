@@ -5,6 +5,8 @@ legend:  shard k has maximum m_k, rest_k (as in plain.py) and row numbers nll_k,
 rest:    sum of exp(L_k), where one holder of M adds rest_k instead: nothing is subtracted from a sum that holds 1
 merge:   nll_k - a_k L_k = sum_j a_j (M - z_j) over the shard, so all shards' sum + a log1p(rest) is nll; smooth alike
 entropy: exp(L_k) (H_k - L_k) = sum_j exp(z_j - M) (M - z_j), so their sum / (1 + rest) + log1p(rest) is H
+away:    of the shards but k, the one that holds M: the sum of a_j of shards that do not. All less a_k would leave the
+         roundings of a_k, of which a target that agrees with a confident row has nearly all
 All terms are >= 0: no cancellation. Each row is told by one maximum and one sum over the ranks, whatever V is.
 A shard whose logits are all -inf takes no part.
 """
@@ -33,6 +35,7 @@ class ShardRows(NamedTuple):
     target: Tensor  # class indices of the whole vocabulary, or the shard's probabilities
     mass: Tensor | None  # sum_j w_j y_j of probabilities
     of_row: Tensor | None  # sum_j w_j, where smoothing asks for it
+    weighted: bool  # whether the classes have weights
     dim: int  # along which a row has K class indices, if it has
 
     @property
@@ -74,7 +77,7 @@ def merge(here: ShardRows, shard: Shard) -> Merged:
     if soft:
         mass: Any = here.mass
         nll = (here.values["nll"] - mass * log_e).where(~dead, lost.where(mass != 0, none))
-        own |= {"nll": nll, "mass": mass}
+        own |= {"nll": nll, "mass": mass, "mass away": mass.detach().masked_fill(held, 0.0)}
     else:
         inside, _ = shard.local(here.target)
         own_nll, gone = here.values["nll"], inside & here.each(dead)
@@ -89,6 +92,7 @@ def merge(here: ShardRows, shard: Shard) -> Merged:
         of_row = here.of_row.expand_as(e)  # pyright: ignore[reportOptionalMemberAccess]
         smooth = (here.values["smooth"] - of_row * log_e).where(~dead, lost.where(of_row != 0, none))
         own |= {"smooth": smooth, "of_row": of_row}
+        own |= {"of_row away": of_row.detach().masked_fill(held, 0.0)} if here.weighted else {}
     if "entropy" in names:
         own["entropy"] = (e * (here.values["entropy"] - log_e)).masked_fill(dead, 0.0)
 
@@ -99,10 +103,10 @@ def merge(here: ShardRows, shard: Shard) -> Merged:
     nll = total["nll"] + (total["mass"] * log_total if soft else here.each(log_total))
     found = {"nll": nll, "lse": top + log_total}
     if soft:
-        elsewhere["nll"] = total["mass"] - own["mass"]
+        elsewhere["nll"] = _of_others("mass", total, own, held)
     if "smooth" in names:
         found["smooth"] = total["smooth"] + total["of_row"] * log_total
-        elsewhere["smooth"] = total["of_row"] - own["of_row"]
+        elsewhere["smooth"] = _of_others("of_row", total, own, held)
     if "entropy" in names:
         found["entropy"] = total["entropy"] / (1.0 + rest) + log_total
         elsewhere["entropy"] = (total["entropy"] - own["entropy"]) / (1.0 + rest)
@@ -112,6 +116,13 @@ def merge(here: ShardRows, shard: Shard) -> Merged:
         found = {n: v.masked_fill(here.target == IGNORED if n == "nll" else ignored, 0.0) for n, v in found.items()}
         found["nll"] = found["nll"].masked_fill(here.target == INVALID, math.nan)
     return Merged(found, top, rest, elsewhere)
+
+
+def _of_others(name: str, total: dict[str, Tensor], own: dict[str, Tensor], held: Tensor) -> Tensor:
+    """What the other shards add to a sum, told apart where this one alone holds the maximum."""
+    found = total[name] - own[name]
+    away = total.get(f"{name} away")  # counts of classes are exact
+    return found if away is None else away.where(held & (total["held"] == 1.0), found)
 
 
 def _summed(own: dict[str, Tensor], here: ShardRows, group: Any) -> dict[str, Tensor]:

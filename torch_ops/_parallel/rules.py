@@ -143,7 +143,8 @@ def merged(source: Source, local: Sequence[Tensor], dead: Tensor, arrays: Sequen
     of_row = None
     if plan.smooth:
         of_row = m.new_full((), source.shard.count) if weight is None else weight.sum()
-    here = ShardRows(dict(zip(plan.names, local, strict=False)), m, rest, dead, target, mass, of_row, source.dim)
+    values, weighted = dict(zip(plan.names, local, strict=False)), weight is not None
+    here = ShardRows(values, m, rest, dead, target, mass, of_row, weighted, source.dim)
     return merge(here, source.shard)
 
 
