@@ -110,7 +110,7 @@ def what_lies_on_other_ranks_of_a_mesh_keeps_its_digits() -> None:
 
 @check
 def all_less_a_ranks_own_is_seen() -> None:
-    """Told apart by which rank holds the maximum, and by the saboteur on every rank alike."""
+    """The saboteur: on every rank, the one that holds the maximum too, the others' part is a difference."""
     world = dist.get_world_size()
     part, full = Part((3,) * world), rows(3 * world)
     difference: Any = lambda name, total, own, _: total[name] - own[name]  # noqa: E731

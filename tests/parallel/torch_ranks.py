@@ -1,7 +1,7 @@
 """`python -m tests.parallel.torch_ranks RANK WORLD STORE`: one rank's share of the checks of losses on many devices.
 
-The checks stand in groups.py, meshes.py, pairs.py and divergences.py; each process has its part of every result.
-test_torch.py starts the ranks.
+The checks stand in groups.py, confident.py, meshes.py, pairs.py and divergences.py; each process has its part of every
+result. test_torch.py starts the ranks.
 """
 
 from __future__ import annotations
