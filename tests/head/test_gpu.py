@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import torch_ops
 from tests.rows.gpu import interpreter
-from torch_ops._head import chunks, fast, lean, linear, ops, rounding, unrounded
+from torch_ops._head import chunks, fast, lean, linear, loops, ops, rounding, unrounded
 from torch_ops._rows import targets, triton
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -55,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
 @pytest.fixture
 def half_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and products in the input's type, as on a GPU."""
-    for module in (linear, ops, fast, lean):
+    for module in (linear, loops, fast, lean):
         monkeypatch.setattr(module, "formed_in", lambda x, target: x.dtype)
 
 
@@ -271,4 +271,4 @@ def test_no_number_is_copied_to_a_device() -> None:
         for line in path.read_text().splitlines()
         if re.search(r"torch\.(tensor|as_tensor)\(", line) and ">>>" not in line
     }
-    assert found == {"losses.py: wrong = torch.tensor(float(error is not None))"}, "that one where a look is free"
+    assert found == {"call.py: wrong = torch.tensor(float(error is not None))"}, "that one where a look is free"

@@ -206,9 +206,10 @@ import jax, jax.numpy as jnp, numpy as np
 from jax import shard_map
 from jax.sharding import NamedSharding, PartitionSpec as P
 import jax_ops
+from jax_ops._head import linear
 
 assert jax.device_count() == 8
-jax_ops._head.linear._TILE = 2000  # of rows and classes several pieces, as at real sizes
+linear._TILE = 2000  # of rows and classes several pieces, as at real sizes
 r = np.random.default_rng(0)
 n, d, v = 64, 8, 24
 x, w, b = (jnp.asarray(r.normal(size=s), jnp.float32) for s in ((n, d), (v, d), (v,)))

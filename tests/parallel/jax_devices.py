@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jax_ops
+import jax_ops._head.linear
 from softmax_ext import reference
 
 N, D, V = 6, 4, 16

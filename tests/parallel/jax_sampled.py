@@ -22,7 +22,6 @@ from jax_ops._rows import native
 from tests.parallel.jax_devices import ARRAYS, IDS, TARGET, D, N, V, compiled, same, total  # which asks for devices
 
 OPS: Any = jax_ops
-DOOR: Any = sys.modules["jax_ops.linear_cross_entropy"]
 KEY, K = jax.random.key(5), 6
 PAIR = "pair"
 Arrays = dict[str, Any]
@@ -305,7 +304,7 @@ def keys_of_their_own(mesh: Any) -> None:
 
 SPANS = points._spans
 SABOTEURS: dict[str, tuple[Any, str, Any]] = {
-    "ranks that draw different u": (DOOR, "first_key", lambda key, shard: key),
+    "ranks that draw different u": (points, "first_key", lambda key, shard: key),
     "each device takes its own distribution": (
         points, "_spans", lambda own, shard: jnp.stack([own * 0, own, own], 1)),
     "devices in the wrong order": (points, "_spans", lambda own, shard: SPANS(own, shard)[:, jnp.array([1, 0, 2])]),
