@@ -73,7 +73,7 @@ def test_what_is_no_part_of_a_row_moves_no_scale() -> None:
     with jax.enable_x64(True):
 
         def of_heads(w: Any, s: Any) -> Any:
-            heads = {"linear_bias": b, "teacher_bias": b}
+            heads: dict[str, Any] = {"linear_bias": b, "teacher_bias": b}
             return jax_ops.linear_divergence(x, w, Y, U, **heads, keep=keep, logit_scale=s)
 
         def of_rows(z: Any, s: Any) -> Any:
@@ -81,7 +81,7 @@ def test_what_is_no_part_of_a_row_moves_no_scale() -> None:
 
         def plain(w: Any, s: Any) -> Any:
             some = np.arange(7) != 3
-            z, t = (a[..., some] for a in (product(clean[0], w, B, s), Y @ U.T + B))
+            z, t = (jnp.asarray(a)[..., some] for a in (product(clean[0], w, B, s), Y @ U.T + B))
             return (composed(z, t, "forward_kl") * keep).sum() / keep.sum()
 
         want = jax.grad(plain, (0, 1))(jnp.asarray(W), jnp.asarray(clean[1]))
