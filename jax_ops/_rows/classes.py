@@ -45,19 +45,19 @@ def finite(nll: Array) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def alive(axis: int, z: Array, dead: Array, *others: Array | None) -> Array:
-    """z. Where it or `others` are differentiated, 0 in dead rows: of -inf or NaN there comes NaN, even times 0."""
-    return _in_front(jnp.where(_gone(axis, z, dead), z, z))
+    """z. Where it or `others` are differentiated, 0 in dead rows: of -inf or NaN there comes NaN, even times 0.
+
+    Values of dead rows are left out at the end: here all logits would become as many as the targets (a row of them for
+    many targets, under vmap).
+    """
+    return _in_front(z)
 
 
 @alive.defjvp
 def _alive_jvp(axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     z, dead, *_ = primals
-    gone, zero = _gone(axis, z, dead), jnp.zeros((), z.dtype)
+    gone, zero = dead if z.ndim == dead.ndim else jnp.expand_dims(dead, axis), jnp.zeros((), z.dtype)
     return _in_front(jnp.where(gone, zero, z)), _in_front(jnp.where(gone, zero, tangents[0]))
-
-
-def _gone(axis: int, z: Array, dead: Array) -> Array:
-    return dead if z.ndim == dead.ndim else jnp.expand_dims(dead, axis)
 
 
 def _in_front(z: Array) -> Array:

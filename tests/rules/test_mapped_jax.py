@@ -55,18 +55,3 @@ def test_results_left_where_they_were_mapped_are_seen(monkeypatch: pytest.Monkey
         finally:
             jax.clear_caches()
         assert off > 1e-3
-
-
-def test_many_targets_of_the_same_logits() -> None:
-    with jax.enable_x64(True):
-        z, v = jnp.asarray(RNG.standard_normal((3, 4))), RNG.standard_normal((3, 4))
-        targets = jnp.asarray(RNG.integers(0, 4, (5, 3)))
-
-        def ours(z: Any) -> Any:
-            rows = jax.vmap(lambda t: jax_ops.softmax_cross_entropy_with_integer_labels(z, t).sum())
-            return jax.jit(rows)(targets).sum()
-
-        def plain(z: Any) -> Any:
-            return -jnp.take_along_axis(jax.nn.log_softmax(z)[None], targets[..., None], -1).sum()
-
-        assert float(jnp.abs(_hvp(ours, z, v) - _hvp(plain, z, v)).max()) < 1e-14
