@@ -23,6 +23,9 @@ LIMIT = "#262626"
 _CALLS = {  # colour, marker
     "torch": (TORCH, "o"),
     "F.linear + F.cross_entropy": (TORCH, "o"),
+    "torch, dense targets": (TORCH, "o"),
+    "F.linear, dense targets": (TORCH, "o"),
+    "F.linear, gathered": (TORCH, "o"),
     "torch.compile": ("#8e44ad", "s"),
     "torch, huge pages": ("#8d5524", "^"),
     "F.linear_cross_entropy, auto": ("#2e9e4f", "D"),
@@ -34,10 +37,13 @@ _CALLS = {  # colour, marker
     "jax.nn": (JAX, "o"),
     "optax": (JAX, "o"),
     "optax(x @ W.T)": (JAX, "o"),
+    "optax, dense targets": (JAX, "o"),
+    "x @ W.T, gathered": (JAX, "o"),
     "optax, scanned by chunks": (JAX, "o"),
     "tokamax": ("#12a4a4", "X"),
+    "integer targets": ("#b8860b", "<"),
 }
-_SPARE = (("#b8860b", "<"), ("#5c6bc0", ">"), ("#a83232", "p"), ("#546e7a", "h"))  # calls nobody has given a colour
+_SPARE = (("#5c6bc0", ">"), ("#a83232", "p"), ("#546e7a", "h"))  # calls nobody has given a colour
 
 
 def of(door: str, call: str) -> str:
