@@ -319,7 +319,7 @@ def scaling(kept: Kept) -> str:
         for c in crossings(kept.scaling)
     ]
     found = markdown(("", "cores", "op", "beside", "shape", "faster", "below"), rows)
-    return f"![Time and memory by N, V and D](scaling.png)\n\n{table.machine(kept.scaling)}:\n\n{found}"
+    return f"![Time and memory by N, V, D and K](scaling.png)\n\n{table.machine(kept.scaling)}:\n\n{found}"
 
 
 def fresh(kept: Kept) -> str:

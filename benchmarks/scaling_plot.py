@@ -68,9 +68,9 @@ def draw(path: Path, sweeps: Sequence[Swept], machine: str) -> None:
                 axes.set_title(sweep.shape.format(sweep.name).replace("x", " x "), fontweight="normal")
                 axes.set_ylabel("" if j else row.title)
                 _curves(axes, sizes, lines, row.value)
-        figure.legend(
-            handles=_legend([line for _, _, lines in sweeps for line in lines]), loc="outside lower center", ncols=3
-        )
+        shown = {op for row in ROWS for op in row.ops}
+        drawn = [line for _, _, lines in sweeps for line in lines if line.op in shown]
+        figure.legend(handles=_legend(drawn), loc="outside lower center", ncols=3)
         palette.save(figure, path)
 
 
