@@ -56,9 +56,11 @@ def link(name: str, site: Path) -> None:
     """Every top-level entry of an installed distribution."""
     here = metadata.distribution(name)
     for top in {file.parts[0] for file in here.files or [] if file.parts[0] not in ("..", "__pycache__", "bin")}:
-        target = Path(str(here.locate_file(top)))
-        if target.exists() and not (site / top).exists():
-            (site / top).symlink_to(target)
+        target, place = Path(str(here.locate_file(top))), site / top
+        if place.is_symlink():
+            place.unlink()  # of a checkout that is gone, it may be
+        if target.exists() and not place.exists():
+            place.symlink_to(target)
 
 
 def install(wheel: Path, python: Path, frameworks: Sequence[str] = ()) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from tests import matrix
+from tests import fresh, matrix
 
 
 def _asked(*only: str) -> argparse.Namespace:
@@ -65,3 +65,10 @@ def test_the_newest_of_each_minor_version() -> None:
     assert list(map(str, versions)) == ["3.6.0", "3.7.1"]
     assert matrix._floor("torch") == Version("2.11")
     assert matrix._floor("jax") == Version("0.10")
+
+
+def test_a_link_whose_checkout_is_gone_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "pytest").symlink_to(tmp_path / "gone")
+    fresh.link("pytest", tmp_path)
+    fresh.link("pytest", tmp_path)
+    assert (tmp_path / "pytest" / "__init__.py").exists()
