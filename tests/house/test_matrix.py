@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,11 @@ def test_a_link_whose_checkout_is_gone_is_made_anew(tmp_path: Path) -> None:
     fresh.link("pytest", tmp_path)
     fresh.link("pytest", tmp_path)
     assert (tmp_path / "pytest" / "__init__.py").exists()
+
+
+@pytest.mark.long
+def test_the_tests_of_triton_are_collected_where_jax_is_absent() -> None:
+    absent = "import pytest, sys; sys.modules['jax'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", absent, "-q", "-p", "no:cacheprovider", "--collect-only", *matrix.TESTS_OF_TRITON]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stdout[-2000:]

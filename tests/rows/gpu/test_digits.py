@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ops import test_soft_digits
 from tests.rows.gpu import interpreter
+
+pytest.importorskip("jax", reason="what judges both frameworks imports both")
+
+from tests.ops import test_soft_digits
 
 if interpreter.why_not():
     pytest.skip(f"Triton's interpreter: {interpreter.why_not()}", allow_module_level=True)
