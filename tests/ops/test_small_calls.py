@@ -107,6 +107,27 @@ def test_same_derivatives(op: str, shape: tuple[int, int]) -> None:
             same(one, other)
 
 
+@pytest.mark.parametrize("op", OPS[:2])
+def test_a_first_derivative_goes_the_short_way(op: str) -> None:
+    calls: list[int] = []
+    x = X.clone().requires_grad_()
+    y, up = call(op, x, T), torch.linspace(-1, 1, X.numel()).reshape(X.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        real = getattr(native, f"{op}_bwd")
+        patch.setattr(native, f"{op}_bwd", lambda dy, *args: (calls.append(len(dy)), real(dy, *args))[1])
+        (got,) = torch.autograd.grad(y, x, up, retain_graph=True)
+        with ordinary():
+            same(got, torch.autograd.grad(y, x, up, retain_graph=True)[0])
+        assert calls == [len(x)]
+        # whoever differentiates it, watches it, maps it or hands over another class of tensor has the ordinary way
+        torch.autograd.grad(y, x, up, create_graph=True)
+        with _Dispatch():
+            torch.autograd.grad(y, x, up, retain_graph=True)
+        torch.autograd.grad(y, x, up.as_subclass(_Subclass), retain_graph=True)
+        torch.func.vmap(torch.func.grad(lambda x: (call(op, x, T) * up).sum()))(X.expand(2, 3, 4))
+        assert calls == [len(x)]
+
+
 def test_special_values() -> None:
     x, target = problem((5, 7))
     x[0, 1], x[1, 2], x[2, 3], x[3] = -torch.inf, torch.inf, torch.nan, -torch.inf

@@ -73,6 +73,8 @@ def serves_directly(x: Any) -> bool:
 if _library is not None:
     # Bound once: finding an op by name costs more than a softmax of ten numbers.
     softmax_fwd = ops.softmax_fwd.default
+    softmax_bwd = ops.softmax_bwd.default
+    log_softmax_bwd = ops.log_softmax_bwd.default
     log_softmax_alone = ops.log_softmax_alone.default
     cross_entropy_mean = ops.cross_entropy_mean.default
     cross_entropy_mean_bwd = ops.cross_entropy_mean_bwd.default

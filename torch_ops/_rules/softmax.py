@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_ops._modes import is_traced, is_transforming
 from torch_ops._rows import dispatch as rows
+from torch_ops._rows import native
 from torch_ops._rules.function import Rule, batch_first, forward_rule, in_graph
 from torch_ops._rules.kept import given_back, kept
 
@@ -44,6 +45,8 @@ class Softmax(Rule):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (y,) = ctx.saved_tensors
+        if _is_last(dy, y):
+            return native.softmax_bwd(dy, y, ctx.dim), None
         return SoftmaxBwd.apply(dy, y, ctx.dim), None
 
     @staticmethod
@@ -122,7 +125,10 @@ class LogSoftmax(Rule):
         if dy is None:
             return None, None
         x, m, rest = ctx.saved_tensors
-        return LogSoftmaxBwd.apply(dy, x, m, given_back(ctx, rest), ctx.dim), None
+        rest = given_back(ctx, rest)
+        if _is_last(dy, x):
+            return native.log_softmax_bwd(dy, x, m, rest, ctx.dim), None
+        return LogSoftmaxBwd.apply(dy, x, m, rest, ctx.dim), None
 
     @staticmethod
     @forward_rule
@@ -173,6 +179,12 @@ class LogSoftmaxBwd(Rule):
         *arrays, dim = args
         arrays = batch_first(info, in_dims, *arrays)
         return LogSoftmaxBwd.apply(*arrays, dim + 1), 0
+
+
+def _is_last(dy: Tensor, like: Tensor) -> bool:
+    """Whether a gradient may go to a native op as it is, because nobody differentiates it."""
+    alike = type(dy) is Tensor and dy.dtype is like.dtype
+    return alike and not torch.is_grad_enabled() and native.serves_directly(like)
 
 
 def _by_sum(x: Any, dy: Tensor, dim: int) -> Tensor:
