@@ -8,8 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_ext.contract import Array
+from softmax_ext.contract import Array, LossOptions
 from torch_ops._modes import has_autocast
+
+_DEFAULTS = tuple(vars(LossOptions()).values())
+_TYPES = [*map(type, _DEFAULTS)]
+
+
+def is_default(given: tuple[Any, ...]) -> bool:
+    """Whether a loss's options, in LossOptions' order, are those of a call without any."""
+    # Types first: True == 1 == 1.0, and a tensor's == is no answer.
+    return [*map(type, given)] == _TYPES and given == _DEFAULTS
 
 
 def describe(x: Any) -> Array:

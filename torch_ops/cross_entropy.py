@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arguments import alike, describe, describe_target, enter_graph, halves, parts_of
+from torch_ops._arguments import alike, describe, describe_target, enter_graph, halves, is_default, parts_of
 from torch_ops._modes import is_on_mesh, may_overwrite
 from torch_ops._reduction import coefficients, finish
 from torch_ops._rows.dispatch import capped
@@ -152,11 +152,11 @@ def cross_entropy(
             token_weight=token_weight,
             inplace_backward=inplace_backward,
             group=group,
-            **{**dict(zip(_NAMES, given, strict=True)), "logit_scale": logit_scale},
+            **{**vars(contract.LossOptions(*given)), "logit_scale": logit_scale},
         )
         return alike(found)
     alone = weight is None and token_weight is None and group is None and scale is None
-    if alone and type(inplace_backward) is bool and _is_default(given):
+    if alone and type(inplace_backward) is bool and is_default(given):
         loss = mean(input, target, inplace_backward)
         if loss is not None:
             return loss
@@ -223,12 +223,3 @@ def _times(input: Tensor, scale: Tensor | None, target: Tensor, dim: int) -> Ten
     from torch_ops._rules.scaled import ignored, times
 
     return times(input, scale, dim, ignored(input, target, dim))
-
-
-_NAMES, _DEFAULTS = zip(*vars(contract.LossOptions()).items(), strict=True)
-_TYPES = [*map(type, _DEFAULTS)]
-
-
-def _is_default(given: tuple[Any, ...]) -> bool:
-    # Types first: True == 1 == 1.0, and a tensor's == is no answer.
-    return [*map(type, given)] == _TYPES and given == _DEFAULTS

@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
-from torch_ops._arguments import alike, autocast, describe, describe_target, enter_graph, halves, one_row, parts_of
+from torch_ops._arguments import (
+    alike,
+    autocast,
+    describe,
+    describe_target,
+    enter_graph,
+    halves,
+    is_default,
+    one_row,
+    parts_of,
+)
 from torch_ops._head import ops  # noqa: F401  # saved graphs name its ops
 from torch_ops._modes import is_on_mesh
 
@@ -18,6 +28,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 OP = "linear_cross_entropy"
+_HOW = (0, "fast", None, None, None)
+_TYPES = [*map(type, _HOW)]
 
 
 @overload
@@ -165,9 +177,7 @@ def linear_cross_entropy(
         0.4076
     """
     scale, factor = (logit_scale, 1.0) if isinstance(logit_scale, Tensor) else (None, logit_scale)
-    options = contract.LossOptions(
-        ignore_index, reduction, label_smoothing, factor, softcap, z_loss, on_all_ignored, stats
-    )
+    given = (ignore_index, reduction, label_smoothing, factor, softcap, z_loss, on_all_ignored, stats)
     arrays = (input, linear_weight, *parts_of(target), linear_bias, weight, token_weight, scale, *parts_of(low_rank))
     if has_torch_function(arrays):
         found = handle_torch_function(
@@ -186,9 +196,18 @@ def linear_cross_entropy(
             grad_samples=grad_samples,
             generator=generator,
             group=group,
-            **{**vars(options), "logit_scale": logit_scale},
+            **{**vars(contract.LossOptions(*given)), "logit_scale": logit_scale},
         )
         return alike(found)
+    alone = weight is None and token_weight is None and group is None and scale is None and low_rank is None
+    how = (shift, memory, chunk_size, grad_samples, generator)
+    if alone and is_default(given) and [*map(type, how)] == _TYPES and how == _HOW:
+        from torch_ops._head.mean import mean
+
+        loss = mean(input, linear_weight, linear_bias, target)  # pyright: ignore[reportArgumentType]
+        if loss is not None:
+            return loss
+    options = contract.LossOptions(*given)
     enter_graph()
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     low_rank = autocast(*low_rank) if isinstance(low_rank, tuple | list) and low_rank else low_rank  # pyright: ignore
@@ -204,12 +223,12 @@ def linear_cross_entropy(
     soft = contract.linear_loss(OP, *facts, options=options, **static, grad_samples=grad_samples, **more)
     from torch_ops._head.loss import ARRAYS, loss_of  # and with it the head's other files
 
-    given = (input, linear_weight, target, linear_bias, weight, token_weight, scale, *(low_rank or (None, None)))
+    each = (input, linear_weight, target, linear_bias, weight, token_weight, scale, *(low_rank or (None, None)))
     if grad_samples is not None:
         _check_sampling(input, weight, options, generator)
         static["sampled"] = (int(grad_samples), generator)
-    named: dict[str, Any] = dict(zip(ARRAYS, given, strict=True))
-    if group is not None or is_on_mesh(*given[:2], *parts_of(target), *given[3:]):
+    named: dict[str, Any] = dict(zip(ARRAYS, each, strict=True))
+    if group is not None or is_on_mesh(*each[:2], *parts_of(target), *each[3:]):
         from torch_ops._parallel import losses
 
         named["target"], named["probabilities"] = halves(target)

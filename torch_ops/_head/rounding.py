@@ -55,8 +55,12 @@ def scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(x, dtype=dtype)
     if x.device.type != "cpu":
         return _at_once(x, factor, out)
-    for i, j in spans(x.shape[0], lines(x)):
-        out[i:j] = x[i:j] if factor is None else x[i:j].to(kind) * factor
+    if factor is None:
+        return out.copy_(x)
+    # With as many dimensions as x it keeps its type: a half-precision x would round a 0-d factor.
+    by = factor.to(kind).reshape([1] * x.dim())
+    for i, j in spans(x.shape[0], lines(x)):  # x in the factor's type is a temporary
+        torch.mul(x[i:j], by, out=out[i:j])
     return out
 
 
@@ -66,5 +70,4 @@ def _at_once(x: Tensor, factor: Tensor | None, out: Tensor) -> Tensor:
         return out.copy_(x)
     if triton.scaled(x, factor, out):
         return out
-    # With as many dimensions as x it keeps its type: a half-precision x would round a 0-d factor.
     return torch.mul(x, factor.reshape([1] * x.dim()), out=out)
