@@ -73,6 +73,7 @@ OPS = {
     # Of a teacher's logits too: the forward reads both, the backward reads both and writes one.
     "divergence": Op(("divergence",), passes=2),
     "divergence_grad": Op(("divergence", "divergence_gradient"), passes=5),
+    "divergence_value_and_grad": Op(("divergence", "divergence_gradient"), passes=3),
     # Ids and probabilities of half their size.
     "sparse_grad": Op(("loss_sparse", "gradient_sparse"), passes=3, looks=3 * KEPT),
     "sparse_value_and_grad": Op(("loss_sparse", "gradient_sparse"), passes=2, looks=2 * KEPT),

@@ -36,6 +36,11 @@ class Inputs:
         return jnp.asarray(ids, jnp.int32), jnp.asarray(probabilities)
 
     @cached_property
+    def teacher(self) -> jax.Array:
+        """Logits of a teacher."""
+        return jnp.asarray(self.case.teacher(), self.case.dtype)
+
+    @cached_property
     def upstream(self) -> jax.Array:
         """A gradient of the logits' shape."""
         return jnp.asarray(self.case.upstream(), self.case.dtype)
@@ -108,6 +113,29 @@ def _value_and_grad_sparse(on: Inputs) -> dict[str, Call]:
     return {**found, "integer targets": call(ours, on.target, "cross_entropy_value_and_grad")}
 
 
+def kl_div(student: jax.Array, teacher: jax.Array, axis: int = -1) -> jax.Array:
+    """What everyone writes of two arrays of logits."""
+    p, q = (jax.nn.log_softmax(z.astype(jnp.float32), axis) for z in (student, teacher))
+    return (jnp.exp(q) * (q - p)).sum(axis).mean()
+
+
+def optax_kl_div(student: jax.Array, teacher: jax.Array, axis: int = -1) -> jax.Array:
+    """Optax's, of log-probabilities."""
+    p, q = (jax.nn.log_softmax(z.astype(jnp.float32), axis) for z in (student, teacher))
+    return optax.losses.kl_divergence_with_log_targets(p, q, axis=axis).mean()
+
+
+def _of_teacher(timed: Callable[..., Any], on: Inputs) -> dict[str, Call]:
+    def call(divergence: Callable[..., jax.Array]) -> Call:
+        return _compiled(timed(partial(divergence, axis=1)), on.logits, on.teacher)
+
+    return {"ours": call(jax_ops.divergence), "jax.nn": call(kl_div), "optax": call(optax_kl_div)}
+
+
+def _alone(divergence: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, t: (divergence(x, t),)
+
+
 CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
     "softmax": partial(_forward, jax_ops.softmax, jax.nn.softmax),
     "softmax_bwd": partial(_backward, jax_ops.softmax, jax.nn.softmax),
@@ -115,5 +143,7 @@ CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
     "log_softmax_bwd": partial(_backward, jax_ops.log_softmax, jax.nn.log_softmax),
     "cross_entropy": _cross_entropy,
     "cross_entropy_value_and_grad": _value_and_grad,
+    "divergence": partial(_of_teacher, _alone),
+    "divergence_value_and_grad": partial(_of_teacher, jax.value_and_grad),
     "sparse_value_and_grad": _value_and_grad_sparse,
 }

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 import jax_ops
-from benchmarks.heads import HeadCase
-from benchmarks.jax_calls import VERSION, numpy
+from benchmarks.heads import PAIR, HeadCase
+from benchmarks.jax_calls import VERSION, kl_div, numpy, optax_kl_div
 from benchmarks.table import OURS_SAMPLED
 from benchmarks.timing import Call
 
@@ -30,6 +30,12 @@ class Inputs:
         self.input = jnp.asarray(case.input(), case.dtype)
         self.linear_weight = jnp.asarray(case.linear_weight(), case.dtype)
         self.target = jnp.asarray(case.target(), jnp.int32)
+
+    @cached_property
+    def teacher(self) -> tuple[jax.Array, jax.Array]:
+        """A teacher's input and weight."""
+        y, u = (jnp.asarray(a, self.case.dtype) for a in self.case.teacher())
+        return y, u
 
     @cached_property
     def sparse(self) -> tuple[jax.Array, jax.Array]:
@@ -110,20 +116,42 @@ def _at(on: Inputs) -> dict[str, Call]:
     return {"ours": one(jax.jit(jax_ops.linear_at)), "x @ W.T, gathered": one(jax.jit(gathered))}
 
 
+def _pair(on: Inputs) -> dict[str, Call]:
+    """Two heads: the loss of another target, whose gradients are of the same arguments."""
+
+    def joined(divergence: Loss) -> Loss:
+        return lambda x, w, y, u: divergence(x @ w.T, y @ u.T)
+
+    losses: dict[str, Loss] = {
+        "ours": jax_ops.linear_divergence,
+        "ours, lean": partial(jax_ops.linear_divergence, memory="lean"),
+        "jax.nn(x @ W.T)": joined(kl_div),
+        "optax(x @ W.T)": joined(optax_kl_div),
+    }
+    return {name: call(loss, on, *on.teacher) for name, loss in losses.items()}
+
+
 def matmuls(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The three of a head and its gradients, bare."""
     z = x @ w.T
     return z @ w, z.T @ x
 
 
-def limit(on: Inputs) -> Call:
-    """The yardstick: the three matmuls alone."""
-    program = jax.jit(matmuls)
-    return Call(lambda: jax.block_until_ready(program(on.input, on.linear_weight)))
+def limit(on: Inputs, op: str = "linear_cross_entropy") -> Call:
+    """The yardstick: the matmuls alone; a teacher's logits are one more."""
+    program, teacher = jax.jit(matmuls), jax.jit(lambda y, u: y @ u.T)
+
+    def run() -> None:
+        if op == PAIR:
+            jax.block_until_ready(teacher(*on.teacher))
+        jax.block_until_ready(program(on.input, on.linear_weight))
+
+    return Call(run)
 
 
 CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
     "linear_cross_entropy": _head,
     "linear_cross_entropy_sparse": _sparse,
     "linear_at": _at,
+    PAIR: _pair,
 }

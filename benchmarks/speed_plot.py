@@ -14,7 +14,10 @@ from examples import palette
 
 TITLE = {"torch": "PyTorch", "jax": "JAX"}
 NAME = {"torch": "PyTorch's built-in", "jax.nn": "jax.nn and optax, jitted"}
-SAME = {"cross_entropy_value_and_grad": "cross_entropy_grad"}  # one question, named by its framework
+SAME = {  # one question, named by its framework
+    "cross_entropy_value_and_grad": "cross_entropy_grad",
+    "divergence_value_and_grad": "divergence_grad",
+}
 
 
 def draw(path: Path, cells: Sequence[Sequence[Line]], machine: str) -> None:

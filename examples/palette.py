@@ -37,6 +37,7 @@ _CALLS = {  # colour, marker
     "jax.nn": (JAX, "o"),
     "optax": (JAX, "o"),
     "optax(x @ W.T)": (JAX, "o"),
+    "jax.nn(x @ W.T)": (JAX, "o"),
     "optax, dense targets": (JAX, "o"),
     "x @ W.T, gathered": (JAX, "o"),
     "optax, scanned by chunks": (JAX, "o"),

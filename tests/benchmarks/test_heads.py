@@ -56,12 +56,16 @@ def test_every_call_is_judged_timed_shown_and_kept(tmp_path: Path, capsys: pytes
 def test_two_heads_are_judged_timed_and_kept(tmp_path: Path) -> None:
     """Beside four matmuls, by the reference's own answers; a wrong gradient is not timed."""
     case = HeadCase((6, 5, 40))
-    quick = ["--built-ins", "--op", PAIR, "--rounds", "1", "--seconds", "0", "--device", "cpu", "--door", "torch"]
+    quick = ["--built-ins", "--op", PAIR, "--rounds", "1", "--seconds", "0", "--device", "cpu"]
     assert bench.main([*quick, "--results", str(tmp_path), "--shape", str(case)]) == 0
-    cell = {line.call: line for line in table.read(tmp_path / "cpu.csv")}
-    assert set(cell) == {*torch_heads.CALLS[PAIR](torch_heads.Inputs(case)), table.GEMMS_OF_PAIR}
-    assert cell["ours"].work == cell[table.GEMMS_OF_PAIR].work == 8 * 6 * 5 * 40
-    assert cell["ours, lean"].work == 12 * 6 * 5 * 40
+    for name in ("torch_heads", "jax_heads"):
+        door = importlib.import_module(f"benchmarks.{name}")
+        lines = [line for line in table.read(tmp_path / "cpu.csv") if line.framework == door.VERSION]
+        cell = {line.call: line for line in lines}
+        assert set(cell) == {*door.CALLS[PAIR](door.Inputs(case)), table.GEMMS_OF_PAIR}
+        assert cell["ours"].work == cell[table.GEMMS_OF_PAIR].work == 8 * 6 * 5 * 40
+        assert cell["ours, lean"].work == 12 * 6 * 5 * 40
+        assert all(cell[call].workspace_bytes for call in cell if call != table.GEMMS_OF_PAIR)
     case = HeadCase((40, 9, 129))
     arrays = (case.input(), case.linear_weight(), *case.teacher())
     truth = [np.array(reference.linear_divergence(*arrays)), *reference.linear_divergence_grad(*arrays)[:2]]

@@ -102,7 +102,7 @@ def test_one_colour_a_call() -> None:
             looks.setdefault((palette.of(door, line.call), palette.mark(line.call)), set()).add(line.call)
     torch = {"torch", "F.linear + F.cross_entropy"}
     torch |= {"torch, dense targets", "F.linear, dense targets", "F.linear, gathered"}
-    jax = {"jax.nn", "optax", "optax(x @ W.T)", "optax, dense targets", "x @ W.T, gathered"}
+    jax = {"jax.nn", "optax", "jax.nn(x @ W.T)", "optax(x @ W.T)", "optax, dense targets", "x @ W.T, gathered"}
     assert len(looks) > 6
     assert [calls for calls in looks.values() if len(calls) > 1 and not (calls <= torch or calls <= jax)] == []
     assert palette.of("torch", OURS) != palette.of("jax", OURS)
