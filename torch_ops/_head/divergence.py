@@ -1,7 +1,8 @@
 """Two linear heads and the divergence between their rows as autograd.Functions: no array of all logits of either.
 
-The loops are those of two_heads.py. Where somebody looks on (compilers, exported programs) and for derivatives of
-derivatives the same rows are computed by chunks in plain functional ops, whose derivatives are derived likewise.
+The loops are those of two_heads.py, one node where somebody looks on (compilers, selective checkpoints). In exported
+programs, mapped, and for derivatives of derivatives the same rows are computed by chunks in plain functional ops, whose
+derivatives are derived likewise.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from torch_ops._head import two_heads
+from torch_ops._head import two_heads_ops as ops
 from torch_ops._head.chunks import that_fit
 from torch_ops._head.rounding import scaled
 from torch_ops._head.row_map import DERIVED, RowMap, batched, pulled_back, pushed_forward, run
 from torch_ops._head.two_heads import Plan
-from torch_ops._modes import is_constant, is_traced, is_transforming, may_write
+from torch_ops._modes import is_constant, is_transforming, may_write
 from torch_ops._rows.divergence import Pair
 from torch_ops._rules.divergence import divergence_row
 from torch_ops._rules.function import forward_rule, in_graph
@@ -68,11 +69,11 @@ def divergence_sum(
 def one_pass(*arrays: Any) -> bool:
     """Whether a first derivative of the student's head is wanted that the forward pass can form."""
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in arrays[:3])
-    return wanted and not is_transforming() and not is_traced() and may_write(*arrays)
+    return wanted and not is_transforming() and may_write(*arrays)
 
 
 class LinearDivergence(Function):
-    """(divergence, state) of each row. Saves its inputs and the state, which a graph does without (no numbers)."""
+    """(divergence, state) of each row. Saves its inputs and the state, which plain ops do without (no numbers)."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -116,8 +117,8 @@ class LinearDivergenceBwd(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *arrays, state, up, plan, needs = args
-        if may_write(*arrays, state, up) and not is_traced() and state.shape[-1]:
-            return tuple(g for g in two_heads.bwd(arrays, state, up, needs, plan) if g is not None)
+        if may_write(*arrays, state, up) and state.shape[-1]:
+            return tuple(ops.bwd(arrays, state, up, needs, plan))
         fn, size, given = _as_map((*arrays, up), plan, needs)
         return run(fn, size, *given)
 
@@ -159,7 +160,7 @@ class LinearDivergenceSum(Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *arrays, a, plan, shard = args
         needs = tuple(x is not None and x.requires_grad for x in arrays[:3])
-        found = two_heads.fwd_bwd if shard is None else shard.forward_backward
+        found = ops.fwd_bwd if shard is None else shard.forward_backward
         values, grads = found(arrays, a, needs, plan)
         ctx.plan, ctx.shard = plan, shard
         ctx.save_for_backward(*arrays, a, *grads, values)
@@ -216,8 +217,8 @@ def _size_of_one(plan: Plan, arrays: Any, in_dims: Any) -> int:
 
 def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *arrays, plan = args
-    if may_write(*arrays) and not is_traced():
-        return two_heads.fwd(arrays, plan)
+    if may_write(*arrays):
+        return ops.fwd(arrays, plan)
     size = that_fit(None if plan.lean else plan.chunk_size, 2 * arrays[1].shape[0], arrays[0].itemsize)
     (value,) = run(_row_map(plan), size, *arrays)
     return value, _no_state(value)

@@ -59,7 +59,7 @@ def of_heads(
     if keep is not None and can_look(keep) and not keep.all():  # rows that do not count never reach a matmul
         index, some = keep.nonzero().squeeze(1), None
         x, tx = x.index_select(0, index), tx.index_select(0, index)
-    ones = torch.ones((), dtype=torch.promote_types(kind, torch.float32), device=x.device).expand(math.prod(shape))
+    ones = x.new_ones((), dtype=torch.promote_types(kind, torch.float32)).expand(math.prod(shape))
     weight = weight_of(ones, token_weight, keep)
     given = (x, lw, lb, tx, tw, tb, some)
     if options.reduction != "none" and memory == "fast":

@@ -54,14 +54,19 @@ def fwd_bwd(
 
 
 def _as_one(way: str, arrays: Sequence[Any]) -> Callable[..., list[Tensor]]:
-    """The loop, or the op that hides it from whoever is shown the ops on the arrays."""
+    """The loop, or the op that hides it."""
+    return getattr(torch.ops.softmax_ext, f"head_{way}") if hidden(*arrays) else getattr(_loops(), way)
+
+
+def hidden(*arrays: Any) -> bool:
+    """Whether somebody is shown the ops on the arrays, to whom a loop is to be one."""
     if not is_observed(*arrays):
-        return getattr(_loops(), way)
+        return False
     if "torch.utils.flop_counter" in sys.modules:  # its import takes a quarter of PyTorch's own
         from torch_ops._head import flops
 
         flops.tell()
-    return getattr(torch.ops.softmax_ext, f"head_{way}")
+    return True
 
 
 def _loops() -> Any:
@@ -89,7 +94,7 @@ def _row_like(x: Tensor, n: Any, count: int) -> list[Tensor]:
     return [x.new_empty(n, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(count)]
 
 
-def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -100,13 +105,13 @@ def _fwd_like(*args: Any) -> list[Tensor]:
 
 
 def _bwd_like(*args: Any) -> list[Tensor]:
-    return [_dense_like(v, v.dtype) for v, need in zip(args[:6], args[13], strict=True) if need]
+    return [dense_like(v, v.dtype) for v, need in zip(args[:6], args[13], strict=True) if need]
 
 
 def _fwd_bwd_like(*args: Any) -> list[Tensor]:
     x, target, s, needs = args[0], args[4], args[7], args[10]
     types = _loops().types_of_gradients(x, target)
-    grads = [_dense_like(v, t) for v, t, need in zip(args[:4], types, needs, strict=True) if need]
+    grads = [dense_like(v, t) for v, t, need in zip(args[:4], types, needs, strict=True) if need]
     return _own_like(x, target) + _row_like(x, target.shape[0], 1 + (s is not None)) + grads
 
 

@@ -32,6 +32,12 @@ class Plan(NamedTuple):
     lean: bool
     chunk_size: int | None
 
+    @classmethod
+    def of(cls, *flat: Any) -> Plan:
+        """From what an op of a graph takes: all but the classes' dimension, which stands second."""
+        *pair, lean, chunk_size = flat
+        return cls(Pair(1, *pair), lean, chunk_size)
+
 
 class Ranks(Protocol):
     """Who has which of the classes."""
@@ -158,7 +164,7 @@ def _levelled(x: Tensor, linear_weight: Tensor, up: Tensor) -> tuple[Tensor | No
     return peak, up
 
 
-def _formed_in(x: Tensor, teacher_x: Tensor) -> torch.dtype:
+def formed_in_both(x: Tensor, teacher_x: Tensor) -> torch.dtype:
     """The type both heads' logits are formed in."""
     indices = x.new_zeros(0, dtype=torch.int64)
     return torch.promote_types(formed_in(x, indices), formed_in(teacher_x, indices))
@@ -169,7 +175,7 @@ class _Chunks:
 
     def __init__(self, arrays: Any, plan: Plan, ranks: Ranks | None) -> None:
         x, lw, lb, tx, tw, tb, self.keep = arrays
-        self.kind = _formed_in(x, tx)
+        self.kind = formed_in_both(x, tx)
         self.rows, self.heads = (x, tx), (Linear(lw, lb), Linear(tw, tb))
         if ranks is None:
             size = that_fit(plan.chunk_size, 2 * lw.shape[0], self.kind.itemsize, 0, x.device)
@@ -194,7 +200,7 @@ class _Slices:
 
     def __init__(self, arrays: Any, plan: Plan) -> None:
         x, lw, lb, tx, tw, tb, keep = arrays
-        self.kind = _formed_in(x, tx)
+        self.kind = formed_in_both(x, tx)
         rows = [v.to(self.kind) for v in (x, tx)]
         if keep is not None:  # 0 * NaN would reach dW
             rows = [v.masked_fill(~keep.unsqueeze(1), 0.0) for v in rows]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from softmax_ext.contract import KINDS
+from torch_ops._modes import is_none
 from torch_ops._rows import native, triton
 from torch_ops._rows.arithmetic import capped, compute, exponentials, shifted, slope
 
@@ -50,7 +51,7 @@ def divergence_fwd(student: Tensor, teacher: Tensor, keep: Tensor | None, *, pai
         return ops.divergence_fwd(student, teacher, keep, *pair.of_native())
     s, t = logits(student, teacher, pair)
     rows = s.shape[: pair.dim] + s.shape[pair.dim + 1 :]
-    if not s.shape[pair.dim]:
+    if is_none(s.shape[pair.dim]):
         nothing = torch.full(rows, math.nan, dtype=s.dtype, device=s.device)
         value = nothing if keep is None else nothing.masked_fill(~keep, 0.0)
         return value, nothing.unsqueeze(-1).expand(*rows, native.STATE).clone()
@@ -86,7 +87,7 @@ def divergence_bwd(
     if ops is not None:
         return ops.divergence_bwd(student, teacher, keep, state, d_value, *pair.of_native())
     s, t = logits(student, teacher, pair)
-    if not s.shape[pair.dim]:
+    if is_none(s.shape[pair.dim]):
         return torch.zeros_like(student)
     m_s, rest_s, m_t, rest_t, hi, lo, mean = (x.unsqueeze(pair.dim) for x in state.unbind(-1))
     p, q = probabilities(s, m_s, rest_s), probabilities(t, m_t, rest_t)
