@@ -65,6 +65,12 @@ def when_alone(pieces: Function, whole: Function, *arrays: jax.Array) -> jax.Arr
     Llama-3's head are thousands of small matmuls, and five times the time. Both are functions of a module, not
     closures; derivatives are those of `whole`.
     """
+    (out,) = all_when_alone(pieces, whole, *arrays)
+    return out
+
+
+def all_when_alone(pieces: Function, whole: Function, *arrays: jax.Array) -> list[jax.Array]:
+    """`when_alone` of functions with several results."""
     return _either.bind(*arrays, pieces=pieces, whole=whole)
 
 
@@ -88,9 +94,18 @@ class _Mapped:
         return mapped(self.fn, self.mapping, self.dims)(*arrays)
 
 
+def _results(fn: Function) -> Function:
+    """fn, whose results are a list."""
+
+    def call(*arrays: Any) -> list[Any]:
+        out = fn(*arrays)
+        return list(out) if isinstance(out, tuple | list) else [out]
+
+    return call
+
+
 def _types(*avals: Any, pieces: Function, whole: Function) -> Any:
-    (out,) = jax.make_jaxpr(as_typed(whole))(*avals).out_avals
-    return out
+    return jax.make_jaxpr(as_typed(whole))(*avals).out_avals
 
 
 def _jvp(primals: Any, tangents: Any, *, pieces: Function, whole: Function) -> Any:
@@ -98,33 +113,33 @@ def _jvp(primals: Any, tangents: Any, *, pieces: Function, whole: Function) -> A
 
     def along(*some: Any) -> Any:
         args = dict(enumerate(primals)) | dict(zip(moved, some, strict=True))
-        return whole(*args.values())
+        return _results(whole)(*args.values())
 
     out = _either.bind(*primals, pieces=pieces, whole=whole)
     return out, jax.jvp(along, [primals[i] for i in moved], [tangents[i] for i in moved])[1]
 
 
-def _transpose(ct: Any, *args: Any, pieces: Function, whole: Function) -> list[Any]:
+def _transpose(cts: Any, *args: Any, pieces: Function, whole: Function) -> list[Any]:
     asked = [i for i, a in enumerate(args) if ad.is_undefined_primal(a)]
 
     def along(*some: Any) -> Any:
         full = dict(enumerate(args)) | dict(zip(asked, some, strict=True))
-        return whole(*full.values())
+        return _results(whole)(*full.values())
 
-    found = jax.linear_transpose(along, *[args[i].aval for i in asked])(ad.instantiate_zeros(ct))
+    found = jax.linear_transpose(along, *[args[i].aval for i in asked])(list(map(ad.instantiate_zeros, cts)))
     return [dict(zip(asked, found, strict=True)).get(i) for i in range(len(args))]
 
 
 def _batch(mapping: Any, args: Any, dims: Any, *, pieces: Function, whole: Function) -> Any:
     if all(d is None for d in dims):
-        return _either.bind(*args, pieces=pieces, whole=whole), None
+        return (out := _either.bind(*args, pieces=pieces, whole=whole)), [None] * len(out)
     pieces, whole = (_Mapped(fn, mapping, tuple(dims)) for fn in (pieces, whole))
-    return _either.bind(*args, pieces=pieces, whole=whole), 0
+    return (out := _either.bind(*args, pieces=pieces, whole=whole)), [0] * len(out)
 
 
 def _lower(ctx: Any, *values: Any, pieces: Function, whole: Function) -> Any:
     cut = tuple(ctx.module_context.platforms) == ("cpu",) and alone(ctx)
-    return mlir.lower_fun(as_typed(pieces if cut else whole), multiple_results=False)(ctx, *values)
+    return mlir.lower_fun(as_typed(_results(pieces if cut else whole)), multiple_results=True)(ctx, *values)
 
 
 def compiled(primitive: Primitive, *names: str) -> Function:
@@ -141,6 +156,7 @@ def compiled(primitive: Primitive, *names: str) -> Function:
 
 
 _either = Primitive("softmax_ext_either")
+_either.multiple_results = True
 _either.def_impl(compiled(_either, "pieces", "whole"))
 _either.def_abstract_eval(_types)
 ad.primitive_jvps[_either] = as_typed(_jvp)

@@ -116,7 +116,8 @@ def cross_entropy(
         ValueError: a shape or value outside its rule.
 
     Memory:
-        The backward pass keeps the logits, the targets and two numbers per row.
+        The backward pass keeps the logits, the targets and two numbers per row. A logit_scale that is an array
+        multiplies a piece of the logits at a time.
 
     Source:
         Kurbiel 2021, "Derivative of the Softmax Function and the Categorical Cross-Entropy Loss".
@@ -190,17 +191,20 @@ def _loss(
     """The loss, and its statistics; targets are soft, canonical, or `raw` class indices, with K of them a row pairs."""
     if raw:
         t = canonical(t, shard.total, options.ignored)
+    plan = Plan.of(options, logits.dtype)
+    of_class, x = plan.class_weight(w, logits.dtype, soft=is_soft(t)), logits
     if scale is not None:
+        from jax_ops._head.scaled_rows import scaled_row
         from jax_ops._rules.scaled import ignored, times
 
-        (own,) = shard.own(scale)
-        logits = times(logits, own, axis, ignored(logits, t, axis))
-    plan = Plan.of(options, logits.dtype)
-    of_class = plan.class_weight(w, logits.dtype, soft=is_soft(t))
+        (scale,) = shard.own(scale)
+        logits = times(x, scale, axis, ignored(x, t, axis))  # formed for who asks for more than the row's own numbers
     if shard.names:
         from jax_ops._parallel.logits import sharded_row
 
         per_row = sharded_row(logits, t, of_class, axis, plan, shard)
+    elif scale is not None:
+        per_row = scaled_row(scale, x, t, of_class, axis, plan)
     else:
         per_row = row(logits, t, of_class, axis, plan)
     one = per_row[plan.names[0]]

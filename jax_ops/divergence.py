@@ -70,7 +70,8 @@ def divergence(
         ValueError: a shape or value outside its rule.
 
     Memory:
-        The backward pass keeps both arrays of logits and seven numbers per row.
+        The backward pass keeps both arrays of logits and seven numbers per row. A logit_scale that is an array
+        multiplies a piece of the logits at a time.
 
     Source:
         Csiszar 1963 for the divergences; Agarwal et al. 2024, "On-Policy Distillation of Language Models", for "jsd".
@@ -220,17 +221,9 @@ def _of_logits(
     axis: int,
     shard: Shard,
 ) -> jax.Array:
-    from jax_ops._parallel.divergence import sharded_divergence
-    from jax_ops._rows.ratios import Pair
-    from jax_ops._rules.divergence import divergence_row
-    from jax_ops._rules.scaled import times
+    from jax_ops._head.scaled_rows import each_divergence
 
-    if scale is not None:
-        (own,) = shard.own(scale)
-        x = times(x, own, axis, None if keep is None else ~keep)
-    dtype = jnp.promote_types(x.dtype, t.dtype)
-    row = partial(sharded_divergence, shard=shard) if shard.names else divergence_row
-    values = row(x.astype(dtype), t.astype(dtype), keep, Pair.of(options, axis, dtype))
+    values = each_divergence(x, t, keep, scale, options, axis, shard)
     return divergence_reduced(values, divergence_weight(values, tokens, keep), keep, options)
 
 

@@ -51,12 +51,12 @@ class Cut:
         cut_out = _half if x.dtype.itemsize == 2 else lax.dynamic_slice_in_dim
         return cut_out(x, self.start(part), self.each, axis)
 
-    def take_fresh(self, x: Array | None, part: Part) -> Any:
+    def take_fresh(self, x: Array | None, part: Part, axis: int = 0) -> Any:
         """The chunk of x with 0 where it is stale: what is summed over the chunks counts each position once."""
-        chunk, fresh = self.take(x, part), self.fresh(part)
+        chunk, fresh = self.take(x, part, axis), self.fresh(part)
         if x is None or fresh is None:
             return chunk
-        return jnp.where(_along(fresh, chunk, 0), chunk, jnp.zeros((), x.dtype))
+        return jnp.where(_along(fresh, chunk, axis), chunk, jnp.zeros((), x.dtype))
 
     def put(self, whole: Array, chunk: Array, part: Part, axis: int = 0) -> Array:
         """`whole` with the chunk replaced."""

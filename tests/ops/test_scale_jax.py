@@ -1,4 +1,4 @@
-"""Divergences in JAX whose scale is an array: values and gradients of every order against the plain product."""
+"""JAX: rows whose scale is an array: values, gradients of every order, and what is never formed, beside the product."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import jax_ops
+from jax_ops._head import chunks, scaled_rows
+from jax_ops._rows import native
 from tests.judging.quick import QUICK
 from tests.ops.test_divergence_jax import composed
 
@@ -116,3 +118,118 @@ def test_a_scale_that_is_no_scale_is_refused_in_one_sentence() -> None:
         jax_ops.divergence(X, X, logit_scale=np.ones(5))
     with pytest.raises(TypeError, match=r"linear_divergence: logit_scale must have type float16"):
         jax_ops.linear_divergence(X, W, Y, U, logit_scale=np.ones((2, 5), int))
+
+
+# By pieces of the product
+
+
+def temporary(f: Any, *arrays: Any) -> int:
+    """Bytes beside arguments and results."""
+    return jax.jit(f, **QUICK).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+
+def of_loss(x: Any, s: Any, t: Any) -> Any:
+    return jax_ops.cross_entropy(x, t, logit_scale=s, z_loss=0.1)
+
+
+def of_teacher(x: Any, s: Any, t: Any) -> Any:
+    return jax_ops.divergence(x, t, kind="jsd", logit_scale=s)
+
+
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("f", [of_loss, of_teacher])
+def test_no_array_of_the_product(f: Any, one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the gradients there is a piece of the product, in the rows' own time."""
+    rows, classes = 251, 4096
+    x, s = jnp.ones((rows, classes)), jnp.float32(0.5) if one else jnp.full((rows,), 0.5)
+    t = jnp.zeros((rows,), int) if f is of_loss else x * 2.0
+    for way in (f, jax.value_and_grad(f, (0, 1))):
+        monkeypatch.setattr(scaled_rows, "_PIECE", 1 << 15)
+        assert temporary(way, x, s, t) < x.nbytes / 4
+        monkeypatch.setattr(scaled_rows, "_PIECE", 1 << 30)  # the saboteur: one piece of all
+        jax.clear_caches()
+        assert native.missing or temporary(way, x, s, t) >= x.nbytes
+        jax.clear_caches()
+
+
+IDS, MASS = R.integers(0, 5, (6, 3, 7)), R.random((6, 3, 7))
+IDS[2, :, 4] = IDS[0, 1, 0] = -100
+TARGETS: dict[str, Any] = {
+    "indices": IDS[:, 0],
+    "soft": R.random((6, 5, 7)),
+    "pairs": (IDS, MASS),
+}
+LOUD = 2.0 * R.standard_normal((6, 5, 7))
+LOUD[1, 4, 2] = -np.inf
+
+
+@pytest.mark.parametrize(("target", "one"), [("indices", False), ("soft", True), ("pairs", False), ("indices", True)])
+def test_a_loss_by_pieces(target: str, one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose last piece overlaps the one before it count once; each array is cut along its own axis."""
+    monkeypatch.setattr(scaled_rows, "_PIECE", 100)
+    jax.clear_caches()
+    more: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.1, "stats": ("entropy", "lse", "argmax")}
+    for options in ({**more, "softcap": 3.0}, {"reduction": "none"}) if target != "pairs" else (more,):
+        with jax.enable_x64(True):
+            x, s = jnp.asarray(LOUD), jnp.asarray(1.3 if one else 0.5 + R.random((6, 7)))
+            w, t = jnp.asarray(0.5 + R.random(5)), TARGETS[target]
+
+            def answer(loss: Any) -> Any:
+                return sum(jnp.where(jnp.isfinite(v), v, 0.0).sum() for v in jax.tree.leaves(loss))
+
+            def ours(x: Any, s: Any, w: Any, options: Any = options, t: Any = t) -> Any:
+                return answer(jax_ops.cross_entropy(x, t, w, axis=1, logit_scale=s, **options))
+
+            def plain(x: Any, s: Any, w: Any, options: Any = options, t: Any = t) -> Any:
+                by = s if one else s[:, None]
+                lost = x == -jnp.inf
+                z = jnp.where(lost, x * jax.lax.stop_gradient(by), jnp.where(lost, 0.0, x) * by)
+                return answer(jax_ops.cross_entropy(z, t, w, axis=1, **options))
+
+            found, due = (jax.jit(jax.value_and_grad(f, (0, 1, 2)), **QUICK)(x, s, w) for f in (ours, plain))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), found, due)
+
+
+@pytest.mark.parametrize(("kind", "one"), [("forward_kl", True), ("jsd", False)])
+def test_a_divergence_by_pieces(kind: Any, one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaled_rows, "_PIECE", 100)
+    jax.clear_caches()
+    keep = R.random((6, 7)) < 0.7
+    with jax.enable_x64(True):
+        x, t = jnp.asarray(np.where(np.isinf(LOUD), 1.0, LOUD)), jnp.asarray(R.standard_normal((6, 5, 7)))
+        s = jnp.asarray(1.3 if one else 0.5 + R.random((6, 7)))
+        spoilt = jnp.where(keep[:, None], x, jnp.nan)
+
+        def ours(x: Any, s: Any) -> Any:
+            return jax_ops.divergence(x, t, kind=kind, keep=keep, axis=1, logit_scale=s, softcap=4.0)
+
+        def plain(x: Any, s: Any) -> Any:
+            z = x * (s if one else s[:, None])
+            return jax_ops.divergence(z, t, kind=kind, keep=keep, axis=1, softcap=4.0)
+
+        found = jax.jit(jax.value_and_grad(ours, (0, 1)), **QUICK)(spoilt, s)
+        due = jax.jit(jax.value_and_grad(plain, (0, 1)), **QUICK)(x, s)
+        twice = [jax.jvp(jax.grad(f, (0, 1)), (x, s), (jnp.cos(x), jnp.sin(s))) for f in (ours, plain)]
+        mapped = jax.vmap(jax.grad(ours, 1), (None, 0))(x, jnp.stack([s, 2.0 * s]))
+        alone = jnp.stack([jax.grad(plain, 1)(x, v) for v in (s, 2.0 * s)])
+    for a, b in ((found, due), twice, (mapped, alone)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), a, b)
+
+
+@pytest.mark.parametrize("fault", ["stale rows count", "no gradient of the scale"])
+def test_saboteurs_of_pieces_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "stale rows count":
+        monkeypatch.setattr(chunks.Cut, "take_fresh", chunks.Cut.take)
+    else:
+        monkeypatch.setattr(scaled_rows, "along", lambda x, lost, g, *_, **__: jnp.zeros_like(g).sum(1))
+    jax.clear_caches()
+    caches = (scaled_rows._loss, scaled_rows._divergence)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        with pytest.raises(AssertionError):
+            test_a_divergence_by_pieces("forward_kl", True, monkeypatch)
+    finally:
+        jax.clear_caches()
+        for cache in caches:
+            cache.cache_clear()
