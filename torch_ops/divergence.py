@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext import contract
 from torch_ops._arguments import autocast, describe, enter_graph
+from torch_ops._head import two_heads_ops  # noqa: F401  # saved graphs name its ops
 from torch_ops._modes import is_on_mesh
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def divergence(
         ValueError: a shape or value outside its rule.
 
     Memory:
-        The backward pass keeps both arrays of logits and seven numbers per row.
+        The backward pass keeps both arrays of logits and seven numbers per row. A logit_scale that is an array
+        multiplies a piece of the logits at a time.
 
     Source:
         Csiszar 1963 for the divergences; Agarwal et al. 2024, "On-Policy Distillation of Language Models", for "jsd".
@@ -102,12 +104,14 @@ def divergence(
     from torch_ops._head.divergence_loss import pair_of, reduced, weight_of
     from torch_ops._rules.divergence import divergence_row
 
-    if scale is not None:
-        from torch_ops._rules.scaled import times
-
-        input = times(input, scale, at, None if keep is None else ~keep)
     dtype = torch.promote_types(input.dtype, teacher.dtype)
-    values = divergence_row(input.to(dtype), teacher.to(dtype), keep, *pair_of(options, at, dtype))
+    pair = pair_of(options, at, dtype)
+    if scale is None:
+        values = divergence_row(input.to(dtype), teacher.to(dtype), keep, *pair)
+    else:
+        from torch_ops._rules.scaled_divergence import scaled_divergence
+
+        values = scaled_divergence(scale, input, teacher, keep, *pair)
     weight = weight_of(values, token_weight, keep)
     losses = values if token_weight is None else weight * values
     return losses if reduction == "none" else reduced(losses.sum(), weight, keep, reduction)
@@ -179,8 +183,8 @@ def linear_divergence(
         At most 256 MiB of logits, of both heads together, exist at a time. fast with "mean" or "sum" forms the
         gradients in the forward pass (four matmuls) and keeps them, the weight's in float32. With reduction "none",
         and in every case where memory is "lean", seven numbers per row are kept and the backward pass recomputes both
-        heads' logits (six matmuls; lean visits the classes twice for "jsd" and "tv", eight). Under torch.func and while
-        compiled the arguments alone are kept.
+        heads' logits (six matmuls; lean visits the classes twice for "jsd" and "tv", eight). All of it holds compiled,
+        too. Mapped by torch.func and exported, the arguments alone are kept.
 
     Source:
         Csiszar 1963 for the divergences; Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models".

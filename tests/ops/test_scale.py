@@ -15,7 +15,7 @@ from softmax_ext import reference
 from tests.judging import cases, checks
 from tests.judging.cases import DTYPES, INF, NAN
 from tests.judging.frameworks import Named, each, only
-from torch_ops._rules import scaled
+from torch_ops._rules import scaled, scaled_pieces
 
 V = 33
 KINDS = ("hard", "soft", "weights", "cap", "smooth", "small")
@@ -157,7 +157,7 @@ def test_every_derivative(cap: float | None, one: bool) -> None:
 @pytest.mark.parametrize("layout", ["middle", "last", "alone", "many pieces"])
 def test_any_shape_by_any_piece(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if layout == "many pieces":
-        monkeypatch.setattr(scaled, "_PIECE", 20)
+        monkeypatch.setattr(scaled_pieces, "_PIECE", 20)
     shape = {"middle": (4, 7, 3), "last": (1, 7, 6), "alone": (7,), "many pieces": (6, 7, 2)}[layout]
     g = torch.Generator().manual_seed(2)
     rows = shape[:1] + shape[2:] if len(shape) > 1 else ()

@@ -12,7 +12,6 @@ row: every rule there has every order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,9 +23,8 @@ from torch_ops._rows import dispatch as rows
 from torch_ops._rules.cross_entropy import row
 from torch_ops._rules.kept import given_back, kept
 from torch_ops._rules.plan import Plan
+from torch_ops._rules.scaled_pieces import along, beside, cut_along, number, pieces, place
 
-# Elements of logits that are multiplied at a time: 4 MiB of float32, which a CPU's cache holds.
-_PIECE, _PIECE_ON_DEVICE = 1 << 20, 1 << 26
 # Where logits nearly agree nll - H cancels: both go to log V, what is left of them to s (x_t - mean x). So each row's H
 # must lie this far below log V: half the variance of logits that are spread evenly.
 _SPREAD = 0.03125
@@ -130,17 +128,17 @@ class ScaledRow(Function):
 def _values(logits: Tensor, scale: Tensor, target: Tensor, weight: Any, dim: int, plan: Plan) -> list[Tensor]:
     """cross_entropy_fwd's, by pieces of the product."""
     layout: dict[str, Any] = {"dim": dim, "softcap": plan.softcap, "smooth": plan.smooth, "entropy": plan.entropy}
-    factor = _number(scale, logits)
+    factor = number(scale, logits)
     if factor is not None:
         return [*rows.cross_entropy_fwd(logits, target, weight, scale=factor, **layout)]
     parts = []
-    for take, z in _pieces(logits, _of_rows(scale, logits, target, dim), dim):
+    for take, z in pieces(logits, beside(scale, logits, ignored(logits, target, dim), dim), dim):
         parts.append(rows.cross_entropy_fwd(z, take(target), weight, scale=1.0, **layout))
-    at = _cut(logits, dim)
+    at = cut_along(logits, dim)
     return (
         list(parts[0])
         if len(parts) == 1
-        else [torch.cat(v, _place(at, v[0], logits, dim)) for v in zip(*parts, strict=True)]
+        else [torch.cat(v, place(at, v[0], logits, dim)) for v in zip(*parts, strict=True)]
     )
 
 
@@ -152,38 +150,27 @@ def _gradients(
     layout: dict[str, Any] = {"dim": dim, "softcap": plan.softcap}
     of_logits, of_scale = wanted
     out = logits.detach() if over else None
-    factor = None if of_scale else _number(scale, logits)
+    factor = None if of_scale else number(scale, logits)
     if factor is not None:
         return rows.cross_entropy_bwd(logits, target, weight, *state, *ups, scale=factor, **layout, out=out), None
-    s = _of_rows(scale, logits, target, dim)
+    s = beside(scale, logits, ignored(logits, target, dim), dim)
     if out is None and of_logits:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     sums = []
-    for take, z in _pieces(logits, s, dim):
+    for take, z in pieces(logits, s, dim):
         few: list[Any] = [None if u is None else take(u) for u in (*state, *ups)]
         rows.cross_entropy_bwd(z, take(target), weight, *few, scale=1.0, **layout, out=z)
         by = take(s) if s.dim() else s
         if of_scale:
-            sums.append(_along(take(logits), z, by, few[0], few[3], plan.softcap, dim))
+            sums.append(along(take(logits), z, by, few[0], few[3], plan.softcap, dim))
         if out is not None:
             torch.mul(z, by, out=z)
             take(out).copy_(z)
     if not of_scale:
         return out, None
-    d_scale = sums[0] if len(sums) == 1 else torch.cat(sums, _place(_cut(logits, dim), sums[0], logits, dim))
+    d_scale = sums[0] if len(sums) == 1 else torch.cat(sums, place(cut_along(logits, dim), sums[0], logits, dim))
     nothing = ignored(logits, target, dim)
     return out, d_scale if nothing is None else d_scale.masked_fill(nothing, 0.0)
-
-
-def _along(x: Tensor, g: Tensor, s: Tensor, m: Tensor, d_lse: Tensor | None, softcap: float | None, dim: int) -> Tensor:
-    """sum_j g_j x_j of each row; a -inf logit has no derivative."""
-    lost = x == -math.inf
-    if softcap is not None:
-        return (g * rows.compute(x).masked_fill(lost, 0.0)).sum(dim)
-    # What all x of a row have in common meets sum_j g_j, which is d_lse: it is taken from the sum before that rounds.
-    c = torch.nan_to_num(m.unsqueeze(dim) / s, 0.0, 0.0, 0.0)
-    total = (g * (rows.compute(x) - c).masked_fill(lost, 0.0)).sum(dim) - c.squeeze(dim) * (g * lost).sum(dim)
-    return total if d_lse is None else total + c.squeeze(dim) * d_lse
 
 
 def _are_known(numbers: list[Tensor], target: Tensor, plan: Plan, classes: int) -> bool:
@@ -234,49 +221,3 @@ def _of_product(arrays: Any, ups: list[Any], plan: Plan, dim: int, needs: Any, a
         ways = [v for v, _ in ends], wrt, [u for _, u in ends]
         found = iter(torch.autograd.grad(*ways, create_graph=again, allow_unused=True))
     return [next(found) if need else None for need in needs]
-
-
-def _number(scale: Tensor, logits: Tensor) -> float | None:
-    """One scale for all rows as the kernels take it, where a look at it is free."""
-    if scale.dim() or not modes.can_look(scale):
-        return None
-    kind = torch.finfo(torch.promote_types(logits.dtype, torch.float32))
-    value = scale.item()
-    return value if kind.tiny <= value <= kind.max else None
-
-
-def _of_rows(scale: Tensor, logits: Tensor, target: Tensor, dim: int) -> Tensor:
-    """The scales beside the logits, in the compute type; 1 where a row is ignored."""
-    s = scale.to(torch.promote_types(logits.dtype, torch.float32))
-    if not s.dim():
-        return s
-    nothing = ignored(logits, target, dim)
-    return (s if nothing is None else s.masked_fill(nothing, 1.0)).unsqueeze(dim)
-
-
-def _pieces(logits: Tensor, s: Tensor, dim: int) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """(what takes its part of an array of rows, s x) of each piece, the product in one reused buffer."""
-    at, room = _cut(logits, dim), _PIECE if logits.device.type == "cpu" else _PIECE_ON_DEVICE
-    count = 1 if at is None else logits.shape[at]
-    size = max(1, room * count // max(1, logits.numel()))
-    turned = not modes.can_look(s) or not bool((s > 0).all())  # -inf times such a number is none
-    for start in range(0, max(count, 1), size):
-        length = min(size, count - start)
-
-        def take(x: Tensor, start: int = start, length: int = length) -> Tensor:
-            return x if at is None else x.narrow(_place(at, x, logits, dim), start, length)
-
-        x = take(logits)
-        z = rows.compute(x) * (take(s) if s.dim() else s)
-        yield take, (z.masked_fill_(x == -math.inf, -math.inf) if turned else z).contiguous()
-
-
-def _cut(logits: Tensor, dim: int) -> int | None:
-    """The dimension that pieces are cut along: the longest that is not the classes'."""
-    others = [i for i in range(logits.dim()) if i != dim]
-    return max(others, key=lambda i: logits.shape[i]) if others else None
-
-
-def _place(at: int | None, x: Tensor, logits: Tensor, dim: int) -> int:
-    """That dimension among those of x, which may lack the classes'."""
-    return (at or 0) if x.dim() == logits.dim() or (at or 0) < dim else (at or 0) - 1
