@@ -166,7 +166,9 @@ def divergence_mean(total: Array, weight: Array, kept: Array | None, options: An
     """The sum or mean from the summed divergence."""
     if options.reduction == "sum":
         return total
-    if kept is None:
+    if kept is None and 0 not in weight.shape:
         return total / weight.sum()
+    if kept is None:  # through 0 / 0 the gradients of nothing would be NaN
+        return jnp.nan + 0.0 * total
     some = kept.any()  # exchanged before dividing: a gradient through an unused 0 / 0 would be NaN
     return jnp.where(some, total / jnp.where(some, weight.sum(), 1.0), jnp.nan)

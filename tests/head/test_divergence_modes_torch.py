@@ -108,8 +108,8 @@ def test_compiled_a_student_next_to_its_teacher_loses_no_digits(kind: Any) -> No
 
 
 @pytest.mark.slow
-def test_compiled_rows_whose_number_depends_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiled_rows_whose_number_depends_on_data() -> None:
     x, w, y, u = (v.detach() for v in heads(8, 11))
     some = torch.tensor([1, 0, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
 

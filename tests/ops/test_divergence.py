@@ -190,6 +190,22 @@ def test_rows_not_kept_reach_nothing(memory: Any, door: Any) -> None:  # noqa: F
         assert g.any()
 
 
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_the_mean_of_no_row_moves_nothing(memory: Any, weighed: bool, door: Any) -> None:  # noqa: F811
+    """It is NaN; what is no row's is 0 all the same, that of linear_weight included."""
+    w, none = np.linspace(-1, 1, 24).reshape(4, 6), np.zeros((0, 6))
+    head = {"input": none, "linear_weight": w, "teacher_input": none, "teacher_weight": w[::-1]}
+    more = {"token_weight": np.zeros(0)} if weighed else {}
+    given = {**head, **more}
+    value, *grads = door("linear_divergence", given, ("input", "linear_weight"), "float64", memory=memory)
+    assert np.isnan(value)
+    assert not grads[1].any()
+    value, gradient = door("divergence", {"input": none, "teacher": none, **more}, ("input",), "float64")
+    assert np.isnan(value)
+    assert gradient.shape == (0, 6)
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "kind": ({"kind": "kl"}, ValueError, "kind must be one of 'forward_kl', 'reverse_kl', 'jsd', 'tv'; got 'kl'."),
     "beta": ({"beta": 1.0}, ValueError, "beta must be a Python number in (0, 1); got 1.0."),

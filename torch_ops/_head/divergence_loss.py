@@ -88,6 +88,10 @@ def reduced(
     over: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> Tensor:
     """The sum or mean from the summed divergence."""
+    rows = weight.numel()
+    if keep is None and reduction == "mean" and not (type(rows) is int and rows):
+        # Of no row at all the share is 0, and infinite what comes back: 0 times it would be NaN.
+        total = total.masked_fill(~torch.ones_like(weight, dtype=torch.bool).any(), 0.0)
     total = over(total)
     if reduction == "sum":
         return total
