@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax_ops._rows import native, ratios
 from softmax_ext.contract import KINDS
 from tests.judging import quick
 from tests.judging.divergences import BETA, Jax, judged, of_logits, pairs
+from tests.ops.test_divergence import test_the_mean_of_no_row_moves_nothing as of_no_row
 
 CAPPED: dict[str, Any] = {"logit_scale": 1.2, "softcap": 3.0, "teacher_scale": 0.9, "teacher_softcap": 2.0}
 S = np.sin(np.linspace(-2.0, 2.0, 18)).reshape(3, 6) * 3.0
@@ -200,3 +202,15 @@ def test_a_kernel_told_no_state_gives_nan(kind: str) -> None:
     np.testing.assert_allclose(value, own, rtol=1e-5)
     assert jnp.isfinite(rows.divergence_bwd(s, t, None, known, jnp.ones(3), pair=pair)).all()
     assert jnp.isnan(rows.divergence_bwd(s, t, None, state, jnp.ones(3), pair=pair)).all()
+
+
+def test_a_plain_quotient_of_no_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys.modules["jax_ops.divergence"], "divergence_mean", lambda total, weight, *_: total / weight.sum()
+    )
+    jax.clear_caches()
+    try:
+        with pytest.raises(AssertionError):
+            of_no_row("fast", False, Jax())
+    finally:
+        jax.clear_caches()

@@ -13,8 +13,10 @@ from torch.autograd import gradcheck, gradgradcheck
 import torch_ops
 from softmax_ext.contract import KINDS
 from tests.judging.cases import Array
-from tests.judging.divergences import BETA, judged, pairs
+from tests.judging.divergences import BETA, DOORS, judged, pairs
+from tests.ops.test_divergence import test_the_mean_of_no_row_moves_nothing as of_no_row
 from tests.rows.native.test_torch import _Ran
+from torch_ops._head import divergence_loss
 from torch_ops._rows import divergence as rows
 from torch_ops._rows import native
 
@@ -74,6 +76,12 @@ def test_an_uncorrected_shift_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "less", lambda d, p, q: torch.zeros_like(d))
     with pytest.raises(AssertionError):
         judged(ours(s, t, "float32")[0], ours(s, t, "float32")[1], s, t, "float32")
+
+
+def test_a_plain_quotient_of_no_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence_loss, "reduced", lambda total, weight, *_: total / weight.sum())
+    with pytest.raises(AssertionError):
+        of_no_row("fast", False, DOORS["torch"]())
 
 
 IN = torch.linspace(-2.0, 2.0, 18, dtype=torch.float64).reshape(3, 6).sin() * 3.0
