@@ -197,8 +197,8 @@ def _loss(
         from jax_ops._head.scaled_rows import scaled_row
         from jax_ops._rules.scaled import ignored, times
 
-        (scale,) = shard.own(scale)
-        logits = times(x, scale, axis, ignored(x, t, axis))  # formed for who asks for more than the row's own numbers
+        (own,) = shard.own(scale)
+        logits = times(x, own, axis, ignored(x, t, axis))  # formed for who asks for more than the row's own numbers
     if shard.names:
         from jax_ops._parallel.logits import sharded_row
 

@@ -192,7 +192,7 @@ class _Rows:
 
     def __call__(self, *arrays: Array) -> list[Array]:
         rest = iter(arrays)
-        args = [next(rest) if on else None for on in self.present]
+        args: list[Any] = [next(rest) if on else None for on in self.present]
         at, pieces = self._pieces(args[0])
         if self.whole or pieces is None:
             return list(self.fn(self.how, *args))

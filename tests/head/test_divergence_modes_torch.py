@@ -136,7 +136,7 @@ def test_exported_with_any_number_of_rows() -> None:
         def forward(self, x: Tensor, w: Tensor, y: Tensor, u: Tensor) -> Any:
             more: dict[str, Any] = {"kind": "jsd", "logit_scale": 0.5, "teacher_softcap": 2.0}
             return [
-                torch_ops.linear_divergence(x, w, y, u, memory=memory, shift=shift, **more)
+                torch_ops.linear_divergence(x, w, y, u, memory=memory, shift=shift, chunk_size=2, **more)
                 for memory in ("fast", "lean")
                 for shift in (0, 1)
             ] + [torch_ops.divergence(x @ w.T, y @ u.T, **more)]

@@ -13,6 +13,7 @@ import torch_ops
 from examples.torch_memory import Alive
 from softmax_ext.contract import KINDS
 from tests.ops.test_divergence_torch import composed
+from torch_ops._head import ops
 from torch_ops._rows import divergence_parts as parts
 
 CAPPED: dict[str, Any] = {"logit_scale": 1.2, "softcap": 3.0, "teacher_scale": 0.9, "teacher_softcap": 2.0}
@@ -58,6 +59,13 @@ def test_head_derivatives(kind: str, memory: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-12)
 
 
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops are shown to who counts, though he is one who looks on."""
+    monkeypatch.setattr(ops, "is_observed", lambda *arrays: False)
+
+
+@pytest.mark.usefixtures("shown")
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 def test_no_array_of_all_logits(memory: Any) -> None:
     n, v, d = 64, 4096, 8
@@ -97,6 +105,7 @@ def test_a_teacher_of_another_type(student: str, teacher: str, eps: float, memor
             torch.testing.assert_close(mine.double(), theirs, rtol=eps, atol=eps * theirs.abs().max().item())
 
 
+@pytest.mark.usefixtures("shown")
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_lean_holds_a_slice_of_both_heads(kind: Any, frozen: bool) -> None:

@@ -16,7 +16,7 @@ from tests.judging.cases import Array
 from tests.judging.divergences import BETA, DOORS, judged, pairs
 from tests.ops.test_divergence import test_the_mean_of_no_row_moves_nothing as of_no_row
 from tests.rows.native.test_torch import _Ran
-from torch_ops._head import divergence_loss
+from torch_ops._head import divergence_loss, ops
 from torch_ops._rows import divergence as rows
 from torch_ops._rows import native
 
@@ -38,7 +38,7 @@ def ours(s: Array, t: Array, dtype: str, **options: Any) -> tuple[Array, Array]:
     return value.detach().double().numpy(), gradient.double().numpy()
 
 
-def test_which_kernels_ran() -> None:
+def test_which_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.missing:
         pytest.skip(f"no native kernels: {native.missing}")
     x, t = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
@@ -50,9 +50,11 @@ def test_which_kernels_ran() -> None:
         both()
     assert ran.names == ["divergence_fwd", "divergence_bwd"]
     w, u = torch.randn(7, 5, requires_grad=True), torch.randn(7, 5)
-    with _Ran() as ran:
-        torch_ops.linear_divergence(x, w, t, u).backward()
-    assert ran.names == ["divergence_fwd_bwd_"]
+    for observed, names in ((True, ["two_heads_fwd_bwd"]), (False, ["divergence_fwd_bwd_"])):
+        monkeypatch.setattr(ops, "is_observed", lambda *arrays, observed=observed: observed)
+        with _Ran() as ran:
+            torch_ops.linear_divergence(x, w, t, u).backward()
+        assert ran.names == names
 
 
 def composed(s: Tensor, t: Tensor, kind: str, beta: float = 0.5) -> Tensor:

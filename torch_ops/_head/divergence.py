@@ -219,7 +219,9 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *arrays, plan = args
     if may_write(*arrays):
         return ops.fwd(arrays, plan)
-    size = that_fit(None if plan.lean else plan.chunk_size, 2 * arrays[1].shape[0], arrays[0].itemsize)
+    # A program for any number of rows, which it can only ask whether they are few, has all that fit the workspace.
+    known = type(arrays[0].shape[0]) is int and not plan.lean
+    size = that_fit(plan.chunk_size if known else None, 2 * arrays[1].shape[0], arrays[0].itemsize)
     (value,) = run(_row_map(plan), size, *arrays)
     return value, _no_state(value)
 

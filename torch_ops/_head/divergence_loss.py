@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from softmax_ext import contract
 from torch_ops._head.columns import apart, in_parts
 from torch_ops._head.divergence import divergence_rows, divergence_sum
-from torch_ops._modes import can_look
+from torch_ops._modes import can_look, is_none
 from torch_ops._rows.divergence import Pair
 
 # What a divergence of two heads is of, in the order that everything below takes.
@@ -88,8 +89,7 @@ def reduced(
     over: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> Tensor:
     """The sum or mean from the summed divergence."""
-    rows = weight.numel()
-    if keep is None and reduction == "mean" and not (type(rows) is int and rows):
+    if keep is None and reduction == "mean" and (is_compiling() or is_none(weight.numel())):
         # Of no row at all the share is 0, and infinite what comes back: 0 times it would be NaN.
         total = total.masked_fill(~torch.ones_like(weight, dtype=torch.bool).any(), 0.0)
     total = over(total)

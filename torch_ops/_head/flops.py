@@ -38,7 +38,7 @@ def fwd_bwd(x: Any, linear_weight: Any, *args: Any, **_: Any) -> int:
 @register_flop_formula(_ops.two_heads_fwd)
 def two_fwd(x: Any, linear_weight: Any, _b: Any, _y: Any, teacher_weight: Any, *args: Any, **_: Any) -> int:
     """Both heads' logits, and once more where slices of jsd and tv are summed given whole rows."""
-    kind, *_, lean, chunk_size = args[2:]
+    kind, lean, chunk_size = args[2], args[-2], args[-1]
     again = lean and kind in ("jsd", "tv") and linear_weight[0] > that_fit(chunk_size, 2 * x[0], _ITEM)
     return 2 * x[0] * linear_weight[0] * (x[1] + teacher_weight[1]) * (1 + again)
 

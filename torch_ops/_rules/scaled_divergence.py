@@ -40,28 +40,25 @@ class ScaledDivergence(Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *arrays, ctx.pair = args
-        student, scale, teacher, _ = arrays
+        student, scale, teacher, keep, ctx.pair = args
         # One number that nobody learns goes into the kernels; a state is told in units of theirs.
         ctx.factor = None if scale.requires_grad or student.dtype != teacher.dtype else number(scale, student)
-        value, state = _values(*arrays, ctx.pair, ctx.factor)
-        ctx.save_for_backward(*arrays, state)
+        value, state = _values(student, scale, teacher, keep, ctx.pair, ctx.factor)
+        ctx.save_for_backward(student, scale, teacher, keep, state)
         return value
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         (up,) = upstream
-        *arrays, state = ctx.saved_tensors
+        student, scale, teacher, keep, state = ctx.saved_tensors
         needs, again = ctx.needs_input_grad[:2], torch.is_grad_enabled()
         # to be differentiated again, or upstreams that somebody maps over
         if again or not modes.may_write(up) or modes.is_transforming():
-            return *_of_product(arrays, up, ctx.pair, needs, again), None, None, None
+            return *_of_product((student, scale, teacher, keep), up, ctx.pair, needs, again), None, None, None
         if ctx.factor is not None:
-            student, scale, teacher, keep = arrays
             pair = ctx.pair._replace(scale=ctx.factor)
             return divergence_bwd(student, teacher, keep, state, up, pair=pair), *(None,) * 4
-        d_student, d_scale = _gradients(*arrays, state, up, ctx.pair, needs)
-        scale = arrays[1]
+        d_student, d_scale = _gradients(student, scale, teacher, keep, state, up, ctx.pair, needs)
         if d_scale is not None:
             d_scale = (d_scale if scale.dim() else d_scale.sum()).to(scale.dtype)
         return d_student, d_scale, None, None, None
@@ -125,5 +122,7 @@ def _of_product(arrays: Any, up: Tensor, pair: Pair, needs: Any, again: bool) ->
             if need and not v.requires_grad:
                 v.requires_grad_()
         wrt = [v for v, need in zip(given, needs, strict=False) if need]
-        found = iter(torch.autograd.grad(_by_product(*given, pair), wrt, up, create_graph=again))
+        found = iter(
+            torch.autograd.grad(_by_product(given[0], given[1], given[2], given[3], pair), wrt, up, create_graph=again)
+        )
     return [next(found) if need else None for need in needs]
