@@ -125,7 +125,8 @@ def test_a_scale_that_is_no_scale_is_refused_in_one_sentence() -> None:
 
 def temporary(f: Any, *arrays: Any) -> int:
     """Bytes beside arguments and results."""
-    return jax.jit(f, **QUICK).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+    found: Any = jax.jit(f, **QUICK).lower(*arrays).compile().memory_analysis()
+    return found.temp_size_in_bytes
 
 
 def of_loss(x: Any, s: Any, t: Any) -> Any:
