@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -43,42 +40,13 @@ def finite(nll: Array) -> Array:
     return nll + (nll < 0)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def alive(axis: int, z: Array, dead: Array, *others: Array | None) -> Array:
-    """z. Where it or `others` are differentiated, 0 in dead rows: of -inf or NaN there comes NaN, even times 0.
-
-    Values of dead rows are left out at the end: here all logits would become as many as the targets (a row of them for
-    many targets, under vmap).
-    """
-    return _in_front(z)
-
-
-@alive.defjvp
-def _alive_jvp(axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    z, dead, *_ = primals
-    gone, zero = dead if z.ndim == dead.ndim else jnp.expand_dims(dead, axis), jnp.zeros((), z.dtype)
-    return _in_front(jnp.where(gone, zero, z)), _in_front(jnp.where(gone, zero, tangents[0]))
-
-
-def _in_front(z: Array) -> Array:
-    """z. What vmap has mapped lies in front: JAX asks the primal alone what is mapped, and where, for the jvp too."""
-    return jax.lax.squeeze(jax.lax.expand_dims(z, (0,)), (0,))
-
-
-def without_ignored(logits: Array, target: Array, axis: int) -> Array:
-    """The logits with ignored rows at 0: not even through 0 * NaN do they reach a derivative."""
+def without_ignored(target: Array, axis: int, logits: Array, m: Array, rest: Array) -> tuple[Array, Array, Array]:
+    """Logits, m and rest with ignored rows at 0: not even through 0 * NaN do they reach a derivative."""
     if is_soft(target):
-        return logits
+        return logits, m, rest
     ignored = of_rows(target, logits.ndim, axis) == IGNORED
-    return jnp.where(jnp.expand_dims(ignored, axis), jnp.zeros((), logits.dtype), logits)
-
-
-def alive_rows(axis: int, target: Array, *arrays: Array | None) -> tuple[Any, Any, Any]:
-    """Logits and two arrays of rows, `alive` but for ignored rows whichever of all is differentiated."""
-    if is_soft(target):
-        return arrays[:3]  # pyright: ignore[reportReturnType]
-    ignored = of_rows(target, arrays[0].ndim, axis) == IGNORED  # pyright: ignore[reportOptionalMemberAccess]
-    return tuple(alive(axis, a, ignored, *arrays) for a in arrays[:3])  # pyright: ignore[reportReturnType]
+    logits = jnp.where(jnp.expand_dims(ignored, axis), jnp.zeros((), logits.dtype), logits)
+    return logits, jnp.where(ignored, 0.0, m), jnp.where(ignored, 0.0, rest)
 
 
 def upstream_of(upstream: Array, target: Array, axis: int | None) -> Array:

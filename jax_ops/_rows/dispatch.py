@@ -14,8 +14,9 @@ import numpy as np
 from jax import Array
 
 from jax_ops._rows import plain
+from jax_ops._rows.alive import alive
 from jax_ops._rows.arithmetic import capped, class_row, compute, slope
-from jax_ops._rows.classes import IGNORED, INVALID, MASKED, alive, finite, is_soft, mass_sum, of_rows
+from jax_ops._rows.classes import IGNORED, INVALID, MASKED, finite, is_soft, mass_sum, of_rows
 from jax_ops._rows.plain import cross_entropy_mass_bwd
 from jax_ops._rows.primitive import Row, transposable
 

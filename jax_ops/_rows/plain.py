@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_ops._rows.alive import alive, alive_rows
 from jax_ops._rows.arithmetic import (
     LOWEST,
     capped,
@@ -33,7 +34,7 @@ from jax_ops._rows.arithmetic import (
     slope,
     spread,
 )
-from jax_ops._rows.classes import IGNORED, alive, alive_rows, is_soft, of_rows, upstream_of, without_ignored
+from jax_ops._rows.classes import IGNORED, is_soft, of_rows, upstream_of, without_ignored
 from jax_ops._rows.mean import centred, distribution, log_softmax, softmax
 
 _LAYOUT = ("axis", "scale", "softcap")
@@ -147,7 +148,7 @@ def cross_entropy_bwd(
     # source:  Kurbiel's s * sum(y) - y, with S not assumed to be 1; docs/derivation.md
     ups = {"nll": d_nll, "lse": d_lse, "smooth": d_smooth, "entropy": d_entropy}
     ups = {name: up for name, up in ups.items() if up is not None}
-    logits, m, rest = alive_rows(axis, target, logits, m, rest, weight, *ups.values())
+    logits, m, rest = alive_rows(axis, target, weight, logits, m, rest)
     factors = _factors(logits, target, weight, m, rest, tuple(ups), axis=axis, scale=scale, softcap=softcap)
     dz, marks = jnp.zeros_like(factors["p"]), of_rows(target, logits.ndim, axis)
     for name, up in ups.items():
@@ -186,7 +187,7 @@ def cross_entropy_bwd_transpose(
     """
     # formula: d nll = sum_j (p_j - Y_j) g_j + c (sum_j p_j - 1) for g = dz - c. Where one class m holds more than half
     #          c is dz_m: then sum_j p_j - 1 is the others' sum less q_m, and nothing of m's own is left to cancel.
-    logits, m, rest = alive_rows(axis, target, logits, m, rest, weight, dx)
+    logits, m, rest, dx = alive_rows(axis, target, weight, logits, m, rest, dx)
     f = _factors(logits, target, weight, m, rest, names, axis=axis, scale=scale, softcap=softcap)
     dz = compute(dx) * slope(logits, scale, softcap)
     found, marks = [], of_rows(target, logits.ndim, axis)
@@ -264,7 +265,7 @@ def cross_entropy_mass_bwd(
     Where p is 0 the factor counts 0, as a soft target of 0 there does: forward mode multiplies this by the
     target's tangent, and a masked class must not turn a tangent of 0 into 0 * inf.
     """
-    logits = without_ignored(logits, target, axis)
+    logits, m, rest = without_ignored(target, axis, logits, m, rest)
     d, _ = shifted(capped(logits, scale, softcap), jnp.expand_dims(m, axis))
     minus_log_p = jnp.log1p(jnp.expand_dims(rest, axis)) - d
     finite = minus_log_p != jnp.inf

@@ -46,10 +46,10 @@ def of(
     """What a slice of the logits says of the rows; class indices are local, `inside` says which are in it."""
     axis, smooth, entropy = layout["axis"], "smooth" in names, "entropy" in names
     # All -inf in the slice: no distribution there, and no part in the row's.
-    dead = jax.lax.stop_gradient(z.max(axis, initial=-jnp.inf) == -jnp.inf)
-    if inside is not None:
-        dead = dead & (rows.of_rows(t, z.ndim, axis) != rows.IGNORED)
-    alive = rows.alive(axis, z, dead, t, weight)
+    empty = jax.lax.stop_gradient(z.max(axis, initial=-jnp.inf) == -jnp.inf)
+    dead = empty if inside is None else empty & (rows.of_rows(t, z.ndim, axis) != rows.IGNORED)
+    # Whatever the target: logits of many targets are dead where they are for all, and an ignored row's are anyway.
+    alive = rows.alive(axis, z, empty, weight, *[t] * (inside is None))
     values = rows.cross_entropy_fwd(alive, t, weight, **layout, smooth=smooth, entropy=entropy)
     m, rest = jax.lax.stop_gradient(values[-2]), jnp.where(dead, 0.0, values[-1])
     log_total = jnp.log1p(rest)
