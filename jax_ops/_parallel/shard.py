@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -55,7 +56,7 @@ class Shard:
 
     def joined(self, state: slices.State, axis: int = 1) -> slices.State:
         """What the devices' slices say together; of K classes a row nll has them along `axis`."""
-        return slices.over(state, self.largest, self.sum, axis) if self.names else state
+        return slices.over(state, partial(_top, self), self.sum, axis) if self.names else state
 
     def first_largest(self, top: Array, at: Array) -> Array:
         """The first class whose logit is largest, or NaN, from the largest of each device and its class there."""
@@ -98,6 +99,22 @@ class Shard:
     def _cast(self, x: Array) -> Array:
         missing = tuple(name for name in self.names if name not in varying(x))
         return lax.pcast(x, missing, to="varying") if missing else x
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _top(shard: Shard, m: Array) -> tuple[Array, Array]:
+    """The maximum over the devices, which moves as that of the one device that has it, and how far below each is."""
+    top = shard.largest(m)
+    return top, slices.below(m, top)
+
+
+@_top.defjvp
+def _top_jvp(shard: Shard, primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    ((m,), (dm,)), out = (primals, tangents), _top(shard, *primals)
+    held = m == out[0]
+    alone = shard.sum(held.astype(m.dtype)) == 1.0
+    moved = jnp.where(alone, shard.sum(jnp.where(held, dm, 0.0)), 0.0)
+    return out, (moved, jnp.where(held & alone, 0.0, dm - moved))
 
 
 def shard_of(op: str, axis_name: Any, classes: int) -> Shard:

@@ -5,6 +5,9 @@ A row's m is its largest logit z, rest the sum of exp(z - m) over every position
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -46,18 +49,48 @@ def class_row(weight: Array | None, like: Array, axis: int) -> Array | None:
     return weight.reshape([-1 if i == axis else 1 for i in range(like.ndim)])
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def exponentials(z: Array, axis: int) -> tuple[Array, Array, Array, Array]:
     """(z - m, exp(z - m), m, rest); rest is NaN where m is not finite, and so is then the whole row."""
     if z.shape[axis] == 0:
         m = jnp.full_like(z.sum(axis, keepdims=True), jnp.nan)
         return z, z, m, m
-    m = lax.stop_gradient(z.max(axis, keepdims=True))
+    m = z.max(axis, keepdims=True)
     d, e = shifted(z, m)
     # 1 at the maximum (e is 1 there, exactly), 0 elsewhere, be it the smallest number below.
     kind = jnp.finfo(d.dtype)
-    top = lax.stop_gradient(1.0 - jnp.minimum(jnp.minimum(-d / kind.tiny, 1.0) / kind.eps, 1.0))
+    top = 1.0 - jnp.minimum(jnp.minimum(-d / kind.tiny, 1.0) / kind.eps, 1.0)
     rest = (e - top).sum(axis, keepdims=True) + (top.sum(axis, keepdims=True) - 1.0)
     return d, e, m, jnp.where(jnp.isfinite(m), rest, jnp.nan)
+
+
+@exponentials.defjvp
+def _exponentials_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    # What does not depend on the shift does not depend on how it moves. With a class that holds more than half it moves
+    # as its logit: all that moves is then relative to that one, and 1 - p there has the others' digits.
+    d, e, _, rest = out = exponentials(*primals, axis)
+    (dz,) = tangents
+    dm = jnp.where(rest < 1, jnp.where(d == 0, dz, 0.0).sum(axis, keepdims=True), 0.0)
+    moved = _relative(d, rest, dz, dm)
+    return out, (moved, e * moved, dm, (e * moved).sum(axis, keepdims=True))
+
+
+@jax.custom_jvp
+def relative(z: Array, m: Array, rest: Array) -> tuple[Array, Array]:
+    """(z - m, exp(z - m)) of rows of which m and rest are known, or of a part of their classes; m moves as there."""
+    return shifted(z, m)
+
+
+@relative.defjvp
+def _relative_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> Any:
+    d, e = out = relative(*primals)
+    moved = _relative(d, primals[2], *tangents[:2])
+    return out, (moved, e * moved)
+
+
+def _relative(d: Array, rest: Array, dz: Array, dm: Array) -> Array:
+    """dz - dm; nothing, not dz_m - dz_m, at a maximum that m moves with: transposed too it is the others' alone."""
+    return jnp.where((d == 0) & (rest < 1), 0.0, dz - dm)
 
 
 def shifted(z: Array, m: Array) -> tuple[Array, Array]:

@@ -5,9 +5,9 @@ lse = m + log1p(rest) and 1 - p at the maximum is rest / (1 + rest): neither sub
 Row-shaped results (the input's shape without `axis`) and all arithmetic are in the compute type: float32
 for half precision and float32, float64 for float64.
 
-Every function can itself be differentiated. The shift m is held constant, which changes no derivative of
-anything that does not depend on the shift, and each place where the value of e = exp(z - m) at the maximum
-is known to be 1 still names e, so that its derivative is there.
+Every function can itself be differentiated. The shift m moves as `exponentials` says, which changes no derivative of
+anything that does not depend on the shift, and each place where the value of e = exp(z - m) at the maximum is known to
+be 1 still names e, so that its derivative is there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jax_ops._rows.arithmetic import (
     exponentials,
     nll_gradient,
     pick,
-    shifted,
+    relative,
     slope,
     spread,
 )
@@ -223,8 +223,8 @@ def _factors(
     softcap: float | None,
 ) -> dict[str, Array]:
     """What each of a row's upstream gradients is multiplied by in dL/dz; of class indices p and q = 1 - p."""
-    d, e = shifted(capped(logits, scale, softcap), jnp.expand_dims(m, axis))
     rest = jnp.expand_dims(rest, axis)
+    d, e = relative(capped(logits, scale, softcap), jnp.expand_dims(m, axis), rest)
     total = 1.0 + rest
     p = e / total
     # q = 1 - p, never 1 subtracted from p: at the maximum rest / total, elsewhere at least 1/2.
@@ -266,8 +266,9 @@ def cross_entropy_mass_bwd(
     target's tangent, and a masked class must not turn a tangent of 0 into 0 * inf.
     """
     logits, m, rest = without_ignored(target, axis, logits, m, rest)
-    d, _ = shifted(capped(logits, scale, softcap), jnp.expand_dims(m, axis))
-    minus_log_p = jnp.log1p(jnp.expand_dims(rest, axis)) - d
+    rest = jnp.expand_dims(rest, axis)
+    d, _ = relative(capped(logits, scale, softcap), jnp.expand_dims(m, axis), rest)
+    minus_log_p = jnp.log1p(rest) - d
     finite = minus_log_p != jnp.inf
     minus_log_p = jnp.where(finite, minus_log_p, 0.0)
     w = class_row(weight, d, axis)

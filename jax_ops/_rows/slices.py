@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_ops._rows import dispatch as rows
-from jax_ops._rows.arithmetic import LOWEST
+from jax_ops._rows.arithmetic import LOWEST, relative
 
 State = dict[str, Array]
 
@@ -51,7 +51,7 @@ def of(
     # Whatever the target: logits of many targets are dead where they are for all, and an ignored row's are anyway.
     alive = rows.alive(axis, z, empty, weight, *[t] * (inside is None))
     values = rows.cross_entropy_fwd(alive, t, weight, **layout, smooth=smooth, entropy=entropy)
-    m, rest = jax.lax.stop_gradient(values[-2]), jnp.where(dead, 0.0, values[-1])
+    m, rest = values[-2], jnp.where(dead, 0.0, values[-1])
     log_total = jnp.log1p(rest)
     state = {"m": jnp.where(dead, -jnp.inf, jnp.where(jnp.isnan(jax.lax.stop_gradient(rest)), jnp.nan, m))}
     state["rest"] = jnp.where(dead, -1.0, rest)
@@ -86,9 +86,9 @@ def of(
 
 def merge(a: State, b: State, axis: int = 1) -> State:
     """What two disjoint slices say together; of K classes a row nll has them along `axis`."""
-    m = jnp.maximum(a["m"], b["m"])
-    (more_a, e_a, by_a), (more_b, e_b, by_b) = _moved(a, m), _moved(b, m)
-    out = {"m": m, "rest": jnp.where(a["m"] >= b["m"], a["rest"] + more_b, b["rest"] + more_a)}
+    m, by_a, by_b = _higher(a["m"], b["m"])
+    (more_a, e_a, rest_a), (more_b, e_b, rest_b) = _moved(a, by_a), _moved(b, by_b)
+    out = {"m": m, "rest": jnp.where(a["m"] >= b["m"], rest_a + more_b, rest_b + more_a)}
     for name in a:
         if name.startswith("S"):
             out[name] = a[name] + b[name]
@@ -101,13 +101,21 @@ def merge(a: State, b: State, axis: int = 1) -> State:
     return out
 
 
-def over(state: State, largest: Callable[[Array], Array], sum_of: Callable[[Array], Array], axis: int = 1) -> State:
-    """What the slices of all devices say together, in two messages: a maximum and one sum, of a few numbers a row."""
-    m = largest(state["m"])  # with or without the NaN of one slice: its row's sums carry that
-    more, e, by = _moved(state, m)
+def over(
+    state: State,
+    largest: Callable[[Array], tuple[Array, Array]],
+    sum_of: Callable[[Array], Array],
+    axis: int = 1,
+) -> State:
+    """What the slices of all devices say together, in two messages: a maximum and one sum, of a few numbers a row.
+
+    `largest` gives the maximum, and how far below each is.
+    """
+    m, by = largest(state["m"])  # with or without the NaN of one slice: its row's sums carry that
+    more, e, rest = _moved(state, by)
     top = state["m"] == m
     # Among ties for the maximum all but one count in full: adding their number less 1 is exact.
-    parts = {"rest": jnp.where(top, state["rest"], more), "top": top.astype(more.dtype)}
+    parts = {"rest": jnp.where(top, rest, more), "top": top.astype(more.dtype)}
     for name in state:
         if name.startswith("S"):
             u = f"u{name[1:]}"
@@ -182,8 +190,9 @@ def upstream(
         here = z.shape[axis] if weight is None else weight.sum()
         others.append(d_smooth * (weights - here))
     if d_entropy is not None:
-        d = rows.capped(z, layout["scale"], layout["softcap"]) - jnp.expand_dims(m, axis)
-        here = (jnp.exp(d) * jnp.maximum(d, LOWEST)).sum(axis)
+        whole = (jnp.expand_dims(v, axis) for v in (m, rest))
+        d, f = relative(rows.capped(z, layout["scale"], layout["softcap"]), *whole)
+        here = (f * jnp.maximum(d, LOWEST)).sum(axis)
         others.append(d_entropy * ((e - here) / (1.0 + rest)))
     return d_nll, functools.reduce(jnp.add, others) if others else None
 
@@ -248,12 +257,33 @@ def _masses(target: Array, weight: Array | None, kind: Any, axis: int) -> Array:
     return y if by is None else y * by
 
 
-def _moved(state: State, m: Array) -> tuple[Array, Array, Array]:
-    """(the slice's sum of exp(z - m), its e, its maximum - m) for an m that is not below its maximum."""
-    by = jnp.where(state["m"] == m, 0.0, state["m"] - m)
+@jax.custom_jvp
+def _higher(m: Array, n: Array) -> tuple[Array, Array, Array]:
+    """The larger of two maxima, and how far below it each is."""
+    top = jnp.maximum(m, n)
+    return top, below(m, top), below(n, top)
+
+
+@_higher.defjvp
+def _higher_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    (m, n), (dm, dn), out = primals, tangents, _higher(*primals)
+    top = jnp.where(m > n, dm, jnp.where(n > m, dn, 0.0))
+    return out, (top, jnp.where(m > n, 0.0, dm - top), jnp.where(n > m, 0.0, dn - top))
+
+
+def below(m: Array, top: Array) -> Array:
+    """m - top, 0 where both are the same infinity."""
+    return jnp.where((m == top) & ~jnp.isfinite(top), 0.0, m - top)
+
+
+def _moved(state: State, by: Array) -> tuple[Array, Array, Array]:
+    """(a slice's sum of exp(z - m), its e, its rest) for an m that its maximum is below by `by`.
+
+    Its rest is of use where m is its maximum: among ties each may move in its own way.
+    """
     f, total = jnp.exp(by), 1.0 + state["rest"]
     e = f * (state["e"] + jnp.maximum(by, LOWEST) * total) if "e" in state else f
-    return f * total, e, by
+    return f * total, e, state["rest"] + total * jnp.expm1(by)
 
 
 def _times(mass: Array, by: Array, axis: int) -> Array:

@@ -32,7 +32,7 @@ OPS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checks", ["jax_devices", "jax_sampled", "jax_divergences"])
+@pytest.mark.parametrize("checks", ["jax_devices", "jax_sampled", "jax_divergences", "jax_curved"])
 def test_sharded_classes_on_eight_devices(checks: str) -> None:
     command, root = [sys.executable, "-m", f"tests.parallel.{checks}"], Path(__file__).parents[2]
     env = {**os.environ, "XLA_FLAGS": FLAGS}
