@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ from tests.parallel.shards import (
     raises,
     same,
 )
+from torch_ops._parallel import divergences
+from torch_ops._parallel.call import shard_here
 from torch_ops._rows import divergence_parts as parts
 
 CAPPED: dict[str, Any] = {"logit_scale": 1.3, "softcap": 9.0, "teacher_scale": 0.8, "teacher_softcap": 7.0, "beta": 0.3}
@@ -257,6 +260,7 @@ def what_a_divergence_over_ranks_refuses() -> None:
         raises(ValueError, "keep must be the same on every rank", lambda: call(z, t, keep=keep, group=group()))
         keep = torch.tensor([True, False, False, True]) ^ (rank > 0)  # as many rows, whose numbers add up alike
         raises(ValueError, "keep must be the same on every rank", lambda: call(z, t, keep=keep, group=group()))
+        no_mask_is_told_from_a_mask()
         fewer = z[: 4 - rank], t[: 4 - rank]
         raises(ValueError, "input must have as many rows on every rank", lambda: call(*fewer, group=group()))
 
@@ -282,3 +286,35 @@ def messages_and_memory_of_divergences_are_those_of_the_documentation() -> None:
                 torch.autograd.grad(torch_ops.linear_divergence(*leaves, y, u, **given), leaves)
             due = [n // pieces for n in (8 * rows, *more) for _ in range(pieces)]
             assert sent.sizes() == sorted([*due, rows * 4]), f"{kind} {memory}: {sent.found}"
+
+
+def no_mask_is_told_from_a_mask() -> None:
+    """Of a rank without one, beside ranks that keep no row, is refused; beside ranks that keep all it is the same."""
+    z = torch.linspace(-1.0, 1.0, 12).reshape(4, 3) * (1 + dist.get_rank())
+    mask = lambda kept: None if dist.get_rank() else torch.full((4,), kept)  # noqa: E731
+    call: Any = lambda kept: torch_ops.divergence(z, z.flip(1), keep=mask(kept), group=group())  # noqa: E731
+    head: Any = lambda kept: torch_ops.linear_divergence(  # noqa: E731
+        torch.eye(4), z.T, torch.eye(4), z.flip(1).T, keep=mask(kept), group=group()
+    )
+    for of in (call, head):
+        raises(ValueError, "keep must be the same on every rank", lambda: of(False))  # noqa: B023
+        assert of(True) > 0
+
+
+@check
+def no_mask_taken_for_one_of_nothing_is_seen() -> None:
+    """The saboteur: a rank without a mask says what a mask of no row says."""
+    if dist.get_world_size() == 1:
+        return
+    seen = False
+    with mock.patch.object(divergences, "_shard", _as_numbers):
+        try:
+            no_mask_is_told_from_a_mask()
+        except AssertionError:
+            seen = True
+    assert seen
+
+
+def _as_numbers(op: str, place: Any, count: int, rows: int, keep: Any, x: Tensor, classes: int) -> Any:
+    given = torch.zeros(rows, dtype=torch.int64) if keep is None else keep
+    return shard_here(op, place, count, rows, given, classes, "keep")

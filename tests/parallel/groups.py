@@ -230,6 +230,8 @@ def mistakes_are_told_on_every_rank() -> None:
             lambda: call(z[: 4 - rank], t[: 4 - rank], group=group()),
         )
         raises(ValueError, "target must be the same on every rank", lambda: call(z, t + rank, group=group()))
+        other = t if rank else torch.zeros(4, 3)  # class 0 in all rows, beside probabilities
+        raises(ValueError, "target must be the same on every rank", lambda: call(z, other, group=group()))
     raises(
         ValueError,
         "group must not be inside torch.func",

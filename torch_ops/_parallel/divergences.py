@@ -72,6 +72,8 @@ def linear_divergence(
 
 def _shard(op: str, place: Place, count: int, rows: int, keep: Tensor | None, x: Tensor, classes: int) -> Shard | None:
     """This rank's shard; ranks that mean other rows are told apart by their number and by `keep`."""
+    if keep is None and place.group is not None:  # all of them: another rank may say so, or keep none
+        keep = torch.ones(rows, dtype=torch.bool, device=x.device)
     return shard_here(op, place, count, rows, x if keep is None else keep, classes, "keep")
 
 

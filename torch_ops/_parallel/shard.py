@@ -41,11 +41,7 @@ def shard_of(
 ) -> Shard:
     """The shard of this rank, after one message of four integers to each other rank."""
     # A shift, another rank's batch: rows that differ would give numbers that are nobody's loss.
-    told = torch.zeros((), dtype=torch.int64, device=target.device)
-    if not target.is_floating_point():
-        t = target.reshape(-1).to(torch.int64)
-        at = 2 * torch.arange(t.numel(), device=t.device) + 1
-        told = (t * at * at * at).sum()  # cubes: as plain numbers rows 0 and 3 add up to what rows 1 and 2 do
+    told = _told(target)
     mine = [torch.full_like(told, v) for v in (position, count, rows)]
     table = gathered(torch.stack([*mine, told]), group)
     if not modes.can_look(table):
@@ -60,6 +56,16 @@ def shard_of(
     begin = sum(c for p, c, _, _ in each if p < position)
     counts = [c for _, c, _, _ in each]
     return Shard(group, begin, count, sum(counts), max(counts), None)
+
+
+def _told(target: Tensor) -> Tensor:
+    """A number of all class indices, or of a mask, that others hardly have; 0, which they never have, of numbers."""
+    if target.is_floating_point():
+        return torch.zeros((), dtype=torch.int64, device=target.device)
+    t = target.reshape(-1).to(torch.int64)
+    at = 2 * torch.arange(t.numel(), device=t.device) + 1
+    # cubes: as plain numbers rows 0 and 3 add up to what rows 1 and 2 do
+    return 2 * (t * at * at * at).sum() + 1
 
 
 def first_of_all(value: Tensor, position: Tensor, shard: Shard) -> Tensor:
