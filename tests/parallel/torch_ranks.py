@@ -1,7 +1,7 @@
 """`python -m tests.parallel.torch_ranks RANK WORLD STORE`: one rank's share of the checks of losses on many devices.
 
-The checks stand in groups.py, confident.py, meshes.py, pairs.py and divergences.py; each process has its part of every
-result. test_torch.py starts the ranks.
+The checks stand in groups.py, confident.py, curved.py, meshes.py, pairs.py and divergences.py; each process has its
+part of every result. test_torch.py starts the ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from tests.parallel import confident, divergences, groups, meshes, pairs  # noqa: F401  # whose checks CHECKS then lists
+from tests.parallel import confident, curved, divergences, groups, meshes, pairs  # noqa: F401  # whose checks CHECKS then lists
 from tests.parallel.shards import CHECKS
 
 

@@ -7,26 +7,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torch_ops._head import loops, ops
+from torch_ops._head.chunks import spans, that_fit
 from torch_ops._head.fast import rows_that_fit
 from torch_ops._head.lean import Slices
 from torch_ops._head.linear import Linear
-from torch_ops._head.per_row import per_row
+from torch_ops._head.per_row import logits as head_logits
+from torch_ops._head.row_map import DERIVED
 from torch_ops._head.sum import LinearSum, one_pass, weighted
 from torch_ops._parallel.collectives import shared, summed
+from torch_ops._parallel.curvature import Directed, directed
 from torch_ops._parallel.merge import own_upstream
 from torch_ops._parallel.rules import merged, sharded_rows, told_from_nan, without_classes
 from torch_ops._parallel.shard import Shard
 from torch_ops._rows import dispatch as rows
 from torch_ops._rules.plan import Plan
 
+# Rows of a chunk where no rank can know the most classes of any without a look, which would be a sync.
+ROWS = 512
+
 
 class HeadShard:
     """Rows of a linear head; arrays: x, linear_weight, linear_bias, target, weight. x is replicated."""
 
     dim = 1
+    by_row = (True, False, False, False, True, False)
 
     def __init__(self, plan: Plan, shard: Shard) -> None:
         self.plan, self.shard = plan, shard
@@ -45,21 +53,35 @@ class HeadShard:
             m[infinite] = m[infinite].masked_fill(found, math.nan)
         return values, m == -math.inf
 
-    def again(self, dead: Tensor, *arrays: Any) -> Sequence[Tensor]:
-        """The shard's rows as the head has them."""
-        x, lw, lb, up, target, weight = arrays
-        plan, x = self.plan._replace(argmax=False), shared(x, self.shard.group)
-        if not self.shard.count:
-            return without_classes(_nothing(x, lw, lb, up), plan)[0]
-        if not target.is_floating_point():
-            unused = dead.reshape(-1, *[1] * (target.dim() - 1))
-            target = self._target(target).masked_fill(unused, rows.IGNORED)
-            return per_row(x, lw, lb, up, target, weight, *plan)
-        if x.device.type != "cpu" or not dead.any():
-            return per_row(x, lw, lb, up, target, weight, *plan)
-        live = (~dead).nonzero().squeeze(1)
-        few = per_row(x.index_select(0, live), lw, lb, up, target.index_select(0, live), weight, *plan)
-        return [v.new_zeros(dead.shape).index_copy(0, live, v) for v in few]
+    def pieces(self, x: Tensor, *_: Any) -> list[tuple[int, int]]:
+        """Chunks of rows, of which every rank has the same."""
+        n, widest = x.shape[0], self.shard.widest
+        size = self.plan.chunk_size
+        if widest is None:
+            size = ROWS if size is None or self.plan.lean else size
+        elif size is None:
+            size = that_fit(None, max(widest, 1) * DERIVED, x.itemsize)
+        elif self.plan.lean:
+            size = max(1, n * size // max(1, widest))
+        return spans(n, size)
+
+    def directed(self, arrays: Sequence[Any], along: Sequence[Any]) -> Directed:
+        """The head's logits after scale and cap, in plain ops."""
+        (x, lw, lb, up, target, weight), (dx, dlw, dlb, dup, *others) = arrays, along
+        nothing = None if target.is_floating_point() else (rows.of_rows(target, 2, 1) == rows.IGNORED).unsqueeze(1)
+
+        def own(a: Tensor) -> Tensor:
+            a = shared(a, self.shard.group)  # an ignored row reaches no result, not even through 0 * NaN
+            return a if nothing is None else a.masked_fill(nothing, 0.0)
+
+        x, width = own(x), lw.shape[1]
+        z = head_logits(x, lw, lb, up)
+        moved = [] if dx is None else [head_logits(own(dx), lw, None, up)]
+        moved += [] if dlw is None else [F.linear(x[:, :width], dlw)]
+        moved += [] if dup is None else [F.linear(x[:, width:], dup)]
+        moved += [] if dlb is None else [dlb.expand(z.shape)]
+        v = sum((rows.compute(a) for a in moved[1:]), rows.compute(moved[0])) if moved else None
+        return directed(self.plan, z, v, target, weight, *others)
 
     def backward(
         self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool], alone: bool

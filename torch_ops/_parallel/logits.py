@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ops._parallel.curvature import Directed, directed
 from torch_ops._parallel.rules import told_from_nan, without_classes
 from torch_ops._parallel.shard import Shard
 from torch_ops._rows import dispatch as rows
-from torch_ops._rules.cross_entropy import row
 from torch_ops._rules.plan import Plan
 
 
 class LogitsShard:
     """Rows of logits, class dimension `dim`; arrays: logits, target, weight."""
+
+    by_row = (True, True, False)
 
     def __init__(self, plan: Plan, shard: Shard, dim: int, overwrite: bool) -> None:
         self.plan, self.shard, self.dim, self.overwrite = plan, shard, dim, overwrite
@@ -35,14 +37,17 @@ class LogitsShard:
             values.append(rows.capped(logits, plan.scale, plan.softcap).argmax(self.dim))
         return values, m == -math.inf
 
-    def again(self, dead: Tensor, *arrays: Any) -> Sequence[Tensor]:
-        """The shard's rows as cross_entropy has them."""
-        (logits, target, weight), plan = arrays, self.plan
-        if not self.shard.count:
-            return without_classes(logits.sum(self.dim), plan)[0]
-        logits = logits.masked_fill(dead.unsqueeze(self.dim), 0.0)
-        args = (self.dim, plan.scale, plan.softcap, plan.smooth, plan.entropy, False)
-        return row(logits, self._target(target), weight, *args)
+    def pieces(self, *arrays: Any) -> list[tuple[int, int]]:
+        """All at once: the logits are there."""
+        return [(0, 0)]
+
+    def directed(self, arrays: Sequence[Any], along: Sequence[Any]) -> Directed:
+        """The logits after scale and cap."""
+        (x, target, weight), (v, *others) = arrays, along
+        if not target.is_floating_point():  # an ignored row reaches no result, not even through 0 * NaN
+            nothing = (rows.of_rows(target, x.dim(), self.dim) == rows.IGNORED).unsqueeze(self.dim)
+            x, v = (a if a is None else a.masked_fill(nothing, 0.0) for a in (x, v))
+        return directed(self.plan, x, v, target, weight, *others)  # pyright: ignore[reportArgumentType]
 
     def backward(
         self, arrays: Any, upstream: dict[str, Any], whole: Any, needs: Sequence[bool], alone: bool

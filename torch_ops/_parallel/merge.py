@@ -58,26 +58,24 @@ class Merged(NamedTuple):
 
 
 def merge(here: ShardRows, shard: Shard) -> Merged:
-    """The numbers of whole rows. They move as the shard's lse, nll, smooth and entropy do, to any order."""
+    """The numbers of whole rows, without a derivative."""
     soft, names = here.target.is_floating_point(), list(here.values)
-    dead, m, rest, lse = here.dead, here.m, here.rest, here.values["lse"]
+    dead, m, rest = here.dead, here.m, here.rest
     if not soft:  # an ignored row reaches no result, not even through 0 * NaN
         ignored = of_rows(here.target, m.dim() + 1, here.dim) == IGNORED
         m, rest, dead = m.masked_fill(ignored, 0.0), rest.masked_fill(ignored, 0.0), dead & ~ignored
     top = maximum(m.masked_fill(dead | m.isnan(), -math.inf), shard.group)
-    # Values come from m and rest, which are more exact than lse; lse - lse is 0 and has lse's derivatives.
-    along = lse - lse.detach()
     d, share = shifted(m, top.where(top.isfinite(), 0.0))
-    log_e = (d + torch.log1p(rest) + along).masked_fill(dead, 0.0)
-    e = (share * (1.0 + rest) * along.exp()).masked_fill(dead, 0.0)
+    log_e = (d + torch.log1p(rest)).masked_fill(dead, 0.0)
+    e = (share * (1.0 + rest)).masked_fill(dead, 0.0)
     held = (m == top) & ~dead
-    own = {"rest": (rest + (e - e.detach())).where(held, e), "held": held.to(e.dtype)}
+    own = {"rest": rest.where(held, e), "held": held.to(e.dtype)}
 
     none, lost = torch.zeros_like(e), torch.full_like(e, math.inf)
     if soft:
         mass: Any = here.mass
         nll = (here.values["nll"] - mass * log_e).where(~dead, lost.where(mass != 0, none))
-        own |= {"nll": nll, "mass": mass, "mass away": mass.detach().masked_fill(held, 0.0)}
+        own |= {"nll": nll, "mass": mass, "mass away": mass.masked_fill(held, 0.0)}
     else:
         inside, _ = shard.local(here.target)
         own_nll, gone = here.values["nll"], inside & here.each(dead)
@@ -86,19 +84,18 @@ def merge(here: ShardRows, shard: Shard) -> Merged:
         nll = own_nll - here.each(log_e)
         if here.many:
             gone = gone | (inside & (own_nll < 0))  # MASKED, and by no rounding is anything else
-            nll = nll + nll.detach().neg().clamp(min=0.0)
+            nll = nll.clamp(min=0.0)
         own["nll"] = nll.where(inside & ~gone, torch.zeros_like(nll).masked_fill(gone, math.inf))
     if "smooth" in names:
         of_row = here.of_row.expand_as(e)  # pyright: ignore[reportOptionalMemberAccess]
         smooth = (here.values["smooth"] - of_row * log_e).where(~dead, lost.where(of_row != 0, none))
         own |= {"smooth": smooth, "of_row": of_row}
-        own |= {"of_row away": of_row.detach().masked_fill(held, 0.0)} if here.weighted else {}
+        own |= {"of_row away": of_row.masked_fill(held, 0.0)} if here.weighted else {}
     if "entropy" in names:
         own["entropy"] = (e * (here.values["entropy"] - log_e)).masked_fill(dead, 0.0)
 
     total = _summed(own, here, shard.group)
-    # Added, not chosen: in a row without a distribution the derivatives are NaN too.
-    rest = total["rest"] + (total["held"] - 1.0) + none.masked_fill(~top.isfinite(), math.nan)
+    rest = (total["rest"] + (total["held"] - 1.0)).masked_fill(~top.isfinite(), math.nan)
     log_total, elsewhere = torch.log1p(rest), {}
     nll = total["nll"] + (total["mass"] * log_total if soft else here.each(log_total))
     found = {"nll": nll, "lse": top + log_total}

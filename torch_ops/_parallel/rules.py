@@ -1,7 +1,7 @@
-"""Rows whose classes lie on the ranks of a group: the first derivative by hand, others through differentiable sums.
+"""Rows whose classes lie on the ranks of a group: the first derivative by hand, others in differentiable ops.
 
-The first derivative is a row function's, given m and rest of whole rows: as exact as that of one device. A derivative
-of it is taken of the same numbers made from each shard's own rows (which have every order) and sums over the ranks.
+The first derivative is a row function's, given m and rest of whole rows: as exact as that of one device. So is a
+derivative of it, of the rows' softmax over all ranks (`curvature.py`).
 """
 
 from __future__ import annotations
@@ -15,28 +15,17 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch_ops._modes import is_untracked
+from torch_ops._parallel.curvature import Curved, second, tangents_of
 from torch_ops._parallel.merge import Merged, ShardRows, merge, own_upstream
-from torch_ops._parallel.shard import Shard, first_of_all
+from torch_ops._parallel.shard import first_of_all
 from torch_ops._rules.plan import Plan
 
 
-class Source(Protocol):
+class Source(Curved, Protocol):
     """How the rows of one shard come about: from logits, or from a linear head."""
-
-    plan: Plan
-    shard: Shard
-
-    @property
-    def dim(self) -> int:
-        """The class dimension."""
-        ...
 
     def forward(self, *arrays: Any) -> tuple[list[Tensor], Tensor]:
         """([nll, lse, [smooth], [entropy], m, rest, [argmax]], which rows are all -inf), of the shard alone."""
-        ...
-
-    def again(self, dead: Tensor, *arrays: Any) -> Sequence[Tensor]:
-        """The same but for argmax, to be differentiated; of `dead` rows nothing is used."""
         ...
 
     def backward(
@@ -70,7 +59,7 @@ class ShardedRows(Function):
         ctx.source = source
         h = whole.values.get("entropy")
         numbers = (whole.m, whole.rest, h, *(whole.elsewhere.get(n) for n in source.plan.names))
-        ctx.save_for_backward(*arrays, dead, *numbers)
+        ctx.save_for_backward(*arrays, *numbers)
         return tuple(found)
 
     @staticmethod
@@ -94,7 +83,7 @@ class ShardedBwd(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         names, count = source.plan.names, len(needs)
-        arrays, (_, m, rest, h, *others) = tensors[:count], tensors[count : -len(names)]
+        arrays, (m, rest, h, *others) = tensors[:count], tensors[count : -len(names)]
         elsewhere = {n: v for n, v in zip(names, others, strict=True) if v is not None}
         upstream = dict(zip(names, tensors[-len(names) :], strict=True))
         own = own_upstream(upstream, arrays[-2], elsewhere, source.shard, m, source.dim)
@@ -106,33 +95,16 @@ class ShardedBwd(Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         source, count, names = ctx.source, len(ctx.needs), ctx.source.plan.names
         out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        dead, m = ctx.saved_tensors[count : count + 2]
         again = torch.is_grad_enabled()
         places = [*range(count), *range(len(ctx.saved_tensors) - len(names), len(ctx.saved_tensors))]
-        with torch.enable_grad():
-            # Under names of their own: where one is made from another, the way between is the outer gradient's to go.
-            given: list[Any] = [ctx.saved_tensors[i] for i in places]
-            given = [v if v is None else v.view_as(v) if again else v.detach() for v in given]
-            differentiable = [ctx.needs_input_grad[i + 3] for i in places]
-            for v, need in zip(given, [*ctx.needs, *differentiable[count:]], strict=True):
-                if need and not v.requires_grad:
-                    v.requires_grad_()
-            arrays, upstream = given[:count], dict(zip(names, given[count:], strict=True))
-            values = merged(
-                source, source.again(dead & (m != -math.inf), *arrays), dead & (m != -math.inf), arrays
-            ).values
-            ends = [n for n, u in upstream.items() if u is not None]
-            wrt = [v for v, need in zip(arrays, ctx.needs, strict=True) if need]
-            first = torch.autograd.grad(
-                [values[n] for n in ends], wrt, [upstream[n] for n in ends], create_graph=True, allow_unused=True
-            )
-            moved = [(g, c) for g, c in zip(first, cotangents, strict=True) if g is not None and c is not None]
-            wrt = [(i, v) for i, v, need in zip(places, given, differentiable, strict=True) if need]
-            if moved and wrt:
-                ways = [g for g, _ in moved], [v for _, v in wrt], [c for _, c in moved]
-                found = torch.autograd.grad(*ways, create_graph=again, allow_unused=True)
-                for (i, _), g in zip(wrt, found, strict=True):
-                    out[i + 3] = g
+        wanted = [ctx.needs_input_grad[i + 3] for i in places]
+        given = iter(cotangents)
+        along = [next(given) if need else None for need in ctx.needs]
+        if any(v is not None for v in along) and any(wanted):
+            own = [ctx.saved_tensors[i] for i in places]
+            found = second(source, own[:count], along, own[count:], wanted, again, tangents_of(source))
+            for i, g in zip(places, found, strict=True):
+                out[i + 3] = g
         return tuple(out)
 
 

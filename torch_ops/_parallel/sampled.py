@@ -19,15 +19,13 @@ from torch_ops._head.fast import rows_that_fit
 from torch_ops._head.linear import first_maximum
 from torch_ops._head.sampled import Sampled, sampled
 from torch_ops._parallel.collectives import gathered, of_first, summed
+from torch_ops._parallel.head import ROWS
 from torch_ops._parallel.mesh import Place
 from torch_ops._parallel.rules import merged, told_from_nan, without_classes
 from torch_ops._parallel.shard import Shard, first_of_all
 from torch_ops._rows import dispatch as rows
 from torch_ops._rows.points import points
 from torch_ops._rules.plan import Plan
-
-# Rows of a chunk where no rank can know the most classes of any without a look, which would be a sync.
-_ROWS = 512
 
 
 def sampled_shards(
@@ -62,7 +60,7 @@ class SampledShard:
     def __init__(self, plan: Plan, shard: Shard, x: Tensor) -> None:
         self.plan, self.shard = plan, shard
         widest = torch.promote_types(x.dtype, torch.float32)
-        size = plan.chunk_size or (shard.widest is None and _ROWS)
+        size = plan.chunk_size or (shard.widest is None and ROWS)
         self.chunk_size = size or rows_that_fit(x, shard.widest or 0, widest, None)
 
     def chunk(self, z: Tensor, target: Tensor, weight: Tensor | None, u: Tensor) -> list[Tensor]:
