@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 tf = pytest.importorskip("transformers")
 
-from tests.integrations.test_fused_calls import BOTH, V, ce, make  # noqa: E402
+from tests.integrations.bodies import BOTH, V, ce, make  # noqa: E402
 from torch_ops.integrations import _logits, _operations  # noqa: E402
 from torch_ops.integrations.transformers import fuse_loss  # noqa: E402
 

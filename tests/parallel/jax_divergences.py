@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.parallel.jax_devices import ARRAYS, R, X, along, compiled, derivatives, same  # first: it asks for devices
+from tests.parallel.eight import ARRAYS, R, X, along, compiled, derivatives, main, same  # first: it asks for devices
 
 import jax  # isort: skip
 import jax.numpy as jnp
@@ -321,29 +319,15 @@ def faults_are_seen(mesh: Any) -> None:
     jax.clear_caches()
 
 
-def main() -> None:
-    jax.config.update("jax_enable_x64", True)
-    auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((8,), ("v",), axis_types=(auto,))
-    grid = jax.make_mesh((2, 4), ("b", "v"), axis_types=(auto, auto))
-    started = time.process_time()
-    for check, where in (
-        (unsharded_is_sharded, mesh),
-        (messages_of_a_step, mesh),
-        (kernels_serve_the_shards, mesh),
-        (gradient_inside, grid),
-        (every_transform, grid),
-        (odd_rows, mesh),
-        (half_precision, mesh),
-        (plain_jit, mesh),
-        (faults_are_seen, mesh),
-    ):
-        if sys.argv[1:] and check.__name__ not in sys.argv[1:]:
-            continue
-        check(where)
-        print(f"{check.__name__}: {time.process_time() - started:.0f} s of processor time so far", flush=True)
-    print("all sharded checks ran")
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        (unsharded_is_sharded, 1),
+        (messages_of_a_step, 1),
+        (kernels_serve_the_shards, 1),
+        (gradient_inside, 2),
+        (every_transform, 2),
+        (odd_rows, 1),
+        (half_precision, 1),
+        (plain_jit, 1),
+        (faults_are_seen, 1),
+    )

@@ -1,4 +1,4 @@
-"""What a vmap knows of the mesh axis it maps over: run by tests/rules/test_jax_anywhere.py on four CPU devices."""
+"""What a vmap knows of the mesh axis it maps over: run by tests/rules/test_jax_elsewhere.py on four CPU devices."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ import jax_ops
 from jax_ops._head import sampled
 from jax_ops._parallel import points
 from jax_ops._rows import native
-from tests.parallel.jax_devices import ARRAYS, IDS, TARGET, D, N, V, compiled, same, total  # which asks for devices
+from tests.parallel.eight import ARRAYS, IDS, TARGET, D, N, V, compiled, main, same, total  # which asks for devices
 
 OPS: Any = jax_ops
 KEY, K = jax.random.key(5), 6
@@ -338,30 +337,18 @@ def loops_to_come(mesh: Any) -> None:
             jax.config.update("jax_scan3", False)
 
 
-def main() -> None:
-    jax.config.update("jax_enable_x64", True)
-    mesh = jax.make_mesh((8,), ("v",), axis_types=(AxisType.Auto,))
-    grid = jax.make_mesh((2, 4), ("b", "v"), axis_types=(AxisType.Auto,) * 2)
-    for check, where in (
-        (points_of_shards_are_those_of_one_device, mesh),
-        (any_number_of_shards_and_kinds_of_meshes, mesh),
-        (with_plain_rows, mesh),
-        (shards_without_mass, mesh),
-        (unbiased, mesh),
-        (under_transforms, mesh),
-        (rows_on_the_other_axis, grid),
-        (messages, mesh),
-        (half_precision, mesh),
-        (keys_of_their_own, mesh),
-        (saboteurs_are_seen, mesh),
-        (loops_to_come, mesh),
-    ):
-        if sys.argv[1:] and check.__name__ not in sys.argv[1:]:
-            continue
-        check(where)
-        print(check.__name__, flush=True)
-    print("all sharded checks ran")
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        (points_of_shards_are_those_of_one_device, 1),
+        (any_number_of_shards_and_kinds_of_meshes, 1),
+        (with_plain_rows, 1),
+        (shards_without_mass, 1),
+        (unbiased, 1),
+        (under_transforms, 1),
+        (rows_on_the_other_axis, 2),
+        (messages, 1),
+        (half_precision, 1),
+        (keys_of_their_own, 1),
+        (saboteurs_are_seen, 1),
+        (loops_to_come, 1),
+    )

@@ -1,4 +1,4 @@
-"""JAX wherever JAX goes: parts of programs, policies, platforms, other processes, meshes, shared operands.
+"""JAX wherever JAX goes: strict settings, parts of programs, policies, shared operands, masked arrays.
 
 Each kind has a saboteur: the fault is put back, and what the test asserts must no longer hold.
 """
@@ -9,12 +9,8 @@ import contextlib
 import functools
 import io
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,59 +18,20 @@ import pytest
 
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
-from jax import export  # noqa: E402
 from jax.ad_checkpoint import print_saved_residuals  # noqa: E402
 
 import jax_ops  # noqa: E402
-from jax_ops._rows import native, plain, primitive  # noqa: E402
+from jax_ops._rows import plain, primitive  # noqa: E402
 from jax_ops._rules import autodiff  # noqa: E402
 from tests.judging import quick  # noqa: E402
+from tests.rules.jax_zoo import CW, SOFT, ZOO, H, T, V, W, X, agree  # noqa: E402
 
-R = np.random.default_rng(0)
-N, V, D = 4, 7, 5
-X, H, W, B = (R.normal(size=s).astype("f") for s in ((N, V), (N, D), (V, D), (V,)))
-CW, T = R.uniform(0.5, 1.5, V).astype("f"), np.array([0, 6, -100, 3])
-SOFT = R.uniform(0.1, 1.0, (N, V)).astype("f")
-
-
-def _head(x: Any, w: Any = W, **options: Any) -> Any:
-    return jax_ops.linear_cross_entropy(x, jnp.asarray(w, x.dtype), T, **options)
-
-
-def _bias(x: Any, memory: Any) -> Any:
-    bias, cw = jnp.asarray(B, x.dtype), CW
-    return _head(x, linear_bias=bias, weight=cw, label_smoothing=0.1, softcap=4.0, memory=memory, chunk_size=3)
-
-
-def _stats(x: Any) -> Any:
-    names = ("lse", "entropy", "logprob")
-    loss, stats = jax_ops.cross_entropy(x, T, CW, label_smoothing=0.1, z_loss=0.1, softcap=3.0, stats=names)
-    return loss + sum(s.sum() for s in stats.values())
-
-
-ZOO: dict[str, tuple[Callable[[Any], Any], Any]] = {
-    "softmax": (lambda x: (jax_ops.softmax(x, where=X < 1.5) ** 2).sum(), X),
-    "log_softmax": (lambda x: (jax_ops.log_softmax(x, (0, 1)) ** 2).sum(), X),
-    "cross_entropy": (lambda x: jax_ops.cross_entropy(x, jnp.asarray(T)), X),
-    "every option": (_stats, X),
-    "soft targets": (lambda x: jax_ops.cross_entropy(x, SOFT, CW, token_weight=CW[:N]), X),
-    "optax, labels": (lambda x: jax_ops.softmax_cross_entropy_with_integer_labels(x, T % V, where=X < 2).sum(), X),
-    "optax, dense": (lambda x: jax_ops.softmax_cross_entropy(x, SOFT, where=X < 2).sum(), X),
-    "head": (_head, H),
-    "head, bias": (lambda x: _bias(x, "fast"), H),
-    "lean head, bias": (lambda x: _bias(x, "lean"), H),
-}
 USES: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
     "value": lambda f: f,
     "grad": jax.grad,
     "hvp": lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (jnp.cos(x),))[1],
     "vmap": lambda f: lambda x: jax.vmap(jax.grad(f))(jnp.stack([x, x + x])),
 }
-
-
-def _agree(a: Any, b: Any, tol: float = 2e-4) -> None:
-    assert np.abs(np.asarray(b, float)).max() > 1e-3
-    np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=tol, atol=tol)
 
 
 # Strictness
@@ -91,7 +48,7 @@ def test_strictest_settings_change_nothing(op: str, kind: str) -> None:
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         ours = run()
     for a, b in zip(ours, run(), strict=True):
-        _agree(a, b, 2e-2 if kind == "bfloat16" else 2e-4)
+        agree(a, b, 2e-2 if kind == "bfloat16" else 2e-4)
 
 
 COMING = ("custom_vjp3", "remat3", "scan3")
@@ -117,7 +74,7 @@ def test_what_jax_will_do_one_day_changes_nothing(op: str, name: str) -> None:
     try:
         jax.config.update(f"jax_{name}", True)
         for use, make in TOLD.items():
-            _agree(jax.jit(make(f), **quick.QUICK)(jnp.asarray(x)), due[use])
+            agree(jax.jit(make(f), **quick.QUICK)(jnp.asarray(x)), due[use])
     finally:
         jax.config.update(f"jax_{name}", before)
 
@@ -147,16 +104,16 @@ def test_x64_of_a_part_of_a_program(op: str) -> None:
         along = (truth * v).sum()
         lowered = jax.jit(jax.grad(f)).trace(wide)
         one = jnp.ones((), jnp.float64)
-    _agree(pull(one)[0], truth, 1e-12)
+    agree(pull(one)[0], truth, 1e-12)
     assert pull(one)[0].dtype == np.float64
-    _agree(push(v), along, 1e-12)
-    _agree(lowered.lower().compile()(wide), truth, 1e-12)
+    agree(push(v), along, 1e-12)
+    agree(lowered.lower().compile()(wide), truth, 1e-12)
 
     def part(x: Any) -> Any:
         with jax.enable_x64(True):
             return f(x.astype(jnp.float64)).astype(jnp.float32)
 
-    _agree(jax.jit(jax.grad(part))(x), truth, 1e-6)
+    agree(jax.jit(jax.grad(part))(x), truth, 1e-6)
 
 
 def test_saboteur_of_x64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,82 +176,6 @@ def test_saboteur_of_policies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _largest_kept(POLICIES["dots_saveable"], options) >= BIG[0] * 127
 
 
-# Platforms, open dimensions, other processes
-
-
-@pytest.mark.parametrize("op", ZOO)
-def test_several_platforms_at_once(op: str) -> None:
-    f, x = ZOO[op]
-    exported = export.export(jax.jit(jax.value_and_grad(f)), platforms=("cpu", "cuda", "tpu"))(jnp.asarray(x))
-    for a, b in zip(exported.call(x), jax.value_and_grad(f)(x), strict=True):
-        _agree(a, b)
-    assert "custom_call @softmax_ext" not in exported.mlir_module()
-
-
-@pytest.mark.skipif(bool(native.missing), reason=f"no kernels to tell apart: {native.missing}")
-def test_saboteur_of_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule that serves whatever the platform puts the CPU's kernels into a program for others."""
-    lowered = lambda: jax.jit(lambda x: jax_ops.softmax(x)).trace(X).lower(lowering_platforms=("cpu", "tpu")).as_text()  # noqa: E731
-    assert "softmax_ext_softmax_fwd" not in lowered()
-    monkeypatch.setattr(primitive, "serves", lambda ctx: True)
-    assert "softmax_ext_softmax_fwd" in lowered()
-
-
-def test_the_number_of_classes_may_be_open() -> None:
-    b, v = export.symbolic_shape("b, v")
-    S = jax.ShapeDtypeStruct
-    f4, i4, u1 = jnp.float32, jnp.int32, jnp.uint8
-    ce = lambda **o: lambda x, t: jax_ops.cross_entropy(x, t, **o)  # noqa: E731
-    head = lambda **o: lambda h, w, t: jax_ops.linear_cross_entropy(h, w, t, **o)  # noqa: E731
-    names = ("entropy", "argmax")
-    logits, rows = (S((b, v), f4), S((b,), i4)), (S((b, D), f4), S((v, D), f4), S((b,), i4))
-    cases: list[tuple[Any, Any, Any]] = [
-        (ce(), logits, (X, T)),
-        (ce(label_smoothing=0.1, stats=names), logits, (X, T)),
-        (ce(), (logits[0], S((b,), u1)), (X, (T % V).astype("u1"))),
-        (ce(), logits, (X, np.array([0, 99, -1, 3]))),
-        (jax_ops.softmax_cross_entropy_with_integer_labels, logits, (X, T % V)),
-        (head(), rows, (H, W, T)),
-        (head(memory="lean", stats=names, label_smoothing=0.1), rows, (H, W, T)),
-        (jax.grad(head()), rows, (H, W, T)),
-    ]
-    for f, specs, arrays in cases:
-        arrays = [a.astype(s.dtype) for a, s in zip(arrays, specs, strict=True)]
-        ours, theirs = export.export(jax.jit(f))(*specs).call(*arrays), f(*arrays)
-        for p, q in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-            np.testing.assert_allclose(p, q, rtol=1e-5, atol=1e-6)
-
-
-SAVE = """
-import pickle, sys, jax, jax.numpy as jnp, jax_ops
-from jax.experimental import serialize_executable
-f = jax.jit(jax.grad(lambda x: jax_ops.cross_entropy(x, jnp.array([3, 1, -100, 9]))))
-x = jnp.linspace(-1, 1, 40).reshape(4, 10)
-pickle.dump(serialize_executable.serialize(f.lower(x).compile()), open(sys.argv[1], "wb"))
-"""
-LOAD = """
-import pickle, sys, jax, jax.numpy as jnp
-from jax._src import xla_bridge
-if sys.argv[2] == "jax_ops":
-    import jax_ops
-assert not xla_bridge.backends_are_initialized()
-from jax.experimental import serialize_executable
-f = serialize_executable.deserialize_and_load(*pickle.load(open(sys.argv[1], "rb")))
-assert f(jnp.linspace(-1, 1, 40).reshape(4, 10)).shape == (4, 10)
-"""
-
-
-@pytest.mark.long
-@pytest.mark.skipif(bool(native.missing), reason=f"no kernels to find: {native.missing}")
-def test_a_saved_executable_finds_the_kernels_of_a_fresh_process(tmp_path: Path) -> None:
-    """And not those of a process that has not imported jax_ops, which is this test's saboteur."""
-    path, root = str(tmp_path / "step"), Path(__file__).parents[2]
-    call = lambda *args: subprocess.run([sys.executable, "-c", *args], cwd=root, capture_output=True, text=True)  # noqa: E731
-    assert (done := call(SAVE, path)).returncode == 0, done.stderr
-    assert (done := call(LOAD, path, "jax_ops")).returncode == 0, done.stderr
-    assert "No FFI handler registered" in call(LOAD, path, "jax").stderr
-
-
 # Operands that all examples share
 
 
@@ -345,51 +226,3 @@ def test_masked_arrays_are_refused(place: str) -> None:
     }
     with pytest.raises((TypeError, ValueError), match=r"must .*; got a NumPy masked array\."):
         calls[place]()
-
-
-# Nothing cancels
-
-
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_a_confident_row_keeps_its_gradient(offset: float) -> None:
-    """In float64 programs of float32's forms: against differences of pairs, which have no common terms."""
-    x = np.array([[25.0, 0.0, 1.0], [60.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.3, 0.1, -0.2]])
-    dy = np.array([[1.0, 0.5, -2.0]] * 4) + offset
-    p = np.exp(x - x.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    pairs = dy[:, :, None] - dy[:, None, :]
-    truth = p * (p[:, None, :] * pairs).sum(-1)
-    size = p * (p[:, None, :] * np.abs(pairs)).sum(-1)
-    y = plain.softmax_fwd(x.astype("f"), axis=1)
-    ours = plain.softmax_bwd(dy.astype("f"), y, axis=1)
-    assert (np.abs(ours - truth) <= 40 * 2.0**-24 * size).all()
-    pushed = jax.jvp(lambda x: plain.softmax_fwd(x, axis=1), (x.astype("f"),), (dy.astype("f"),))[1]
-    assert (np.abs(pushed - truth) <= 40 * 2.0**-24 * size).all()
-    y, m, rest = plain.log_softmax_fwd(x.astype("f"), axis=1)
-    back = plain.log_softmax_bwd(dy.astype("f"), x.astype("f"), m, rest, axis=1)
-    others = dy.sum(1, keepdims=True) - dy
-    q = 1 - p
-    q[:2, 0] = [np.exp(-25.0) + np.exp(-24.0), 2 * np.exp(-60.0)]
-    want = dy * q - p * others
-    assert (np.abs(back - want) <= 20 * 2.0**-24 * (np.abs(dy) * q + p * np.abs(others))).all()
-    along = plain.log_softmax_bwd_transpose(dy.astype("f"), x.astype("f"), m, rest, axis=1)
-    want, size = ((p[:, None, :] * a).sum(-1) for a in (pairs, np.abs(pairs)))
-    assert (np.abs(along - want) <= 40 * 2.0**-24 * size).all()
-    # What it was: dy_i - sum(y dy), in the same type, loses all of the maximum's digits.
-    a, g = np.asarray(plain.softmax_fwd(x.astype("f"), axis=1)), dy.astype("f")
-    before = a * (g - (a * g).sum(1, keepdims=True))
-    assert not (np.abs(before - truth) <= 40 * 2.0**-24 * p * np.abs(pairs).max()).all() or offset == 0.0
-
-
-def test_half_precision_rows_of_equals() -> None:
-    x, dy = jnp.zeros((1, 3), jnp.bfloat16), jnp.array([[100.0, 101.0, 102.0]], jnp.bfloat16)
-    dx = plain.softmax_bwd(dy, plain.softmax_fwd(x, axis=1), axis=1)
-    np.testing.assert_allclose(np.asarray(dx, float), [[-1 / 3, 0, 1 / 3]], rtol=2.0**-8, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_on_several_devices() -> None:
-    command, root = [sys.executable, "-m", "tests.parallel.jax_meshes"], Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().endswith("all checks on meshes ran")
