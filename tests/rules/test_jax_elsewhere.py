@@ -20,14 +20,16 @@ from jax import export  # noqa: E402
 
 import jax_ops  # noqa: E402
 from jax_ops._rows import native, primitive  # noqa: E402
+from tests.judging import quick  # noqa: E402
 from tests.rules.jax_zoo import ZOO, D, H, T, V, W, X, agree  # noqa: E402
 
 
 @pytest.mark.parametrize("op", ZOO)
 def test_several_platforms_at_once(op: str) -> None:
     f, x = ZOO[op]
-    exported = export.export(jax.jit(jax.value_and_grad(f)), platforms=("cpu", "cuda", "tpu"))(jnp.asarray(x))
-    for a, b in zip(exported.call(x), jax.value_and_grad(f)(x), strict=True):
+    both = jax.value_and_grad(f)
+    exported = export.export(jax.jit(both), platforms=("cpu", "cuda", "tpu"))(jnp.asarray(x))
+    for a, b in zip(exported.call(x), jax.jit(both, **quick.QUICK)(x), strict=True):
         agree(a, b)
     assert "custom_call @softmax_ext" not in exported.mlir_module()
 
@@ -61,7 +63,7 @@ def test_the_number_of_classes_may_be_open() -> None:
     ]
     for f, specs, arrays in cases:
         arrays = [a.astype(s.dtype) for a, s in zip(arrays, specs, strict=True)]
-        ours, theirs = export.export(jax.jit(f))(*specs).call(*arrays), f(*arrays)
+        ours, theirs = export.export(jax.jit(f))(*specs).call(*arrays), jax.jit(f, **quick.QUICK)(*arrays)
         for p, q in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(p, q, rtol=1e-5, atol=1e-6)
 
