@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections import Counter
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 
 # Before torch starts its threads: those that spin while they wait take the core of the other worker's.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A pool of compilers for each worker would load PyTorch twice more.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import tests.rows.gpu.interpreter  # noqa: F401  # before anything imports Triton
 
@@ -51,16 +55,44 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"the {name} door does not open: {why}")
 
 
+CASES = 4  # of a test's parameters that coverage watches, evenly spread: the others reach the same lines
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Coverage takes Python two thirds more time: the quick tests reach the lines, slow ones run without it.
+    """Coverage takes Python two thirds more time: quick tests reach the lines, slow and long ones run without it.
 
     Those of losses over several devices are the only ones that reach theirs. Demo and benchmarks call the doors as
     others do, and often.
     """
-    for item in items:
-        room = item.path.parent.name
-        if room in ("demo", "benchmarks") or (item.get_closest_marker("slow") and room != "parallel"):
+    names = [item.nodeid.split("[")[0] for item in items]
+    count, before = Counter(names), Counter[str]()
+    for item, name in zip(items, names, strict=True):
+        room, among = item.path.parent.name, before[name]
+        before[name] += 1
+        tedious = any(map(item.get_closest_marker, ("slow", "long"))) and room != "parallel"
+        if room in ("demo", "benchmarks") or tedious or among % -(-count[name] // CASES):
             item.add_marker("no_cover")
+
+
+_compiled = {"for": "native"}
+
+
+def _programs_for(rows: str) -> None:
+    if _compiled["for"] != rows:
+        importlib.import_module("jax").clear_caches()
+        _compiled["for"] = rows
+
+
+@pytest.fixture
+def programs_for() -> Callable[[str], None]:
+    """Called with the way JAX's rows are served: programs compiled for another are forgotten, those of this one not."""
+    return _programs_for
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What no fixture has taken away serves a test, in programs of its own."""
+    if "programs_for" not in getattr(item, "fixturenames", ()):
+        _programs_for("native")
 
 
 def pytest_report_header() -> list[str]:

@@ -51,18 +51,15 @@ Call = Callable[..., list[np.ndarray]]
 
 
 @pytest.fixture(params=["torch", "torch, plain", "jax", "jax, plain"])
-def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, programs_for: Any) -> Any:
     """A door with its kernels, and without."""
     plain = request.param.endswith("plain")
     if plain:
         monkeypatch.setattr(torch_native, "serves", lambda *_: False)
         monkeypatch.setattr(picked, "_serving", lambda *_: None)
         monkeypatch.setattr(jax_native, "missing", "taken away")
-        jax.clear_caches()
-    yield by_torch if request.param.startswith("torch") else by_jax
-    monkeypatch.undo()
-    if plain:
-        jax.clear_caches()
+    programs_for("plain" if plain else "native")
+    return by_torch if request.param.startswith("torch") else by_jax
 
 
 def rows(bias: Any, n: int = 2, D: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -22,17 +22,14 @@ K = 2
 
 
 @pytest.fixture(params=["native", "plain"])
-def served(request, monkeypatch):
-    """Both ways to serve points and products; programs that were compiled for one are not the other's."""
+def served(request, monkeypatch, programs_for):
+    """Both ways to serve points and products."""
     if request.param == "native":
         assert not native.missing, native.missing
-        yield request.param
-        return
-    monkeypatch.setattr(native, "missing", "taken away")
-    jax.clear_caches()
-    yield request.param
-    monkeypatch.undo()
-    jax.clear_caches()
+    else:
+        monkeypatch.setattr(native, "missing", "taken away")
+    programs_for(request.param)
+    return request.param
 
 
 def head(n: int = 3, D: int = 4, V: int = 7, dtype: Any = "float32") -> Any:

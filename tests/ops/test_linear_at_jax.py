@@ -21,19 +21,16 @@ REFERENCE: Any = reference
 
 
 @pytest.fixture(params=["native", "plain", "plain by pieces"])
-def served(request, monkeypatch):
-    """Every way to serve a product; programs that were compiled for one are not the others'."""
+def served(request, monkeypatch, programs_for):
+    """Every way to serve a product."""
     if request.param == "native":
         assert not native.missing, native.missing
-        yield request.param
-        return
-    monkeypatch.setattr(native, "missing", "taken away")
+    else:
+        monkeypatch.setattr(native, "missing", "taken away")
     if request.param == "plain by pieces":
         monkeypatch.setattr(rows, "_WORKSPACE", 150)
-    jax.clear_caches()
-    yield request.param
-    monkeypatch.undo()
-    jax.clear_caches()
+    programs_for(request.param)
+    return request.param
 
 
 def problem(dtype: str, lead: tuple[int, ...] = (2, 5), D: int = 7, V: int = 11, K: int = 4) -> Any:

@@ -64,18 +64,15 @@ DOORS = {"torch": by_torch, "jax": by_jax, "torch lean": by_torch_lean, "jax lea
 
 
 @pytest.fixture(params=[door + rows for door in DOORS for rows in ("", ", plain")])
-def gradient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def gradient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, programs_for: Any) -> Any:
     """A door's, with its kernels and without."""
     plain = request.param.endswith("plain")
     if plain:
         monkeypatch.setattr(torch_native, "serves", lambda *_: False)
         monkeypatch.setattr(torch_native, "serves_directly", lambda *_: False)
         monkeypatch.setattr(jax_native, "missing", "taken away")
-        jax.clear_caches()
-    yield DOORS[request.param.removesuffix(", plain")]
-    monkeypatch.undo()
-    if plain:
-        jax.clear_caches()
+    programs_for("plain" if plain else "native")
+    return DOORS[request.param.removesuffix(", plain")]
 
 
 SHAPES = [(3, 10), (3, 300), (3, 9000), (1, 50, 3), (1, 300, 3)]

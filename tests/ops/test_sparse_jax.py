@@ -34,17 +34,14 @@ def wide() -> Iterator[None]:
 
 
 @pytest.fixture(params=["native", "plain"])
-def served(request, monkeypatch) -> Iterator[str]:
-    """Both ways to serve a row; programs that were compiled for the one are not the other's."""
+def served(request, monkeypatch, programs_for) -> str:
+    """Both ways to serve a row."""
     if request.param == "native":
         assert not native.missing, native.missing
     else:
         monkeypatch.setattr(native, "missing", "taken away")
-        jax.clear_caches()
-    yield request.param
-    if request.param == "plain":
-        monkeypatch.undo()
-        jax.clear_caches()
+    programs_for(request.param)
+    return request.param
 
 
 def normal(seed: int, shape: tuple[int, ...]) -> Any:

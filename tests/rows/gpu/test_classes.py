@@ -59,23 +59,27 @@ def test_points(ran: list[str], dtype: Any, V: int, K: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.long
 def test_points_of_many_groups(narrow: None, dtype: Any) -> None:
     for classes, k in ((16, 3), (129, 10), (300, 9)):
         checks.test_points(dtype, classes, k)
     checks.test_edges_of_points()
 
 
+@pytest.mark.long
 def test_edges_of_points() -> None:
     checks.test_edges_of_points()
     checks.test_no_point_of_a_long_row_is_lost()
 
 
 @pytest.mark.usefixtures("few_sums")
+@pytest.mark.long
 def test_every_point_falls_where_its_stratum_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "STEPS", 64)
     checks.test_every_point_falls_where_its_stratum_says()
 
 
+@pytest.mark.long
 def test_every_boundary_between_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "CLASSES", 8)
     for name, value in {"GROUP": 2, "SUMMED": 4}.items():
@@ -93,6 +97,7 @@ def test_three_products(dtype: Any, shape: Any) -> None:
     checks.test_three_products(dtype, shape)
 
 
+@pytest.mark.long
 def test_three_products_by_parts(narrow: None, ran: list[str]) -> None:
     for shape in ((20, 17, 3, 9), (5, 40, 2, 3), (4, 5, 300, 2)):
         checks.test_three_products(torch.float32, shape)
@@ -104,6 +109,7 @@ def test_ids_and_coefficients() -> None:
     checks.test_ids_of_no_class_are_nan_and_reach_no_weight()
 
 
+@pytest.mark.long
 def test_a_class_with_many_terms_keeps_its_digits() -> None:
     """9,000 equal float32 terms: 35 parts, added one by one they would round the same way every time."""
     x, c = torch.full((9000, 3), 1.1), torch.full((9000, 1), 0.7)
