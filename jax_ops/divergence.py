@@ -252,6 +252,7 @@ def _of_heads(
     from jax_ops._head.divergence import divergence_rows, divergence_sum
     from jax_ops._head.divergence_lean import lean_divergence
     from jax_ops._head.linear import wide
+    from jax_ops._head.two_heads import Heads
     from jax_ops._rows.ratios import Pair
 
     lead, outside = x.shape[:-1], ...
@@ -269,11 +270,11 @@ def _of_heads(
     parts = cut(classes, fits) if lean else cut(n, fits, strided=True, blocks=blocks)
     how = (parts, Pair.of(options, 1, kind), shard)
     weight = divergence_weight(jnp.ones_like(x, shape=(n,), dtype=kind), tokens, keep)
-    arrays = (x, w, b, tx, tw, tb, keep)
+    of = Heads(x, w, b, tx, tw, tb, keep)
     if options.reduction != "none" and not lean:
-        return divergence_mean(divergence_sum(*arrays, weight, *how), weight, keep, options)
+        return divergence_mean(divergence_sum(of, weight, *how), weight, keep, options)
     rows = lean_divergence if lean else divergence_rows
-    out = divergence_reduced(rows(*arrays, *how), weight, keep, options)
+    out = divergence_reduced(rows(of, *how), weight, keep, options)
     return out.reshape(lead)[outside] if options.reduction == "none" else out
 
 

@@ -14,52 +14,28 @@ from jax import Array
 
 from jax_ops._head.chunks import Cut, Part
 from jax_ops._head.linear import Linear, Sums, add_rows, wide, without
+from jax_ops._head.two_heads import Heads
 from jax_ops._parallel.divergence import whole
 from jax_ops._parallel.shard import Shard
 from jax_ops._rows.divergence import STATE, divergence_bwd_over, divergence_fwd, divergence_fwd_bwd
 from jax_ops._rows.divergence_slices import part_bwd_over
 from jax_ops._rows.ratios import Pair
 from jax_ops._rules.autodiff import selective
-from jax_ops._rules.varying import alike, varying, varying_as
+from jax_ops._rules.varying import varying, varying_as
 
 _STUDENT = ("x", "w", "b")
 
 
-def divergence_rows(
-    x: Array,
-    w: Array,
-    b: Array | None,
-    teacher_x: Array,
-    teacher_w: Array,
-    teacher_b: Array | None,
-    keep: Array | None,
-    cut: Cut,
-    pair: Pair,
-    shard: Shard,
-) -> Array:
+def divergence_rows(of: Heads, cut: Cut, pair: Pair, shard: Shard) -> Array:
     """The divergence of each row, differentiable by the student's three. Six matmuls with first derivatives."""
-    arrays = shard.own(*alike(shard.wide(x), w, b, teacher_x, teacher_w, teacher_b, keep, but=shard.names))
-    return _divergence_rows(cut, pair, shard)(*arrays)
+    return _divergence_rows(cut, pair, shard)(*of.own(shard))
 
 
-def divergence_sum(
-    x: Array,
-    w: Array,
-    b: Array | None,
-    teacher_x: Array,
-    teacher_w: Array,
-    teacher_b: Array | None,
-    keep: Array | None,
-    a: Array,
-    cut: Cut,
-    pair: Pair,
-    shard: Shard,
-) -> Array:
+def divergence_sum(of: Heads, a: Array, cut: Cut, pair: Pair, shard: Shard) -> Array:
     """sum_i a_i divergence_i, the gradients formed chunk by chunk on the way. Four matmuls."""
-    *heads, a = alike(shard.wide(x), w, b, teacher_x, teacher_w, teacher_b, keep, a, but=shard.names)
-    arrays = shard.own(*heads)
-    dtypes = tuple(None if v is None else str(v.dtype) for v in (*arrays[:3], a))
-    return _divergence_sum(cut, pair, shard, dtypes)(*arrays, a)
+    arrays = of.own(shard, a)
+    dtypes = tuple(None if v is None else str(v.dtype) for v in (*arrays[:3], arrays[7]))
+    return _divergence_sum(cut, pair, shard, dtypes)(*arrays)
 
 
 @cache
@@ -68,29 +44,30 @@ def _divergence_rows(cut: Cut, pair: Pair, shard: Shard) -> Any:
 
     def rules(wanted: tuple[bool, ...]) -> Any:
         def fwd(*arrays: Any) -> Any:
+            of = Heads(*arrays)
+
             def step(out: tuple[Array, Array], part: Part) -> tuple[Array, Array]:
-                _, *row = _chunk(cut, part, *arrays)
+                _, *row = _chunk(cut, part, of)
                 value, state = _visited(*row, pair=pair, shard=shard)
                 return cut.put(out[0], value, part), cut.put(out[1], state, part)
 
-            kind = wide(jnp.promote_types(arrays[1].dtype, arrays[3].dtype))
-            n = arrays[0].shape[0]
-            start = _blank(arrays, (n,), kind, shard), _blank(arrays, (n, STATE), kind, shard)
+            n = of.x.shape[0]
+            start = _blank(of, (n,), of.kind, shard), _blank(of, (n, STATE), of.kind, shard)
             value, state = cut.loop(step, start)
-            return value, (arrays, state)
+            return value, (of, state)
 
-        def bwd(saved: Any, ct: Any) -> Any:
-            arrays, state = saved
-            (up,), (own,) = shard.cotangents(ct, like=arrays[0]), shard.own(state)
+        def bwd(saved: tuple[Heads, Array], ct: Any) -> Any:
+            of, state = saved
+            (up,), (own,) = shard.cotangents(ct, like=of.x), shard.own(state)
 
             def step(sums: Sums, part: Part) -> Sums:
-                xi, *row = _chunk(cut, part, *arrays)
+                xi, *row = _chunk(cut, part, of)
                 (s, t, some), known = row, cut.take(own, part)
                 dz = _bwd(s, t, some, known, cut.take_fresh(up, part), pair, shard)
-                return _added(sums, cut, part, Linear(*arrays[1:3]), dz, xi, some)
+                return _added(sums, cut, part, Linear(*of[1:3]), dz, xi, some)
 
-            sums = cut.loop(step, _zeros(wanted, *arrays[:3]))
-            given = zip(_STUDENT, arrays[:3], strict=True)
+            sums = cut.loop(step, _zeros(wanted, *of[:3]))
+            given = zip(_STUDENT, of[:3], strict=True)
             return *(sums[name].astype(v.dtype) if name in sums else None for name, v in given), *(None,) * 4
 
         return fwd, bwd
@@ -104,10 +81,10 @@ def _divergence_sum(cut: Cut, pair: Pair, shard: Shard, dtypes: tuple[str | None
 
     def rules(wanted: tuple[bool, ...]) -> Any:
         def fwd(*given: Any) -> Any:
-            *arrays, a = given
+            of, a = Heads(*given[:7]), given[7]
 
             def step(sums: Sums, part: Part) -> Sums:
-                xi, s, t, some = _chunk(cut, part, *arrays)
+                xi, s, t, some = _chunk(cut, part, of)
                 (up,), dz = shard.own(cut.take_fresh(a, part)), None
                 if any(wanted[:3]) and not shard.names:
                     dz, value = divergence_fwd_bwd(s, t, some, up, pair=pair)
@@ -117,9 +94,9 @@ def _divergence_sum(cut: Cut, pair: Pair, shard: Shard, dtypes: tuple[str | None
                         (state,) = shard.own(state)
                         dz = _bwd(s, t, some, state, up, pair, shard)
                 sums = sums | {"a": cut.put(sums["a"], value, part)}
-                return sums if dz is None else _added(sums, cut, part, Linear(*arrays[1:3]), dz, xi, some)
+                return sums if dz is None else _added(sums, cut, part, Linear(*of[1:3]), dz, xi, some)
 
-            sums = cut.loop(step, _zeros(wanted, *arrays[:3]) | {"a": _blank(arrays, a.shape, a.dtype, shard)})
+            sums = cut.loop(step, _zeros(wanted, *of[:3]) | {"a": _blank(of, a.shape, a.dtype, shard)})
             return (a * sums["a"]).sum(), sums
 
         def bwd(sums: Any, ct: Any) -> Any:
@@ -137,15 +114,12 @@ def _divergence_sum(cut: Cut, pair: Pair, shard: Shard, dtypes: tuple[str | None
     return selective(rules)
 
 
-def _chunk(
-    cut: Cut, part: Part, x: Any, w: Any, b: Any, teacher_x: Any, teacher_w: Any, teacher_b: Any, keep: Any
-) -> tuple[Any, ...]:
+def _chunk(cut: Cut, part: Part, of: Heads) -> tuple[Any, ...]:
     """(the student's rows, its logits, the teacher's, keep) of a chunk."""
-    keep = cut.take(keep, part)
-    xi, yi = (without(cut.take(v, part), _ignored(keep)) for v in (x.astype(w.dtype), teacher_x))
-    s, t = Linear(w, b).logits(xi), Linear(teacher_w, teacher_b).logits(yi)
-    kind = jnp.promote_types(s.dtype, t.dtype)
-    return xi, s.astype(kind), t.astype(kind), keep
+    keep = cut.take(of.keep, part)
+    xi, yi = (without(cut.take(v, part), _ignored(keep)) for v in (of.x.astype(of.w.dtype), of.teacher_x))
+    s, t = Linear(of.w, of.b).logits(xi), Linear(of.teacher_w, of.teacher_b).logits(yi)
+    return xi, s.astype(of.kind), t.astype(of.kind), keep
 
 
 def _visited(s: Array, t: Array, keep: Array | None, pair: Pair, shard: Shard) -> tuple[Array, Array]:
@@ -163,11 +137,10 @@ def _ignored(keep: Array | None) -> Array | None:
     return None if keep is None else ~keep
 
 
-def _blank(arrays: Any, shape: tuple[int, ...], kind: Any, shard: Shard) -> Array:
+def _blank(of: Heads, shape: tuple[int, ...], kind: Any, shard: Shard) -> Array:
     """Zeros for numbers of the whole rows, which are the same on all devices where the rows' own are."""
-    x, *_, keep = arrays
-    axes = varying(x) - set(shard.names)
-    return varying_as(jnp.zeros(shape, kind), axes if keep is None else axes | varying(keep))
+    axes = varying(of.x) - set(shard.names)
+    return varying_as(jnp.zeros(shape, kind), axes if of.keep is None else axes | varying(of.keep))
 
 
 def _zeros(wanted: tuple[bool, ...], x: Array, w: Array, b: Array | None) -> Sums:

@@ -14,29 +14,17 @@ from jax import Array
 
 from jax_ops._head.chunks import Cut, Part
 from jax_ops._head.linear import Linear, Sums, weight_bwd, wide, without
+from jax_ops._head.two_heads import Heads
 from jax_ops._parallel.divergence import completed, total
 from jax_ops._parallel.shard import Shard
 from jax_ops._rows import divergence_slices as slices
 from jax_ops._rows.ratios import Pair
 from jax_ops._rules.autodiff import selective
-from jax_ops._rules.varying import alike
 
 
-def lean_divergence(
-    x: Array,
-    w: Array,
-    b: Array | None,
-    teacher_x: Array,
-    teacher_w: Array,
-    teacher_b: Array | None,
-    keep: Array | None,
-    cut: Cut,
-    pair: Pair,
-    shard: Shard,
-) -> Array:
+def lean_divergence(of: Heads, cut: Cut, pair: Pair, shard: Shard) -> Array:
     """The divergence of each row, differentiable by the student's three. Six matmuls, of jsd and tv eight."""
-    arrays = shard.own(*alike(shard.wide(x), w, b, teacher_x, teacher_w, teacher_b, keep, but=shard.names))
-    return _lean_divergence(cut, pair, shard)(*arrays)
+    return _lean_divergence(cut, pair, shard)(*of.own(shard))
 
 
 @cache
@@ -45,14 +33,14 @@ def _lean_divergence(cut: Cut, pair: Pair, shard: Shard) -> Any:
 
     def rules(wanted: tuple[bool, ...]) -> Any:
         def fwd(*arrays: Any) -> Any:
-            value, state = _whole(*arrays, cut=cut, pair=pair, shard=shard)
-            return value, (arrays, state)
+            value, state = _whole(Heads(*arrays), cut, pair, shard)
+            return value, (Heads(*arrays), state)
 
-        def bwd(saved: Any, ct: Any) -> Any:
-            arrays, state = saved
-            (up,), (known,) = shard.cotangents(ct, like=arrays[0]), shard.own(state)
-            sums = _bwd(arrays, known, up, wanted, cut, pair)
-            given = zip(("x", "w", "b"), arrays[:3], strict=True)
+        def bwd(saved: tuple[Heads, Array], ct: Any) -> Any:
+            of, state = saved
+            (up,), (known,) = shard.cotangents(ct, like=of.x), shard.own(state)
+            sums = _bwd(of, known, up, wanted, cut, pair)
+            given = zip(("x", "w", "b"), of[:3], strict=True)
             return *(sums[name].astype(v.dtype) if name in sums else None for name, v in given), *(None,) * 4
 
         return fwd, bwd
@@ -60,58 +48,47 @@ def _lean_divergence(cut: Cut, pair: Pair, shard: Shard) -> Any:
     return selective(rules)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(7, 8, 9))
-def _whole(
-    x: Any,
-    w: Any,
-    b: Any,
-    teacher_x: Any,
-    teacher_w: Any,
-    teacher_b: Any,
-    keep: Any,
-    cut: Cut,
-    pair: Pair,
-    shard: Shard,
-) -> tuple[Array, Array]:
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _whole(of: Heads, cut: Cut, pair: Pair, shard: Shard) -> tuple[Array, Array]:
     """(the divergence of each row, its state)."""
-    arrays = (x, w, b, teacher_x, teacher_w, teacher_b, keep)
 
     def step(state: slices.State, part: Part) -> slices.State:
-        return slices.merge(state, slices.of(*_both(cut, part, arrays), keep, pair), pair)
+        return slices.merge(state, slices.of(*_both(cut, part, of), of.keep, pair), pair)
 
     def sums(known: Array) -> Array:
         def step(so_far: Array, part: Part) -> Array:
-            return so_far + slices.sums(*_both(cut, part, arrays), keep, known, pair)
+            return so_far + slices.sums(*_both(cut, part, of), of.keep, known, pair)
 
         return cut.loop(step, jnp.zeros_like(known, shape=(*known.shape[:-1], 3)))
 
-    kind = wide(jnp.promote_types(w.dtype, teacher_x.dtype))
-    state = cut.loop(step, slices.nothing(x, kind, pair))
-    return completed(state, keep, pair, shard, sums)
+    state = cut.loop(step, slices.nothing(of.x, of.kind, pair))
+    return completed(state, of.keep, pair, shard, sums)
 
 
 @_whole.defjvp
 def _whole_jvp(cut: Cut, pair: Pair, shard: Shard, primals: Any, moved: Any) -> Any:
-    out = _whole(*primals, cut=cut, pair=pair, shard=shard)
-    (known,), keep = shard.own(out[1]), primals[6]
+    (of,), (along,) = primals, moved
+    out = _whole(of, cut, pair, shard)
+    (known,) = shard.own(out[1])
 
     def step(so_far: Any, part: Part) -> Any:
-        s, along, t = jax.jvp(lambda *own: _both(cut, part, (*own, *primals[3:])), primals[:3], moved[:3], has_aux=True)
-        return tuple(map(jnp.add, so_far, slices.pushed(s, t, keep, known, along, pair)))
+        student = lambda *own: _both(cut, part, Heads(*own, *of[3:]))  # noqa: E731
+        s, ds, t = jax.jvp(student, of[:3], along[:3], has_aux=True)
+        return tuple(map(jnp.add, so_far, slices.pushed(s, t, of.keep, known, ds, pair)))
 
     none = jnp.zeros_like(known, shape=known.shape[:-1])
     found = cut.loop(step, (none,) * (4 if pair.kind == "jsd" else 2))
     return out, slices.tangents(out[1], total(shard)(*found), pair)
 
 
-def _bwd(arrays: Any, state: Array, up: Array, wanted: tuple[bool, ...], cut: Cut, pair: Pair) -> Sums:
+def _bwd(of: Heads, state: Array, up: Array, wanted: tuple[bool, ...], cut: Cut, pair: Pair) -> Sums:
     """The gradients wanted of the student's three; the weight's is written slice by slice, in its own type."""
-    x, w, b, *_, keep = arrays
-    judged = without(x.astype(w.dtype), _gone(keep))
+    x, w, b = of[:3]
+    judged = without(x.astype(w.dtype), of.gone)
 
     def step(sums: Sums, part: Part) -> Sums:
-        s, t = _both(cut, part, arrays)
-        dz = slices.part_bwd_over(s, t, keep, state, up, pair=pair).astype(wide(w.dtype))
+        s, t = _both(cut, part, of)
+        dz = slices.part_bwd_over(s, t, of.keep, state, up, pair=pair).astype(wide(w.dtype))
         layer = Linear(w, b).part(cut, part)
         if "x" in sums:
             sums = sums | {"x": sums["x"] + layer.input_bwd(dz)}
@@ -125,20 +102,13 @@ def _bwd(arrays: Any, state: Array, up: Array, wanted: tuple[bool, ...], cut: Cu
     sums = {"x": jnp.zeros_like(x, dtype=wide(x.dtype))} if wanted[0] else {}
     sums |= {name: jnp.zeros_like(v) for name, v, on in (("w", w, wanted[1]), ("b", b, wanted[2])) if on}
     sums = cut.loop(step, sums)
-    return sums | {"x": without(sums["x"], _gone(keep))} if "x" in sums else sums
+    return sums | {"x": without(sums["x"], of.gone)} if "x" in sums else sums
 
 
-def _both(cut: Cut, part: Part, arrays: Any) -> tuple[Array, Array]:
-    """A slice of both heads' logits, in one type."""
-    x, w, b, *teacher, keep = arrays
-    kind = wide(jnp.promote_types(w.dtype, teacher[0].dtype))
-    return _logits(cut, part, keep, kind, x.astype(w.dtype), w, b), _logits(cut, part, keep, kind, *teacher)
+def _both(cut: Cut, part: Part, of: Heads) -> tuple[Array, Array]:
+    """A slice of both heads' logits, in one type; -inf for classes that another slice has."""
 
+    def logits(x: Array, w: Array, b: Array | None) -> Array:
+        return Linear(w, b).part(cut, part).logits(without(x, of.gone), cut.fresh(part)).astype(of.kind)
 
-def _logits(cut: Cut, part: Part, keep: Array | None, kind: Any, x: Array, w: Array, b: Array | None) -> Array:
-    """A slice of a head's logits; -inf for classes that another slice has."""
-    return Linear(w, b).part(cut, part).logits(without(x, _gone(keep)), cut.fresh(part)).astype(kind)
-
-
-def _gone(keep: Array | None) -> Array | None:
-    return None if keep is None else ~keep
+    return logits(of.x.astype(of.w.dtype), *of[1:3]), logits(*of[3:6])
