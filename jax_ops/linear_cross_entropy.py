@@ -236,23 +236,24 @@ def _loss(
     blocks: int = 1,
 ) -> Any:
     """The loss, and its statistics; targets are canonical or soft, `blocks` of the rows are on devices of their own."""
+    from jax_ops._head.judged import How
     from jax_ops._head.layout import each_row, largest, lay_out, more, total
     from jax_ops._parallel.statistics import MORE
 
     lean, plan = memory == "lean", Plan.of(options, x.dtype, memory == "lean")
     low_rank = None if down is None or up is None else (down, up)
     of = lay_out(x, w, b, t, probabilities, tokens, shift=shift, scale=scale, low_rank=low_rank)
-    how = (of.cut(lean, chunk_size, blocks), shard, plan)
+    how = How(of.cut(lean, chunk_size, blocks), shard, plan)
     ones = jnp.ones_like(of.x, shape=of.rows, dtype=of.kind)
     by = coefficients(ones, of.target, class_weight, of.token_weight, options, shard, of.probabilities)
     of_class = plan.class_weight(class_weight, x.dtype, soft=is_soft(t))
     if options.reduction != "none" and not options.stats and not lean and u is None:
-        return reduce(total(of, of_class, by, *how), by, options)
+        return reduce(total(of, of_class, by, how), by, options)
     names = [n for n in options.stats if n in MORE]
-    rows = each_row(of, of_class, *how, u)
+    rows = each_row(of, of_class, how, u)
     if names:  # by rows, whose logits all classes have
-        rows |= more(of, tuple(names), of.cut(False, None if lean else chunk_size, blocks), shard, plan)
-    loss, found = finish(rows, lambda: largest(of, *how), of.target, by, options)
+        rows |= more(of, tuple(names), how._replace(cut=of.cut(False, None if lean else chunk_size, blocks)))
+    loss, found = finish(rows, lambda: largest(of, how), of.target, by, options)
     loss = of.as_given(loss) if options.reduction == "none" else loss
     return (loss, {name: of.as_given(value) for name, value in found.items()}) if options.stats else loss
 

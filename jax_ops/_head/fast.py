@@ -9,17 +9,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_ops._head.chunks import Cut, Part
-from jax_ops._head.linear import Linear, Sums, add_rows, ignored_rows, wide, without, zeros
-from jax_ops._parallel.shard import Shard
+from jax_ops._head.judged import How, Judged
+from jax_ops._head.linear import Linear, Sums, add_rows, ignored_rows, wide, without
 from jax_ops._rows import dispatch as rows
 from jax_ops._rows import slices
 from jax_ops._rules.plan import Plan
 
 
-def fwd(
-    x: Array, head: Linear, target: Array, weight: Array | None, cut: Cut, shard: Shard, plan: Plan
-) -> slices.State:
+def fwd(of: Judged, how: How) -> slices.State:
     """Each row's numbers by name, m and rest; sharded also the mass of soft targets and e."""
+    (x, head, target, weight), (cut, shard, plan) = of, how
 
     def step(out: slices.State, part: Part) -> slices.State:
         t = cut.take(target, part)
@@ -40,19 +39,9 @@ def fwd(
     return cut.loop(step, {name: jnp.zeros_like(x, shape=shape, dtype=kind) for name, shape in shapes.items()})
 
 
-def bwd(
-    x: Array,
-    head: Linear,
-    target: Array,
-    weight: Array | None,
-    whole: Sequence[Any],
-    upstream: Sequence[Array | None],
-    wanted: tuple[bool, ...],
-    cut: Cut,
-    shard: Shard,
-    plan: Plan,
-) -> Sums:
+def bwd(of: Judged, whole: Sequence[Any], upstream: Sequence[Array | None], wanted: tuple[bool, ...], how: How) -> Sums:
     """The gradients wanted of x, the head, target and weight by name; `whole` are the rows' m, rest, mass and e."""
+    (x, head, target, weight), (cut, shard, plan) = of, how
     weights = 0.0 if upstream[2] is None else shard.weight_sum(weight)
 
     def step(sums: Sums, part: Part) -> Sums:
@@ -66,23 +55,14 @@ def bwd(
         found = slices.bwd(z, t, inside, weight, m, rest, masses, ups, wanted, plan.row())
         return _added(sums, cut, part, head, xi, ignored, *found)
 
-    return cut.loop(step, zeros(wanted, x, head, target, weight))
+    return cut.loop(step, of.zeros(wanted))
 
 
 def fwd_bwd(
-    x: Array,
-    head: Linear,
-    target: Array,
-    weight: Array | None,
-    nll: Array | None,
-    smooth: Array | None,
-    square: Array | None,
-    wanted: tuple[bool, ...],
-    cut: Cut,
-    shard: Shard,
-    plan: Plan,
+    of: Judged, nll: Array | None, smooth: Array | None, square: Array | None, wanted: tuple[bool, ...], how: How
 ) -> Sums:
     """Of the rows' weighted sum the gradients wanted, and the nll, smooth and lse that have a coefficient."""
+    (x, head, target, weight), (cut, shard, plan) = of, how
     weights = 0.0 if smooth is None else shard.weight_sum(weight)
 
     def step(sums: Sums, part: Part) -> Sums:
@@ -90,7 +70,7 @@ def fwd_bwd(
         ignored, inside, masses = ignored_rows(t), None, None
         xi = without(cut.take(x, part), ignored)
         z = head.logits(xi)
-        found, grads = _visit(z, t, weight, a, s, c, wanted, shard, plan)
+        found, grads = _visit(z, t, weight, (a, s, c), wanted, how)
         if smooth is not None and ignored is not None:
             found["smooth"] = jnp.where(rows.of_rows(t, 2, 1) == rows.INVALID, jnp.nan, found["smooth"])
         sums = sums | {name: cut.put(sums[name], found[name], part) for name in found if name in sums}
@@ -103,7 +83,7 @@ def fwd_bwd(
             grads = slices.bwd(z, t, inside, weight, m, rest, masses, ups, wanted, plan.row())
         return _added(sums, cut, part, head, xi, ignored, *grads)
 
-    sums = zeros(wanted, x, head, target, weight)
+    sums = of.zeros(wanted)
     if "target" in sums:  # by the factor that all have in common it is multiplied later
         sums["target"] = sums["target"].astype(wide(x.dtype))
     by = {"nll": nll, "smooth": smooth, "lse": square}
@@ -111,17 +91,10 @@ def fwd_bwd(
 
 
 def _visit(
-    z: Array,
-    t: Array,
-    weight: Array | None,
-    a: Array | None,
-    s: Array | None,
-    c: Array | None,
-    wanted: tuple[bool, ...],
-    shard: Shard,
-    plan: Plan,
+    z: Array, t: Array, weight: Array | None, by: Sequence[Array | None], wanted: tuple[bool, ...], how: How
 ) -> tuple[slices.State, tuple[Array, None, None] | None]:
     """The numbers of a chunk's rows, and where one visit of them gives it their gradient (of a sum without lse)."""
+    (_, shard, plan), (a, s, c) = how, by
     if shard.names:
         state = shard.joined(slices.of(z, *shard.local(t), weight, names=plan.names, layout=plan.row()))
         return slices.numbers(state, t), None
@@ -143,17 +116,10 @@ def largest(x: Array, head: Linear, cut: Cut, plan: Plan) -> tuple[Array, Array]
 
 
 def _added(
-    sums: Sums,
-    cut: Cut,
-    part: Part,
-    head: Linear,
-    x: Array,
-    ignored: Array | None,
-    dz: Array | None,
-    d_target: Array | None,
-    d_weight: Array | None,
+    sums: Sums, cut: Cut, part: Part, head: Linear, x: Array, ignored: Array | None, *found: Array | None
 ) -> Sums:
-    """The gradients with those of a chunk of the rows, whose inputs are x, added."""
+    """The gradients with those found of a chunk of the rows, whose inputs are x, added."""
+    dz, d_target, d_weight = found
     if d_target is not None:
         sums = sums | {"target": cut.put(sums["target"], d_target, part)}
     if d_weight is not None:

@@ -16,15 +16,14 @@ from jax import Array
 
 from jax_ops._head.chunks import Cut, cut, that_fit
 from jax_ops._head.columns import apart, in_parts
+from jax_ops._head.judged import How
 from jax_ops._head.linear import Linear, wide
 from jax_ops._head.per_row import argmax, per_row
 from jax_ops._head.sampled import sampled_rows
 from jax_ops._head.statistics import head_statistics
 from jax_ops._head.sum import weighted_sum
-from jax_ops._parallel.shard import Shard
 from jax_ops._reduction import Coefficients
 from jax_ops._rows.dispatch import IGNORED, is_soft, of_rows
-from jax_ops._rules.plan import Plan
 
 
 class Layout(NamedTuple):
@@ -142,40 +141,37 @@ def _side_by_side(of: Layout, scale: Array | None, low_rank: Sequence[Array] | N
     return of._replace(x=product)
 
 
-def total(of: Layout, weight: Array | None, by: Coefficients, cut: Cut, shard: Shard, plan: Plan) -> Array:
+def total(of: Layout, weight: Array | None, by: Coefficients, how: How) -> Array:
     """The sum of the rows' losses over rows and positions."""
     of_nll = of.rows if of.probabilities is None else of.target.shape
     shapes = (of_nll, of.rows, of.rows)
     vectors = [c if c is None else jnp.broadcast_to(c, s).astype(of.kind) for c, s in zip(by, shapes, strict=False)]
-    sums = _over_positions(of, partial(weighted_sum, cut=cut, shard=shard, plan=plan), of.target, weight, *vectors)
+    sums = _over_positions(of, partial(weighted_sum, how=how), of.target, weight, *vectors)
     return sums.sum()
 
 
-def each_row(
-    of: Layout, weight: Array | None, cut: Cut, shard: Shard, plan: Plan, u: Array | None = None
-) -> dict[str, Array]:
+def each_row(of: Layout, weight: Array | None, how: How, u: Array | None = None) -> dict[str, Array]:
     """The rows' numbers by name; with `u` (n P, K) their gradient is sampled at K points."""
-    how = {"cut": cut, "shard": shard, "plan": plan}
     if u is None:
-        values = _over_positions(of, partial(per_row, **how), of.target, weight)
+        values = _over_positions(of, partial(per_row, how=how), of.target, weight)
     else:
-        values = _over_positions(
-            of, partial(sampled_rows, **how), of.target, weight, None, u.reshape(*of.rows, u.shape[-1])
-        )
-    return dict(zip(plan.names, values, strict=True))
+        u = u.reshape(*of.rows, u.shape[-1])
+        values = _over_positions(of, partial(sampled_rows, how=how), of.target, weight, None, u)
+    return dict(zip(how.plan.names, values, strict=True))
 
 
-def more(of: Layout, names: Sequence[str], cut: Cut, shard: Shard, plan: Plan) -> dict[str, Array]:
+def more(of: Layout, names: Sequence[str], how: How) -> dict[str, Array]:
     """The statistics that the loss has no use for, by name."""
-    values = _over_positions(of, partial(head_statistics, names=names, cut=cut, shard=shard, plan=plan), of.target)
+    values = _over_positions(of, partial(head_statistics, names=names, how=how), of.target)
     return dict(zip(names, values, strict=True))
 
 
-def largest(of: Layout, cut: Cut, shard: Shard, plan: Plan) -> Array:
+def largest(of: Layout, how: How) -> Array:
     """Each row's class with the largest logit; -1 where there are no classes."""
-    if isinstance(shard.total, int) and not shard.total:  # as far as an export leaves their number open, there are some
+    classes = how.shard.total
+    if isinstance(classes, int) and not classes:  # as far as an export leaves their number open, there are some
         return jnp.full(of.rows, -1)
-    return _over_positions(of, partial(argmax, cut=cut, shard=shard, plan=plan))
+    return _over_positions(of, partial(argmax, how=how))
 
 
 def _shifted(x: Array, target: Array, probabilities: Array | None, tokens: Array | None, shift: int) -> tuple[Any, ...]:

@@ -9,47 +9,35 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_ops._head.chunks import Cut, Part
-from jax_ops._head.linear import Linear, Sums, ignored_rows, wide, without, zeros
-from jax_ops._parallel.shard import Shard
+from jax_ops._head.judged import How, Judged
+from jax_ops._head.linear import Linear, Sums, wide, without
 from jax_ops._rows import dispatch as rows
 from jax_ops._rows import slices
 from jax_ops._rules.plan import Plan
 
 
-def fwd(
-    x: Array, head: Linear, target: Array, weight: Array | None, cut: Cut, shard: Shard, plan: Plan
-) -> slices.State:
+def fwd(of: Judged, how: How) -> slices.State:
     """Each row's numbers by name, m and rest, the mass of soft targets and e."""
-    x = without(x, ignored_rows(target))
+    (cut, shard, plan), target = how, of.target
+    x = without(of.x, of.ignored)
 
     def step(state: slices.State, part: Part) -> slices.State:
-        z, t, inside, w = _slice(x, head.part(cut, part), target, weight, cut, shard, plan, part)
+        z, t, inside, w = _slice(x, of.head.part(cut, part), of, how, part)
         return slices.merge(state, slices.of(z, t, inside, w, names=plan.names, layout=plan.row()))
 
     start = slices.nothing(x, target, wide(x.dtype), plan.names)
     return slices.numbers(shard.joined(cut.loop(step, start)), target)
 
 
-def bwd(
-    x: Array,
-    head: Linear,
-    target: Array,
-    weight: Array | None,
-    whole: Sequence[Any],
-    upstream: Sequence[Array | None],
-    wanted: tuple[bool, ...],
-    cut: Cut,
-    shard: Shard,
-    plan: Plan,
-) -> Sums:
+def bwd(of: Judged, whole: Sequence[Any], upstream: Sequence[Array | None], wanted: tuple[bool, ...], how: How) -> Sums:
     """The gradients wanted of x, the head, target and weight by name; `whole` are the rows' m, rest, mass and e."""
-    (m, rest, mass, e), ignored = whole, ignored_rows(target)
-    masses = (mass, 0.0 if upstream[2] is None else shard.weight_sum(weight), e)
-    judged = without(x, ignored)
+    (cut, shard, plan), (m, rest, mass, e) = how, whole
+    masses = (mass, 0.0 if upstream[2] is None else shard.weight_sum(of.weight), e)
+    judged = without(of.x, of.ignored)
 
     def step(sums: Sums, part: Part) -> Sums:
-        layer = head.part(cut, part)
-        z, t, inside, w = _slice(judged, layer, target, weight, cut, shard, plan, part)
+        layer = of.head.part(cut, part)
+        z, t, inside, w = _slice(judged, layer, of, how, part)
         dz, *found = slices.bwd(z, t, inside, w, m, rest, masses, upstream, wanted, plan.row())
         for name, value, axis in zip(("target", "weight"), found, (1, 0), strict=True):
             if value is not None:
@@ -58,10 +46,10 @@ def bwd(
             return sums
         if "x" in sums:
             sums = sums | {"x": sums["x"] + layer.input_bwd(dz)}
-        return head.add(sums, dz, judged, cut.start(part))
+        return of.head.add(sums, dz, judged, cut.start(part))
 
-    sums = cut.loop(step, zeros(wanted, x, head, target, weight))
-    return sums | {"x": without(sums["x"], ignored)} if "x" in sums else sums
+    sums = cut.loop(step, of.zeros(wanted))
+    return sums | {"x": without(sums["x"], of.ignored)} if "x" in sums else sums
 
 
 def largest(x: Array, head: Linear, cut: Cut, plan: Plan) -> tuple[Array, Array]:
@@ -78,13 +66,12 @@ def largest(x: Array, head: Linear, cut: Cut, plan: Plan) -> tuple[Array, Array]
     return cut.loop(step, (lowest, jnp.zeros_like(x, shape=x.shape[:1], dtype=kind)))
 
 
-def _slice(
-    x: Array, layer: Linear, target: Array, weight: Array | None, cut: Cut, shard: Shard, plan: Plan, part: Part
-) -> tuple[Array, Array, Any, Array | None]:
+def _slice(x: Array, layer: Linear, of: Judged, how: How, part: Part) -> tuple[Array, Array, Any, Array | None]:
     """A slice of the logits, its targets, of class indices which no slice before has and are in it, and its weights.
 
     Logits are -inf for classes that another slice has, so that they take no part.
     """
+    (cut, shard, plan), target, weight = how, of.target, of.weight
     fresh, soft = cut.fresh(part), rows.is_soft(target)
     z, w = layer.logits(x, fresh), cut.take_fresh(weight, part)
     if fresh is not None and weight is None and (soft or "smooth" in plan.names):

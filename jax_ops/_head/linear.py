@@ -5,7 +5,6 @@ Matmuls of half-precision operands accumulate, and come out, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,17 +81,6 @@ class Linear(NamedTuple):
     def _parts(self, x: Array) -> tuple[Array, Array]:
         """(x, u) of rows of both."""
         return (x, x) if self.up is None else (x[:, : self.weight.shape[1]], x[:, self.weight.shape[1] :])
-
-
-def zeros(wanted: Sequence[bool], x: Array, head: Linear, target: Array, weight: Array | None) -> Sums:
-    """Zeros in the place of the gradients wanted of (x, *head, target, weight)."""
-    sums = {"x": jnp.zeros_like(x, dtype=wide(x.dtype))} if wanted[0] else {}
-    sums |= head.gradient(*wanted[1:4])
-    if wanted[4]:
-        sums["target"] = jnp.zeros_like(target)
-    if wanted[5] and weight is not None:
-        sums["weight"] = jnp.zeros_like(weight)
-    return sums
 
 
 def add_rows(sums: Sums, cut: Cut, part: Part, head: Linear, dz: Array, x: Array, ignored: Array | None) -> Sums:

@@ -16,7 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_ops._head.chunks import Cut, Part
+from jax_ops._head.chunks import Part
+from jax_ops._head.judged import How, Judged
 from jax_ops._head.linear import Linear, ignored_rows, wide, without
 from jax_ops._head.per_row import per_row
 from jax_ops._parallel.points import here
@@ -41,23 +42,21 @@ def sampled_rows(
     weight: Array | None,
     nothing: None,
     u: Array,
-    *,
-    cut: Cut,
-    shard: Shard,
-    plan: Plan,
+    how: How,
 ) -> tuple[Array, ...]:
     """per_row's results, their gradient sampled at K points a row: u (n, K) says where in each stratum."""
-    arrays = alike(shard.wide(x), w, b, target, weight, u, but=shard.names)
-    return _sampled(cut, shard, plan)(*shard.own(*arrays))
+    shard = how.shard
+    return _sampled(how)(*shard.own(*alike(shard.wide(x), w, b, target, weight, u, but=shard.names)))
 
 
 @cache
-def _sampled(cut: Cut, shard: Shard, plan: Plan) -> Any:
+def _sampled(how: How) -> Any:
     """The named numbers of each row. Saves its arguments but u, the rows' numbers, and the points' ids."""
+    _, shard, plan = how
 
     def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any, u: Any) -> Any:
         x = x.astype(w.dtype)
-        out = _forward(x, Linear(w, b, None), target, weight, u, cut, shard, plan)
+        out = _forward(Judged(x, Linear(w, b, None), target, weight), u, how)
         kept = (out["nll"], out["lse"], out.get("entropy"), out["ids"], out["q"])
         return tuple(out[name] for name in plan.names), (x, w, b, target, weight, *kept)
 
@@ -70,15 +69,14 @@ def _sampled(cut: Cut, shard: Shard, plan: Plan) -> Any:
         return _backward(x, *shard.own(*others), *ups, plan=plan, wanted=wanted, shard=shard)
 
     def exact(x: Any, w: Any, b: Any, target: Any, weight: Any, u: Any) -> Any:
-        return per_row(x, w, b, None, target, weight, cut, shard, plan)
+        return per_row(x, w, b, None, target, weight, how)
 
     return replaced(fwd, bwd, exact, partial(contract.second_derivative_of_samples, "linear_cross_entropy"))
 
 
-def _forward(
-    x: Array, head: Linear, target: Array, weight: Array | None, u: Array, cut: Cut, shard: Shard, plan: Plan
-) -> dict[str, Array]:
+def _forward(of: Judged, u: Array, how: How) -> dict[str, Array]:
     """Each row's numbers by name as `fast.fwd` has them, its points' ids and its mass q off its targets."""
+    (x, head, target, weight), (cut, shard, plan) = of, how
 
     def step(out: dict[str, Array], part: Part) -> dict[str, Array]:
         t = cut.take(target, part)

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from jax_ops._head.chunks import Cut, Part
+from jax_ops._head.chunks import Part
+from jax_ops._head.judged import How
 from jax_ops._head.linear import Linear, ignored_rows, wide, without
-from jax_ops._parallel.shard import Shard
 from jax_ops._parallel.statistics import statistics_of
 from jax_ops._rows.dispatch import is_soft
-from jax_ops._rules.plan import Plan
 from jax_ops._rules.varying import alike
 
 
@@ -23,11 +22,10 @@ def head_statistics(
     up: Array | None,
     target: Array,
     names: Sequence[str],
-    cut: Cut,
-    shard: Shard,
-    plan: Plan,
+    how: How,
 ) -> tuple[Array, ...]:
     """Those named of each row, in their order; their logits are formed once more."""
+    cut, shard, plan = how
     x, w, b, up, target = shard.own(*alike(shard.wide(x), w, b, up, target, but=shard.names))
     # In the type that gradients are summed in over chunks; of half-precision numbers the same products.
     kind = wide(x.dtype)
