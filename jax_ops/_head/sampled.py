@@ -10,6 +10,7 @@ source:  Bengio and Senecal 2003; stratified points: Gerber, Chopin and Whiteley
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -27,7 +28,6 @@ from jax_ops._rows import dispatch as rows
 from jax_ops._rows import slices
 from jax_ops._rows.picked import picked_fwd, picked_input_bwd, picked_weight_bwd
 from jax_ops._rows.sparse import by_class
-from jax_ops._rules.plan import Plan
 from jax_ops._rules.replaced import replaced
 from jax_ops._rules.varying import alike
 from softmax_ext import contract
@@ -56,7 +56,7 @@ def _sampled(how: How) -> Any:
 
     def fwd(x: Any, w: Any, b: Any, target: Any, weight: Any, u: Any) -> Any:
         x = x.astype(w.dtype)
-        out = _forward(Judged(x, Linear(w, b, None), target, weight), u, how)
+        out = _forward(Judged(x, Linear(w, b), target, weight), u, how)
         kept = (out["nll"], out["lse"], out.get("entropy"), out["ids"], out["q"])
         return tuple(out[name] for name in plan.names), (x, w, b, target, weight, *kept)
 
@@ -65,8 +65,9 @@ def _sampled(how: How) -> Any:
             rule = "be None with label_smoothing and a weight whose gradient is wanted"
             contract.fail_value("linear_cross_entropy", "grad_samples", rule, "a number")
         x, *others = saved
+        w, b, target, weight, *kept = shard.own(*others)
         ups = plan.upstream(shard.cotangents(*cotangents, like=x))
-        return _backward(x, *shard.own(*others), *ups, plan=plan, wanted=wanted, shard=shard)
+        return _backward(Judged(x, Linear(w, b), target, weight), kept, ups, wanted, how)
 
     def exact(x: Any, w: Any, b: Any, target: Any, weight: Any, u: Any) -> Any:
         return per_row(x, w, b, None, target, weight, how)
@@ -102,40 +103,24 @@ def _forward(of: Judged, u: Array, how: How) -> dict[str, Array]:
     return cut.loop(step, start)
 
 
-def _backward(
-    x: Array,
-    w: Array,
-    b: Array | None,
-    target: Array,
-    weight: Array | None,
-    nll: Array,
-    lse: Array,
-    h: Array | None,
-    ids: Array,
-    q: Array,
-    d_nll: Array | None,
-    d_lse: Array | None,
-    d_smooth: Array | None,
-    d_entropy: Array | None,
-    *,
-    plan: Plan,
-    wanted: tuple[int, ...],
-    shard: Shard,
-) -> list[Array]:
+def _backward(of: Judged, kept: Sequence[Any], ups: Sequence[Any], wanted: tuple[int, ...], how: How) -> list[Array]:
+    """The gradients wanted, of the rows' numbers that were kept and the upstream gradients."""
+    (x, head, target, weight), (_, shard, plan) = of, how
+    (nll, lse, h, ids, q), (d_nll, d_lse, d_smooth, d_entropy) = kept, ups
     (n, samples), targets = ids.shape, target if target.ndim > 1 else target[:, None]
     nll, marks = nll.reshape(targets.shape), rows.of_rows(targets, 2, 1)
     d_nll = jnp.zeros_like(nll) if d_nll is None else jnp.where(targets < 0, 0.0, d_nll.reshape(targets.shape))
-    a, smooth, kept = jnp.zeros_like(q) if d_lse is None else d_lse, None, marks != rows.IGNORED
+    a, smooth, judged = jnp.zeros_like(q) if d_lse is None else d_lse, None, marks != rows.IGNORED
     if d_smooth is not None:
-        of_class = jnp.ones_like(lse, shape=w.shape[:1]) if weight is None else weight
+        of_class = jnp.ones_like(lse, shape=head.weight.shape[:1]) if weight is None else weight
         a = a + d_smooth * shard.weight_sum(of_class)
-        smooth = (jnp.where(kept, d_smooth * plan.scale, 0.0), of_class)
+        smooth = (jnp.where(judged, d_smooth * plan.scale, 0.0), of_class)
     at, on, p = _on_targets(targets, nll, d_nll, a, q)
     off = ((d_nll.sum(1) + a) * (q / samples))[:, None]
     ids = jnp.concatenate([ids.astype(at.dtype), here(at, shard)], 1)
     slope: Any = plan.scale
     if d_entropy is not None or plan.softcap is not None:
-        raw = _logits_at(x, w, b, ids)
+        raw = _logits_at(x, head.weight, head.bias, ids)
         slope = rows.slope(raw, plan.scale, plan.softcap)
         if d_entropy is not None and h is not None:
             log_p = rows.capped(raw[:, :samples], plan.scale, plan.softcap) - lse[:, None]
@@ -144,8 +129,8 @@ def _backward(
             shown = jnp.where((at < 0) | (nll == jnp.inf), 0.0, nll).clip(0.0)  # there p is 0
             on = on + c * p * (h[:, None] - shown)
     c = jnp.concatenate([jnp.broadcast_to(off, (n, samples)), on], 1) * slope
-    c = jnp.where(kept[:, None], jnp.where((marks == rows.INVALID)[:, None], jnp.nan, c), 0.0)
-    return _products(x, w, b, ids, c, smooth, kept, wanted, shard)
+    c = jnp.where(judged[:, None], jnp.where((marks == rows.INVALID)[:, None], jnp.nan, c), 0.0)
+    return _products(x, head, ids, c, smooth, judged, wanted, shard)
 
 
 def _on_targets(targets: Array, nll: Array, d_nll: Array, a: Array, q: Array) -> tuple[Array, Array, Array]:
@@ -166,17 +151,10 @@ def _logits_at(x: Array, w: Array, b: Array | None, ids: Array) -> Array:
 
 
 def _products(
-    x: Array,
-    w: Array,
-    b: Array | None,
-    ids: Array,
-    c: Array,
-    smooth: tuple[Array, Array] | None,
-    kept: Array,
-    wanted: tuple[int, ...],
-    shard: Shard,
+    x: Array, head: Linear, ids: Array, c: Array, smooth: Any, kept: Array, wanted: tuple[int, ...], shard: Shard
 ) -> list[Array]:
     """dX, dW and db, those wanted, of dz_ij = sum over id_ik = j of c_ik - s_i v_j for `smooth` (s, v)."""
+    w, b, _ = head
     judged, out = jnp.where(kept[:, None], x, jnp.zeros((), x.dtype)), []
     kind = c.dtype
     # A row that is NaN makes a NaN of every class.
