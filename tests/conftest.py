@@ -62,15 +62,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Coverage takes Python two thirds more time: quick tests reach the lines, slow and long ones run without it.
 
     Those of losses over several devices are the only ones that reach theirs. Demo and benchmarks call the doors as
-    others do, and often.
+    others do, and often; Triton's interpreter is Python all through.
     """
     names = [item.nodeid.split("[")[0] for item in items]
     count, before = Counter(names), Counter[str]()
     for item, name in zip(items, names, strict=True):
         room, among = item.path.parent.name, before[name]
         before[name] += 1
-        tedious = any(map(item.get_closest_marker, ("slow", "long"))) and room != "parallel"
-        if room in ("demo", "benchmarks") or tedious or among % -(-count[name] // CASES):
+        many = among % -(-count[name] // (1 if room == "gpu" else CASES)) > 0
+        tedious = room in ("demo", "benchmarks") or any(map(item.get_closest_marker, ("slow", "long")))
+        if room != "parallel" and (tedious or many):
             item.add_marker("no_cover")
 
 
