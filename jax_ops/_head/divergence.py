@@ -67,7 +67,7 @@ def _divergence_rows(cut: Cut, pair: Pair, shard: Shard) -> Any:
                 return _added(sums, cut, part, Linear(*of[1:3]), dz, xi, some)
 
             sums = cut.loop(step, _zeros(wanted, *of[:3]))
-            given = zip(_STUDENT, of[:3], strict=True)
+            given: Any = zip(_STUDENT, of[:3], strict=True)
             return *(sums[name].astype(v.dtype) if name in sums else None for name, v in given), *(None,) * 4
 
         return fwd, bwd

@@ -40,7 +40,7 @@ def _lean_divergence(cut: Cut, pair: Pair, shard: Shard) -> Any:
             of, state = saved
             (up,), (known,) = shard.cotangents(ct, like=of.x), shard.own(state)
             sums = _bwd(of, known, up, wanted, cut, pair)
-            given = zip(("x", "w", "b"), of[:3], strict=True)
+            given: Any = zip(("x", "w", "b"), of[:3], strict=True)
             return *(sums[name].astype(v.dtype) if name in sums else None for name, v in given), *(None,) * 4
 
         return fwd, bwd
@@ -83,7 +83,8 @@ def _whole_jvp(cut: Cut, pair: Pair, shard: Shard, primals: Any, moved: Any) -> 
 
 def _bwd(of: Heads, state: Array, up: Array, wanted: tuple[bool, ...], cut: Cut, pair: Pair) -> Sums:
     """The gradients wanted of the student's three; the weight's is written slice by slice, in its own type."""
-    x, w, b = of[:3]
+    student: Any = of[:3]
+    x, w, b = student
     judged = without(x.astype(w.dtype), of.gone)
 
     def step(sums: Sums, part: Part) -> Sums:
