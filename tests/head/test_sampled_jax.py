@@ -43,7 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
     "none": {"reduction": "none", "z_loss": 0.1, "logit_scale": 0.7},
     "cap": {"softcap": 3.0, "reduction": "sum", "stats": ("entropy", "lse")},
     "smooth": {"label_smoothing": 0.2, "stats": ("entropy",)},
-}
+    "weighted": {"weight": np.linspace(0.2, 1.0, 7, dtype="f"), "token_weight": np.array([1, 0.2, 0.5], "f"),
+                 "label_smoothing": 0.1, "reduction": "sum"},
+}  # fmt: skip
 UPS = {"entropy": jnp.array([0.5, -1.0, 2.0]), "lse": jnp.array([0.5, -1.0, 2.0])}
 PAIR = (np.array([[1, 4, 1], [0, 0, -100], [6, 2, 3]]), np.array([[0.3, 0.5, 0.4], [1, 0.2, 9], [0.1, 0.2, 0.3]]))
 
@@ -55,7 +57,8 @@ def judge_unbiased(case: str, target: Any, monkeypatch: Any, steps: int = 1000) 
     def total(*leaves: Any, **more: Any) -> Any:
         out = OPS.linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], **options, **more)
         loss, stats = out if isinstance(out, tuple) else (out, {})
-        return loss.sum() + sum((UPS[name] * v).sum() for name, v in stats.items())
+        up = jnp.array([0.6, -1.0, 0.3]) if loss.ndim else 1.0  # each row its own
+        return (up * loss).sum() + sum((UPS[name] * v).sum() for name, v in stats.items())
 
     grid = (jnp.arange(steps) + 0.5) / steps
     drawn = jax.random.uniform

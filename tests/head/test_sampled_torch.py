@@ -44,7 +44,8 @@ def gradients(
         if u is not None:
             monkeypatch.undo()
     loss, stats = out if isinstance(out, tuple) else (out, {})
-    total = loss.sum() + sum((stats[n] * c).sum() for n, c in (stats_up or {}).items())
+    up = torch.tensor([0.6, -1.0, 0.3], dtype=F64)[: len(x)] if loss.dim() else 1.0  # each row its own
+    total = (up * loss).sum() + sum((stats[n] * c).sum() for n, c in (stats_up or {}).items())
     return torch.autograd.grad(total, [x, w, b])
 
 
@@ -63,7 +64,9 @@ CASES: dict[str, dict[str, Any]] = {
     "none": {"reduction": "none", "z_loss": 0.1, "logit_scale": 0.7},
     "cap": {"softcap": 3.0, "reduction": "sum", "stats": ("entropy", "lse")},
     "smooth": {"label_smoothing": 0.2, "stats": ("entropy",)},
-}
+    "weighted": {"weight": torch.linspace(0.2, 1.0, 7), "token_weight": torch.tensor([1.0, 0.2, 0.5]),
+                 "label_smoothing": 0.1, "reduction": "sum"},
+}  # fmt: skip
 
 
 def judge_unbiased(case: str, target: Any, leaves: Any, patch: Any, K: int = 2, steps: int = 401) -> None:

@@ -40,10 +40,15 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 
 
-def adding_scatters(f: Any) -> list[bool]:
-    """Of each scatter that adds, in the program of a CUDA device, whether its indices are known to differ."""
+def program(f: Any) -> str:
+    """A gradient's program for a CUDA device."""
     given = (X, W, B, jax.random.key(0))
-    text = jax.export.export(jax.jit(jax.grad(f, (0, 1, 2))), platforms=("cuda",))(*given).mlir_module()
+    return jax.export.export(jax.jit(jax.grad(f, (0, 1, 2))), platforms=("cuda",))(*given).mlir_module()
+
+
+def adding_scatters(f: Any) -> list[bool]:
+    """Of each scatter that adds whether its indices are known to differ."""
+    text = program(f)
     # what is false is not printed
     found = re.findall(r'"stablehlo\.scatter"\([^)]*\) <\{(.*?)\}> \(\{(.*?)stablehlo\.return', text, re.DOTALL)
     assert len(found) == text.count('"stablehlo.scatter"(')
@@ -61,6 +66,62 @@ def test_no_scatter_adds_in_any_order(call: str) -> None:
 def test_saboteur_a_scatter_that_adds_in_any_order(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picked, "alone", lambda ctx: False)
     assert not all(adding_scatters(CALLS[call]))
+
+
+def sorts(f: Any) -> list[bool]:
+    """Of each sort whether it is stable: if not, a class's rows may stand in another order in each run."""
+    text = program(f)
+    found = re.findall(r'"stablehlo\.sort"\([^)]*\) <\{(.*?)\}>', text)
+    assert len(found) == text.count('"stablehlo.sort"(') > 0
+    return ["is_stable = true" in how for how in found]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_sort_is_stable(call: str) -> None:
+    assert all(sorts(CALLS[call]))
+
+
+ARGSORT = jnp.argsort
+
+
+def test_saboteur_a_sort_that_is_not_stable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jnp, "argsort", lambda a, axis=-1, **_: ARGSORT(a, axis, stable=False))
+    assert not all(sorts(CALLS["sampled"]))
+
+
+def judge_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each class is one run, and written once: what is told of the scatter's indices."""
+    ids, seen = np.array([[3, 1, 3, -1], [7, 0, 1, 3], [3, -1, 7, 7]]), []
+    run_sums = sparse.run_sums
+    monkeypatch.setattr(
+        picked, "run_sums", lambda begins, a, axis: seen.append(int(begins.sum())) or run_sums(begins, a, axis)
+    )
+    c, x = R.normal(size=ids.shape).astype("f"), R.normal(size=(3, D)).astype("f")
+    found = picked._ordered_weight_bwd(*map(jnp.asarray, (c, x, ids)), classes=9, wide=True)
+    truth = np.zeros((10, D))
+    np.add.at(truth, ids, c[:, :, None] * x[:, None])
+    np.testing.assert_allclose(found, truth[:9], rtol=1e-5, atol=1e-6)
+    assert seen == [len(np.unique(ids))]
+
+
+def test_each_class_is_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge_runs(monkeypatch)
+
+
+UNSORTED = {
+    "as they come": lambda a, axis=-1, **_: jnp.arange(a.shape[axis]),
+    "two exchanged": lambda a, axis=-1, **_: (
+        ARGSORT(a, axis).at[jnp.array([0, 4])].set(ARGSORT(a, axis)[jnp.array([4, 0])])
+    ),
+    "one twice": lambda a, axis=-1, **_: ARGSORT(a, axis).at[4].set(ARGSORT(a, axis)[5]),
+}
+
+
+@pytest.mark.parametrize("name", UNSORTED)
+def test_saboteur_a_broken_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jnp, "argsort", UNSORTED[name])
+    with pytest.raises(AssertionError):
+        judge_runs(monkeypatch)
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1 << 20])

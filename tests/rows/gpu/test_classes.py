@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.rows import order
 from tests.rows.gpu import interpreter
 
 if interpreter.why_not():
@@ -117,6 +119,43 @@ def test_a_class_with_many_terms_keeps_its_digits() -> None:
     due = (x.double() * c.double()).sum(0)
     torch.testing.assert_close(dw[1].double(), due, rtol=3e-6, atol=0)
     assert (dw[::2] == 0).all()
+
+
+def _weight_bwd(c: Any, x: Any, ids: Any) -> np.ndarray:
+    given = (torch.from_numpy(np.array(a)) for a in (c, x, ids))
+    return kernels.picked_weight_bwd(*given, order.V, None, None, True).numpy()
+
+
+def test_pairs_are_summed_in_the_order_of_their_rows() -> None:
+    order.judge(_weight_bwd)
+
+
+SORTED = kernels._sorted
+
+
+def _from_the_end(c: Any, ids: Any, classes: int) -> Any:
+    by_class, rows, by_pair, start = SORTED(c.flip(0, 1), ids.flip(0, 1), classes)
+    return by_class, len(ids) - 1 - rows, by_pair, start
+
+
+def _unsorted(c: Any, ids: Any, classes: int) -> Any:
+    by_class, rows, by_pair, start = SORTED(c, ids, classes)
+    return by_class, rows.roll(1), by_pair.roll(1), start
+
+
+def _a_pair_late(c: Any, ids: Any, classes: int) -> Any:
+    by_class, rows, by_pair, start = SORTED(c, ids, classes)
+    return by_class, rows, by_pair, torch.cat([start[:3], start[3:4] + 1, start[4:]])
+
+
+SORTS = {"not stable": _from_the_end, "not sorted": _unsorted, "a class begins a pair late": _a_pair_late}
+
+
+@pytest.mark.parametrize("name", SORTS)
+def test_a_broken_order_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_sorted", SORTS[name])
+    with pytest.raises(AssertionError):
+        order.judge(_weight_bwd)
 
 
 def _problem(dtype: Any = torch.float64, n: int = 3, d: int = 4, v: int = 40) -> Any:

@@ -185,6 +185,15 @@ def test_every_point_falls_where_its_stratum_says():
         np.testing.assert_allclose(share[k, :6], overlap, atol=1.5 / steps)
     assert (share[:, 6] == 0).all()
     np.testing.assert_allclose(share.mean(0)[:6], r, atol=0.5 / steps)  # unbiased
+    # Var sum_j r^_j f_j = 1/K^2 sum_k Var f in stratum k, at most Var_r f / K for any f; were all points of a row taken
+    # at one u, there would be directions that break it: the last is the worst of all for this r
+    directions = [*np.eye(7)[:6], np.arange(7.0), np.array([2.82, 0.0, 0.08, 1.38, -4.79, 0.5, 0.0])]
+    for f in directions:
+        bound = (r @ f[:6] ** 2 - (r @ f[:6]) ** 2) / K
+        found = (share @ f**2 - (share @ f) ** 2).sum() / K**2
+        assert found <= bound + 3 * (f**2).max() / steps
+    if steps > 1000:
+        assert f[ids].mean(1).var() > 1.1 * bound
 
 
 def test_edges_of_points():
