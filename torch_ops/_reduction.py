@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softmax_ext.contract import LossOptions
-from torch_ops._modes import is_none
+from torch_ops._modes import can_look, is_none
 from torch_ops._rows.classes import IGNORED, INVALID, mass_sum, of_rows
 
 
@@ -43,14 +43,18 @@ def coefficients(
     along `dim`, each has its own: its probability, weighted by class.
     """
     s, soft = options.label_smoothing, target.is_floating_point()
-    marks = target if soft else of_rows(target, ones.dim() + 1, dim)
-    kept = torch.ones_like(ones, dtype=torch.bool) if soft else marks != IGNORED
+    # of K classes a row, where a look is free: the usual ones name a class each, and there is nothing to mark or mask
+    whole = probabilities is not None and can_look(target) and target.numel() > 0 and bool(target.amin() >= 0)
+    all_kept = soft or whole
+    marks = target if all_kept else of_rows(target, ones.dim() + 1, dim)
+    kept = torch.ones_like(ones, dtype=torch.bool) if all_kept else marks != IGNORED
     share = kept.to(ones.dtype)
     tokens: Any = 1.0
     nll: Any = 1.0
     if probabilities is not None:
-        # What an ignored slot holds is not read, NaN included.
-        nll = probabilities.to(ones.dtype).masked_fill(target == IGNORED, 0.0)
+        nll = probabilities.to(ones.dtype)
+        if not whole:  # what an ignored slot holds is not read, NaN included
+            nll = nll.masked_fill(target == IGNORED, 0.0)
         if weight is not None and not is_none(classes):
             nll = nll * weight.to(ones.dtype)[target.clamp(0, classes - 1)].masked_fill(target == IGNORED, 0.0)
     elif not soft and weight is not None and not is_none(classes):
@@ -61,12 +65,12 @@ def coefficients(
         tokens = token_weight.to(ones.dtype).masked_fill(~kept, 0.0)
         nll, share = nll * (tokens if probabilities is None else tokens.unsqueeze(dim)), share * tokens
     return Coefficients(
-        nll=None if s == 1.0 else nll * (1.0 - s),
+        nll=None if s == 1.0 else nll if s == 0.0 else nll * (1.0 - s),
         smooth=tokens * (s / max(classes, 1)) if s > 0.0 else None,
         square=tokens * options.z_loss if options.z_loss > 0.0 else None,
         share=share,
         kept=kept,
-        count=ones.numel() if soft and token_weight is None else None,
+        count=ones.numel() if all_kept and token_weight is None else None,
     )
 
 
