@@ -191,14 +191,15 @@ def _loss(
     """The loss, and its statistics; targets are soft, canonical, or `raw` class indices, with K of them a row pairs."""
     if raw:
         t = canonical(t, shard.total, options.ignored)
-    plan = Plan.of(options, logits.dtype)
+    plan, by_scale = Plan.of(options, logits.dtype), None
     of_class, x = plan.class_weight(w, logits.dtype, soft=is_soft(t)), logits
     if scale is not None:
         from jax_ops._head.scaled_rows import scaled_row
         from jax_ops._rules.scaled import ignored, times
 
         (own,) = shard.own(scale)
-        logits = times(x, own, axis, ignored(x, t, axis))  # formed for who asks for more than the row's own numbers
+        by_scale = lambda x: times(x, own, axis, ignored(x, t, axis))  # noqa: E731
+        logits = by_scale(x)  # formed for who asks for more than the row's own numbers
     if shard.names:
         from jax_ops._parallel.logits import sharded_row
 
@@ -212,7 +213,7 @@ def _loss(
     if options.stats:
         from jax_ops._parallel.statistics import MORE, statistics_of
 
-        per_row |= statistics_of([n for n in options.stats if n in MORE], logits, t, axis, plan, shard)
+        per_row |= statistics_of([n for n in options.stats if n in MORE], x, t, axis, plan, shard, by_scale)
     by = coefficients(ones, t, w, tokens, options, shard, probabilities, axis)
     loss, found = finish(per_row, lambda: _argmax(logits, axis, plan, shard), t, by, options, axis)
     return (loss, found) if options.stats else loss

@@ -208,7 +208,8 @@ def _more(names: Any, input: Tensor, scale: Any, target: Tensor, plan: Plan, dim
     wanted = [n for n in names if n in MORE]
     if not wanted:
         return {}
-    return statistics_of(wanted, _times(input, scale, target, dim), target, dim, plan.scale, plan.softcap)
+    by = None if scale is None else lambda x: _times(x, scale, target, dim)
+    return statistics_of(wanted, input, target, dim, plan.scale, plan.softcap, by)
 
 
 def _z(input: Tensor, scale: Tensor | None, target: Tensor, plan: Plan, dim: int) -> Tensor:

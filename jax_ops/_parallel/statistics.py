@@ -3,10 +3,6 @@
 legend:  z the logits scaled and capped, p = softmax(z), r = softmax(2 z), t any class of the row, V classes
 formula: log_sum_sq = log sum_j p_j^2 (`_rules/log_sum_sq.py`);  mean_logit = sum_j z_j / V
          rank = how many z_j > z_target, NaN the largest
-Of a shard log_sum_sq = (lse(2 z) - 2 z_t) - 2 (lse(z) - z_t), two nll's of one class: at the first maximum neither
-cancels, nor the gradient 2 (r_j - p_j), in a confident row's maximum 2 (1 - p) - 2 (1 - r). Where all logits are nearly
-equal both rows round r and p by themselves, and the gradient's digits go. 2 C(s x) is the cap 2 c of 2 s x, so both
-rows have the rules of a row, and every order.
 """
 
 from __future__ import annotations
@@ -17,20 +13,30 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_ops._parallel.logits import sharded_row
 from jax_ops._parallel.shard import Shard
+from jax_ops._parallel.squares import sharded_log_sum_sq
 from jax_ops._rows.dispatch import IGNORED, capped, compute, is_soft, of_rows
 from jax_ops._rules.log_sum_sq import log_sum_sq
 from jax_ops._rules.plan import Plan
-from softmax_ext.contract import fitted
+
+Product = Callable[[Array], Array]
 
 MORE = ("log_sum_sq", "mean_logit", "rank")  # the names of a call's statistics that are formed here
 
 
 def statistics_of(
-    names: Sequence[str], logits: Array, target: Array, axis: int, plan: Plan, shard: Shard
+    names: Sequence[str],
+    logits: Array,
+    target: Array,
+    axis: int,
+    plan: Plan,
+    shard: Shard,
+    by: Product | None = None,
 ) -> dict[str, Array]:
-    """Those named of each row, or of a shard's rows; of a row that `target` ignores 0, its rank -1."""
+    """Those named of each row, or of a shard's rows; of a row that `target` ignores 0, its rank -1.
+
+    `by`: the product of logits with an array scale.
+    """
     nothing = None if is_soft(target) else of_rows(target, logits.ndim, axis) == IGNORED
     x = compute(logits)  # what is made of them twice is summed before it is rounded
     if nothing is not None:  # such a row reaches no result, not even through 0 * NaN
@@ -38,37 +44,44 @@ def statistics_of(
     found = {}
     for name in names:
         if name == "rank":
-            found[name] = ranks(x, target, axis, plan, shard)
+            found[name] = ranks(scaled(x, by), target, axis, plan, shard)
         else:
             make: Callable[..., Array] = _log_sum_sq if name == "log_sum_sq" else _mean
-            value = make(x, axis, plan, shard)
+            value = make(x, axis, plan, shard, by)
             found[name] = value if nothing is None else jnp.where(nothing, 0.0, value)
     return found
 
 
-def doubled(plan: Plan, kind: Array) -> Plan:
-    """The plan of twice the logits."""
-    limits = jnp.finfo(kind.dtype)
-    cap = None if plan.softcap is None else 2.0 * plan.softcap
-    scale, cap = fitted(2.0 * plan.scale, cap, float(limits.tiny), float(limits.max))
-    return plan._replace(scale=scale, softcap=cap)
-
-
-def _log_sum_sq(x: Array, axis: int, plan: Plan, shard: Shard) -> Array:
+def _log_sum_sq(x: Array, axis: int, plan: Plan, shard: Shard, by: Product | None) -> Array:
     if isinstance(shard.total, int) and not shard.total:
         return x.sum(axis) + jnp.nan
-    if not shard.names:
-        return log_sum_sq(bounded(x, plan.scale, plan.softcap), axis)
-    z = capped(jax.lax.stop_gradient(x), plan.scale, plan.softcap)
-    top = shard.first_largest(z.max(axis), z.argmax(axis))
-    once = plan._replace(names=("nll",), lean=False)
-    twice, alone = (sharded_row(x, top, None, axis, each, shard)["nll"] for each in (doubled(once, x), once))
-    return twice - 2.0 * alone
+    if is_shifted(plan, by):
+        x = below(x, shard.largest(x.max(axis, keepdims=True, initial=-jnp.inf)))
+    z = bounded(scaled(x, by), plan.scale, plan.softcap)
+    return log_sum_sq(z, axis) if not shard.names else sharded_log_sum_sq(z, axis, shard)
 
 
-def _mean(x: Array, axis: int, plan: Plan, shard: Shard) -> Array:
-    total = bounded(x, plan.scale, plan.softcap).sum(axis)
+def _mean(x: Array, axis: int, plan: Plan, shard: Shard, by: Product | None) -> Array:
+    total = bounded(scaled(x, by), plan.scale, plan.softcap).sum(axis)
     return shard.sum(total) / (shard.total if isinstance(shard.total, int) else jnp.asarray(shard.total, x.dtype))
+
+
+def scaled(x: Array, by: Product | None) -> Array:
+    """The product with an array scale, where there is one."""
+    return x if by is None else by(x)
+
+
+def is_shifted(plan: Plan, by: Product | None) -> bool:
+    """Whether logits are to be taken from their row's largest first: their product with a scale is rounded.
+
+    What they have in common it would round too, of which log sum p^2 is no function.
+    """
+    return plan.softcap is None and (plan.scale != 1.0 or by is not None)
+
+
+def below(x: Array, largest: Array) -> Array:
+    """Logits less their row's largest, which is held constant."""
+    return x - jnp.where(jnp.isfinite(largest), largest, 0.0)
 
 
 def bounded(x: Array, scale: float, softcap: float | None) -> Array:

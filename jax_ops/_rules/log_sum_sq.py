@@ -56,7 +56,13 @@ def _values(z: Array, axis: int) -> tuple[Array, Array, Array]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gradient(axis: int, z: Array, m: Array, c: Array) -> Array:
-    m, c = (jnp.expand_dims(x, axis) for x in (m, c))
+    a, f = about(z, *(jnp.expand_dims(x, axis) for x in (m, c)))
+    total, over = a.sum(axis, keepdims=True), (a * f).sum(axis, keepdims=True)
+    return 2.0 * a * ((f * total - over) / (total * (total + over)))
+
+
+def about(z: Array, m: Array, c: Array) -> tuple[Array, Array]:
+    """(a, f) = (exp(z - c), expm1(z - c)), of which no derivative is taken; m is the maximum of z."""
     z = jnp.minimum(z, m)  # so that no product that z comes from is contracted with what follows (`shifted`)
     d = z - c
     back = d - z
@@ -64,9 +70,7 @@ def _gradient(axis: int, z: Array, m: Array, c: Array) -> Array:
     error = jnp.where(jnp.isfinite(error), error, 0.0)
     a = jnp.exp(d)
     error = a * error
-    f, a = jnp.expm1(d) + error, a + error
-    total, over = a.sum(axis, keepdims=True), (a * f).sum(axis, keepdims=True)
-    return 2.0 * a * ((f * total - over) / (total * (total + over)))
+    return a + error, jnp.expm1(d) + error
 
 
 @_gradient.defjvp

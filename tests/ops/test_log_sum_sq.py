@@ -204,3 +204,49 @@ def test_the_reference_agrees() -> None:
         x, np.zeros(3, int), dloss=0.0, dstats={"log_sum_sq": np.ones(3)}, stats=("log_sum_sq",), reduction="none"
     )
     np.testing.assert_allclose(truth(x)[0], g, rtol=1e-9, atol=1e-15)
+
+
+# A scale, where all logits of a row have a large number in common: what it rounds is the difference to the largest
+
+FAR = 1e4
+
+
+def scaled_rows(dtype: str) -> tuple[Array, Array]:
+    """(x, s): logits about 1e4 apart by little, and each row's scale."""
+    x = rounded(FAR + np.random.default_rng(9).standard_normal((3, 33)), dtype)
+    return x, rounded(np.array([0.7, 1.3, 0.11]), dtype)
+
+
+def scaled_truth(x: Array, s: Array) -> tuple[Array, Array, Array]:
+    """(L, dL/dx, what its digits are counted in)."""
+    z = s[:, None].astype(WIDE) * (x.astype(WIDE) - x.max(-1, keepdims=True))
+    e = np.exp(z)
+    value = np.log((e * e).sum(-1)) - 2 * np.log(e.sum(-1))
+    g, size = truth(z)
+    return value.astype(np.float64), g * s[:, None], size * s[:, None]
+
+
+@each(("kind",), torch=[("number",), ("rows",)], jax=[("number",), ("rows",)])
+def test_a_scale_of_logits_far_from_0(fw, kind):
+    x, s = scaled_rows("float32")
+    if kind == "number":
+        s = np.full_like(s, 0.7)
+    value, right, size = scaled_truth(x, rounded(s, "float32"))
+    options = {"logit_scale": 0.7} if kind == "number" else {}
+    arrays = {"input": x, "target": np.zeros(len(x), int)} | ({"logit_scale": s} if kind == "rows" else {})
+    how: Any = {"reduction": "none", "stats": ("log_sum_sq",), **options}
+    values, grads = fw("cross_entropy", "float32", arrays, {"log_sum_sq": np.ones(len(x))}, **how)
+    np.testing.assert_allclose(values["log_sum_sq"], value, rtol=2e-6)
+    close(grads["input"], right, size, dtype="float32", c=16.0, what="log_sum_sq gradient, scaled")
+
+
+def test_logits_scaled_before_they_are_taken_apart_are_seen() -> None:
+    x, s = scaled_rows("float32")
+    value, right, size = scaled_truth(x, s)
+    z = s[:, None].astype(np.float32) * x.astype(np.float32)
+    g, _ = truth(z)
+    with pytest.raises(AssertionError):
+        close(g * s[:, None], right, size, dtype="float32", c=16.0, what="log_sum_sq gradient, scaled")
+    d = (z - z.max(-1, keepdims=True)).astype(np.float64)
+    off = np.log(np.exp(2 * d).sum(-1)) - 2 * np.log(np.exp(d).sum(-1)) - value
+    assert np.abs(off / value).max() > 2e-5

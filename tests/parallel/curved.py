@@ -94,3 +94,45 @@ def half_precision_is_as_exact_as_one_device() -> None:
     mine = product(part.of("z", z), part.of("z", v), t, None, group=group()).to(F64)
     off = ((mine - part.of("z", right)).abs() / part.of("z", size)).max()
     assert off <= max(1.5 * float(one), 2.0**-8), f"{off}, not {one}"
+
+
+NEAR, FAR = (
+    1.0 + 2.0**-12 * torch.arange(8).reshape(1, 8).float() ** 1.5,
+    1e4 + torch.linspace(-1.0, 2.0, 8).reshape(1, 8),
+)
+SCALE = 0.7
+
+
+def slanted(z: Tensor, memory: str | None, over: Any) -> Tensor:
+    """The gradient of log sum p^2 by the logits, or by a head that they are the weight of."""
+    leaf, t = z.clone().requires_grad_(), torch.zeros(len(z), dtype=torch.int64)
+    how: Any = {"stats": ("log_sum_sq",), "reduction": "none", "logit_scale": SCALE, "group": over}
+    if memory is None:
+        _, found = torch_ops.cross_entropy(leaf, t, **how)
+    else:
+        one, how["memory"] = torch.ones(1, 1, dtype=z.dtype), memory
+        _, found = torch_ops.linear_cross_entropy(one, leaf.T, t, **how)
+    return torch.autograd.grad(found["log_sum_sq"].sum(), leaf)[0]
+
+
+def two_rows(z: Tensor, over: Any) -> Tensor:
+    """The same as two nll's of the largest class, of z and of 2 z."""
+    leaf, top = z.clone().requires_grad_(), torch.full((len(z),), 7)
+    nll: Any = lambda scale: torch_ops.cross_entropy(leaf, top, logit_scale=scale, group=over, reduction="sum")  # noqa: E731
+    return torch.autograd.grad(nll(2 * SCALE) - 2.0 * nll(SCALE), leaf)[0]
+
+
+@check
+def log_sum_sq_over_ranks_keeps_its_digits() -> None:
+    for z in (NEAR, FAR):
+        right = slanted(z.to(F64), None, None)
+        size, seen = right.abs().max() * F32, torch.zeros(())
+        for sizes in SIZES[dist.get_world_size()]:
+            part = Part((*sizes[:-1], 8 - sum(sizes[:-1])))
+            for memory in (None, "fast", "lean"):
+                off = (slanted(part.of("z", z), memory, group()).to(F64) - part.of("z", right)).abs()
+                assert (off <= 64 * size).all(), f"{z[0, :2]} {sizes} {memory}: {off / size} roundings"
+            lost = (two_rows(part.of("z", z), group()).to(F64) - part.of("z", right)).abs()
+            seen = torch.maximum(seen, (lost > 256 * size).any().to(seen.dtype))
+        dist.all_reduce(seen)
+        assert seen > 0, "the saboteur, rows rounded apart: nobody saw it"

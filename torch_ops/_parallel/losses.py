@@ -58,8 +58,11 @@ def cross_entropy(
     if not soft:
         target = _canonical(op, target, classes, options.ignored, place, along)
     kind = torch.promote_types(x.dtype, torch.float32)
+    given, by_scale = x, None
     if scale is not None:  # each rank multiplies its own classes
-        x = times(x, scale if here is None else shared(scale, place.group), axis, ignored(x, target, axis))
+        own = scale if here is None else shared(scale, place.group)
+        by_scale = lambda x: times(x, own, axis, ignored(x, target, axis))  # noqa: E731
+        x = by_scale(x)
     plan = Plan.of(options, kind)
     w = plan.class_weight(weight, kind, soft=soft)
     if here is not None:
@@ -69,9 +72,9 @@ def cross_entropy(
         per_row = dict(zip(plan.names, values, strict=False))
     names = [n for n in options.stats if n in MORE]
     if here is None:
-        per_row |= statistics_of(names, x, target, axis, plan.scale, plan.softcap)
+        per_row |= statistics_of(names, given, target, axis, plan.scale, plan.softcap, by_scale)
     else:
-        per_row |= of_logits(names, x, target, axis, plan, here)
+        per_row |= of_logits(names, given, target, axis, plan, here, by_scale)
     by = _coefficients(per_row["lse"], target, weight, token_weight, options, classes, here, probabilities, axis)
     capped = lambda: rows.capped(x.detach(), plan.scale, plan.softcap)  # noqa: E731
     loss, stats = finish(per_row, capped, target, by, options, axis, partial(_reduce, place))

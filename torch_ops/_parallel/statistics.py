@@ -1,45 +1,47 @@
-"""Statistics of rows whose classes are sharded, as `_rules/statistics.py` has them of whole rows.
-
-legend:  r = softmax(2 z), t a class of the row
-formula: log_sum_sq = log sum_j p_j^2 = (lse(2 z) - 2 z_t) - 2 (lse(z) - z_t), two nll's of one class: at the first
-         maximum neither cancels, nor the gradient 2 (r_j - p_j), in a confident row's maximum 2 (1 - p) - 2 (1 - r)
-         (where all logits are nearly equal both rows round r and p by themselves, and the gradient's digits go)
-2 C(s x) is the cap 2 c of 2 s x, so both rows have the rules of a row, and every order.
-"""
+"""Statistics of rows whose classes are sharded, as `_rules/statistics.py` has them of whole rows."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softmax_ext.contract import fitted
 from torch_ops._head.chunks import that_fit
 from torch_ops._head.linear import formed_in
 from torch_ops._head.per_row import logits as head_logits
 from torch_ops._head.row_map import Chunked, RowMap, run
-from torch_ops._parallel.collectives import shared, summed
+from torch_ops._parallel.collectives import maximum, shared, summed
+from torch_ops._parallel.distribution import largest_of
 from torch_ops._parallel.head import HeadShard
+from torch_ops._parallel.log_sum_sq import log_sum_sq
 from torch_ops._parallel.logits import LogitsShard
-from torch_ops._parallel.rules import sharded_rows
-from torch_ops._parallel.shard import Shard, first_of_all
+from torch_ops._parallel.shard import Shard
 from torch_ops._rows import dispatch as rows
 from torch_ops._rules.plan import Plan
-from torch_ops._rules.statistics import bounded, larger
+from torch_ops._rules.statistics import Product, below, bounded, larger, scaled
 
 
-def of_logits(names: Sequence[str], x: Tensor, target: Tensor, dim: int, plan: Plan, shard: Shard) -> dict[str, Tensor]:
-    """Those named of each row, of a shard of its logits."""
-    x = _without(x, target, dim)
+def of_logits(
+    names: Sequence[str], x: Tensor, target: Tensor, dim: int, plan: Plan, shard: Shard, by: Product | None = None
+) -> dict[str, Tensor]:
+    """Those named of each row, of a shard of its logits; `by`: their product with an array scale."""
+    x = rows.compute(_without(x, target, dim))
+    product = scaled(x, by)
     with torch.no_grad():
-        z = rows.capped(x, plan.scale, plan.softcap)
-    nll = lambda plan, top: sharded_rows(LogitsShard(plan, shard, dim, False), x, top, None)["nll"]  # noqa: E731
-    total = lambda: bounded(rows.compute(x), plan.scale, plan.softcap).sum(dim)  # noqa: E731
+        z = rows.capped(product, plan.scale, plan.softcap)
+
+    def squares() -> Tensor:
+        source = LogitsShard(_unscaled(plan), shard, dim, False)
+        given = product
+        if by is not None and plan.softcap is None:  # before it is rounded with what the row has in common
+            given = by(below(x, maximum(largest_of(x.detach(), dim), shard.group)))
+        return log_sum_sq(source, plan.scale, given, target.detach(), None)
+
+    total = lambda: bounded(product, plan.scale, plan.softcap).sum(dim)  # noqa: E731
     numbers = lambda of, *args: of(z, *args, shard, dim)  # noqa: E731
-    return _found(names, target, plan, shard, nll, total, numbers, x.dtype, dim, x.dim())
+    return _found(names, target, shard, squares, total, numbers, dim, x.dim())
 
 
 def of_head(
@@ -50,8 +52,9 @@ def of_head(
     x, lw = _without(x, target, 1).to(kind), lw.to(kind)
     lb, up = (a if a is None else a.to(kind) for a in (lb, up))
     layer = (lw, lb, up)
-    plan = plan._replace(argmax=False, smooth=False, entropy=False)
-    nll = lambda plan, top: HeadShard(plan, shard).rows(x, *layer, top, None)[0]  # noqa: E731
+    squares = lambda: log_sum_sq(  # noqa: E731
+        HeadShard(_unscaled(plan), shard), plan.scale, x, *layer, target.detach(), None
+    )
 
     def mapped(call: Callable[..., Sequence[Tensor]], count: int, *more: Tensor) -> Any:
         by_row = (True, False, False, False, *[True] * len(more))
@@ -71,21 +74,19 @@ def of_head(
             z = rows.capped(head_logits(x, lw, lb, up), plan.scale, plan.softcap)
             return of(z, *args, shard, 1)
 
-        fn, arrays = mapped(call, 2 if of is _top else 1, *args)
+        fn, arrays = mapped(call, 1, *args)
         return run(fn, that_fit(None, 4 * max(1, lw.shape[0]), 4), *arrays)
 
-    return [*_found(names, target, plan, shard, nll, total, numbers, x.dtype, 1, 2).values()]
+    return [*_found(names, target, shard, squares, total, numbers, 1, 2).values()]
 
 
 def _found(
     names: Sequence[str],
     target: Tensor,
-    plan: Plan,
     shard: Shard,
-    nll: Callable[[Plan, Tensor], Tensor],
+    squares: Callable[[], Tensor],
     total: Callable[[], Tensor],
     numbers: Callable[..., Any],
-    kind: torch.dtype,
     dim: int,
     ndim: int,
 ) -> dict[str, Tensor]:
@@ -93,14 +94,7 @@ def _found(
     out = {}
     for name in names:
         if name == "log_sum_sq":
-            value, place = numbers(_top)
-            top = first_of_all(value, place, shard)
-            top = top if nothing is None else top.masked_fill(nothing, rows.IGNORED)
-            limits = torch.finfo(torch.promote_types(kind, torch.float32))
-            cap = None if plan.softcap is None else 2.0 * plan.softcap
-            scale, cap = fitted(2.0 * plan.scale, cap, limits.tiny, limits.max)
-            once = plan._replace(smooth=False, entropy=False, argmax=False)
-            out[name] = nll(once._replace(scale=scale, softcap=cap), top) - 2.0 * nll(once, top)
+            out[name] = squares()
         elif name == "mean_logit":
             out[name] = summed(total(), shard.group) / shard.classes
         else:
@@ -112,12 +106,10 @@ def _found(
     return out
 
 
-def _top(z: Tensor, _: Shard, dim: int) -> tuple[Tensor, ...]:
-    """The first maximum of a shard's logits, and its place."""
-    if z.shape[dim]:
-        return z.amax(dim), z.argmax(dim)
-    none = z.sum(dim)
-    return torch.full_like(none, -math.inf), torch.zeros_like(none, dtype=torch.int64)
+def _unscaled(plan: Plan) -> Plan:
+    """The plan of rows that `log_sum_sq` scales."""
+    scale = 1.0 if plan.softcap is None else plan.scale
+    return plan._replace(scale=scale, smooth=False, entropy=False, argmax=False)
 
 
 def _at(z: Tensor, target: Tensor, shard: Shard, dim: int) -> tuple[Tensor, ...]:

@@ -124,16 +124,20 @@ def _values(dim: int, z: Tensor) -> tuple[Tensor, ...]:
 
 
 def _gradient(dim: int, z: Tensor, c: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-    c = c.unsqueeze(dim)
+    a, f = about(z, c.unsqueeze(dim))
+    total, over = a.sum(dim, keepdim=True), (a * f).sum(dim, keepdim=True)
+    by = 2.0 * up.unsqueeze(dim) / (total * (total + over))  # of a batch of upstreams: nothing is written into by it
+    return (f.mul_(total).sub_(over).mul_(a) * by,)
+
+
+def about(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, f) = (exp(z - c), expm1(z - c)), without a derivative."""
     f = z - c
     back = f - z
     error = (z - (f - back)).sub_(back.add_(c))  # of the difference (Knuth's TwoSum)
     a = torch.exp(f)
     error = error.nan_to_num_(0.0, 0.0, 0.0).mul_(a)
-    f, a = f.expm1_().add_(error), a.add_(error)
-    total, over = a.sum(dim, keepdim=True), (a * f).sum(dim, keepdim=True)
-    by = 2.0 * up.unsqueeze(dim) / (total * (total + over))  # of a batch of upstreams: nothing is written into by it
-    return (f.mul_(total).sub_(over).mul_(a) * by,)
+    return a.add_(error), f.expm1_().add_(error)
 
 
 def _along(z: Tensor, c: Tensor, v: Tensor, dim: int) -> Tensor:

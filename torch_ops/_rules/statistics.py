@@ -8,7 +8,7 @@ formula: log_sum_sq = log sum_j p_j^2 (`log_sum_sq.py`);  mean_logit = sum_j z_j
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,35 +17,63 @@ from torch_ops._modes import is_none
 from torch_ops._rows import dispatch as rows
 from torch_ops._rules.log_sum_sq import log_sum_sq
 
+Product = Callable[[Tensor], Tensor]
+
 MORE = ("log_sum_sq", "mean_logit", "rank")  # the names of a call's statistics that are formed here
 
 
 def statistics_of(
-    names: Sequence[str], logits: Tensor, target: Tensor, dim: int, scale: float, softcap: float | None
+    names: Sequence[str],
+    logits: Tensor,
+    target: Tensor,
+    dim: int,
+    scale: float,
+    softcap: float | None,
+    by: Product | None = None,
 ) -> dict[str, Tensor]:
-    """Those named of each row; of a row that `target` ignores 0, its rank -1."""
+    """Those named of each row; of a row that `target` ignores 0, its rank -1. `by`: the product with an array scale."""
     nothing = None if target.is_floating_point() else rows.of_rows(target, logits.dim(), dim) == rows.IGNORED
     if nothing is not None:  # such a row reaches no result, not even through 0 * NaN
         logits = logits.masked_fill(nothing.unsqueeze(dim), 0.0)
     logits, found = rows.compute(logits), {}  # what is made of them twice is summed before it is rounded
     for name in names:
         if name == "rank":
-            found[name] = ranks(rows.capped(logits.detach(), scale, softcap), target, dim)
+            found[name] = ranks(rows.capped(scaled(logits.detach(), by), scale, softcap), target, dim)
         else:
             make = _log_sum_sq if name == "log_sum_sq" else _mean
-            value = make(logits, dim, scale, softcap)
+            value = make(logits, dim, scale, softcap, by)
             found[name] = value if nothing is None else value.masked_fill(nothing, 0.0)
     return found
 
 
-def _log_sum_sq(logits: Tensor, dim: int, scale: float, softcap: float | None) -> Tensor:
+def _log_sum_sq(logits: Tensor, dim: int, scale: float, softcap: float | None, by: Product | None) -> Tensor:
     if is_none(logits.shape[dim]):
         return logits.sum(dim) + math.nan
-    return log_sum_sq(bounded(logits, scale, softcap), dim)
+    if is_shifted(scale, softcap, by):
+        logits = below(logits, logits.detach().amax(dim, keepdim=True))
+    return log_sum_sq(bounded(scaled(logits, by), scale, softcap), dim)
 
 
-def _mean(logits: Tensor, dim: int, scale: float, softcap: float | None) -> Tensor:
-    return bounded(logits, scale, softcap).mean(dim)
+def _mean(logits: Tensor, dim: int, scale: float, softcap: float | None, by: Product | None) -> Tensor:
+    return bounded(scaled(logits, by), scale, softcap).mean(dim)
+
+
+def scaled(logits: Tensor, by: Product | None) -> Tensor:
+    """The product with an array scale, where there is one."""
+    return logits if by is None else by(logits)
+
+
+def is_shifted(scale: float, softcap: float | None, by: Product | None) -> bool:
+    """Whether logits are to be taken from their row's largest first: their product with a scale is rounded.
+
+    What they have in common it would round too, of which log sum p^2 is no function.
+    """
+    return softcap is None and (scale != 1.0 or by is not None)
+
+
+def below(logits: Tensor, largest: Tensor) -> Tensor:
+    """Logits less their row's largest, which is held constant."""
+    return logits - largest.masked_fill(~largest.isfinite(), 0.0)
 
 
 def bounded(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
