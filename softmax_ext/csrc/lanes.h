@@ -21,6 +21,10 @@ template <class T> struct Strip {
 // Where rows r0 .. r0 + n of an (outer, V, inner) array begin. Missing lanes repeat the last row, so that they hold
 // harmless numbers; scatter() never writes them.
 template <class F> SX_INLINE void row_bases(const Layout& y, int64_t r0, int64_t n, int64_t (&base)[W<F>]) {
+  if (y.inner == 1) {
+    for (int64_t l = 0; l < W<F>; ++l) base[l] = (r0 + (l < n ? l : n - 1)) * y.V;
+    return;
+  }
   int64_t o = r0 / y.inner, i = r0 % y.inner;  // one division for all: sixteen cost more than sixteen exponentials
   for (int64_t l = 0; l < W<F>; ++l) {
     base[l] = o * y.V * y.inner + i;

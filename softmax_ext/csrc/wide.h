@@ -32,6 +32,12 @@ template <class F> SX_INLINE uint64_t bits_of(Ints<F> x) {
 #if SX_AVX512
   if constexpr (sizeof(F) == 4) return _mm512_movepi32_mask((__m512i)x);
   else return _mm512_movepi64_mask((__m512i)x);
+#elif SX_AVX2
+  if constexpr (sizeof(F) == 4) return _mm256_movemask_ps((__m256)x);
+  else return _mm256_movemask_pd((__m256d)x);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(F) == 4) return _mm_movemask_ps((__m128)x);
+  else return _mm_movemask_pd((__m128d)x);
 #else
   typename Of<F>::Int lane[W<F>];
   std::memcpy(lane, &x, sizeof lane);
