@@ -126,10 +126,15 @@ template <int N> SX_INLINE double tree(typename Doubles<N>::V v) {
   }
 }
 SX_INLINE VD doubled(VF v) {  // the upper half of the lanes added to the lower
+#if SX_AVX512  // GCC converts a vector of eight by halves
+  return (VD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)) +
+         (VD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#else
   typedef float Half __attribute__((vector_size(SX_BYTES / 2)));
   Half part[2];
   std::memcpy(part, &v, sizeof v);
   return __builtin_convertvector(part[0], VD) + __builtin_convertvector(part[1], VD);
+#endif
 }
 SX_INLINE VD doubled(VD v) { return v; }
 template <class F> SX_INLINE double lane_sum(Vec<F> v) { return tree<W<double>>(doubled(v)); }
