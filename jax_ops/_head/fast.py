@@ -42,7 +42,7 @@ def fwd(of: Judged, how: How) -> slices.State:
 def bwd(of: Judged, whole: Sequence[Any], upstream: Sequence[Array | None], wanted: tuple[bool, ...], how: How) -> Sums:
     """The gradients wanted of x, the head, target and weight by name; `whole` are the rows' m, rest, mass and e."""
     (x, head, target, weight), (cut, shard, plan) = of, how
-    weights = 0.0 if upstream[2] is None else shard.weight_sum(weight)
+    weights = 0.0 if upstream[2] is None else shard.weights(weight)
 
     def step(sums: Sums, part: Part) -> Sums:
         t, m, rest, mass, e = (cut.take(a, part) for a in (target, *whole))
@@ -63,7 +63,7 @@ def fwd_bwd(
 ) -> Sums:
     """Of the rows' weighted sum the gradients wanted, and the nll, smooth and lse that have a coefficient."""
     (x, head, target, weight), (cut, shard, plan) = of, how
-    weights = 0.0 if smooth is None else shard.weight_sum(weight)
+    weights = 0.0 if smooth is None else shard.weights(weight)
 
     def step(sums: Sums, part: Part) -> Sums:
         t, (a, s, c) = cut.take(target, part), (cut.take_fresh(v, part) for v in (nll, smooth, square))

@@ -32,7 +32,7 @@ def fwd(of: Judged, how: How) -> slices.State:
 def bwd(of: Judged, whole: Sequence[Any], upstream: Sequence[Array | None], wanted: tuple[bool, ...], how: How) -> Sums:
     """The gradients wanted of x, the head, target and weight by name; `whole` are the rows' m, rest, mass and e."""
     (cut, shard, plan), (m, rest, mass, e) = how, whole
-    masses = (mass, 0.0 if upstream[2] is None else shard.weight_sum(of.weight), e)
+    masses = (mass, 0.0 if upstream[2] is None else shard.weights(of.weight), e)
     judged = without(of.x, of.ignored)
 
     def step(sums: Sums, part: Part) -> Sums:

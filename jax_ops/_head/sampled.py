@@ -21,6 +21,7 @@ from jax_ops._head.chunks import Part
 from jax_ops._head.judged import How, Judged
 from jax_ops._head.linear import Linear, ignored_rows, wide, without
 from jax_ops._head.per_row import per_row
+from jax_ops._head.smoothed import smoothed
 from jax_ops._parallel.points import here
 from jax_ops._parallel.points import sharded_points as points
 from jax_ops._parallel.shard import Shard
@@ -111,13 +112,17 @@ def _backward(of: Judged, kept: Sequence[Any], ups: Sequence[Any], wanted: tuple
     nll, marks = nll.reshape(targets.shape), rows.of_rows(targets, 2, 1)
     d_nll = jnp.zeros_like(nll) if d_nll is None else jnp.where(targets < 0, 0.0, d_nll.reshape(targets.shape))
     a, smooth, judged = jnp.zeros_like(q) if d_lse is None else d_lse, None, marks != rows.IGNORED
+    more = (targets[:, :0], a[:, None][:, :0])
     if d_smooth is not None:
-        of_class = jnp.ones_like(lse, shape=head.weight.shape[:1]) if weight is None else weight
-        a = a + d_smooth * shard.weight_sum(of_class)
-        smooth = (jnp.where(judged, d_smooth * plan.scale, 0.0), of_class)
+        of_class = jnp.ones_like(lse, shape=head.weight.shape[:1])
+        if weight is None:
+            added = d_smooth * shard.sum(of_class.sum())
+        else:
+            d_nll, added, of_class, *more = smoothed(targets, d_nll, d_smooth, weight, shard)
+        a, smooth = a + added, (jnp.where(judged, d_smooth * plan.scale, 0.0), of_class)
     at, on, p = _on_targets(targets, nll, d_nll, a, q)
     off = ((d_nll.sum(1) + a) * (q / samples))[:, None]
-    ids = jnp.concatenate([ids.astype(at.dtype), here(at, shard)], 1)
+    ids = jnp.concatenate([ids.astype(at.dtype), here(at, shard), more[0]], 1)
     slope: Any = plan.scale
     if d_entropy is not None or plan.softcap is not None:
         raw = _logits_at(x, head.weight, head.bias, ids)
@@ -128,7 +133,7 @@ def _backward(of: Judged, kept: Sequence[Any], ups: Sequence[Any], wanted: tuple
             off = off + c * (q / samples)[:, None] * (log_p + h[:, None])
             shown = jnp.where((at < 0) | (nll == jnp.inf), 0.0, nll).clip(0.0)  # there p is 0
             on = on + c * p * (h[:, None] - shown)
-    c = jnp.concatenate([jnp.broadcast_to(off, (n, samples)), on], 1) * slope
+    c = jnp.concatenate([jnp.broadcast_to(off, (n, samples)), on, more[1]], 1) * slope
     c = jnp.where(judged[:, None], jnp.where((marks == rows.INVALID)[:, None], jnp.nan, c), 0.0)
     return _products(x, head, ids, c, smooth, judged, wanted, shard)
 

@@ -38,7 +38,7 @@ def _sharded_row(axis: int, plan: Plan, shard: Shard) -> Any:
         logits, target, weight, *whole = saved
         m, rest, mass, e = shard.own(*whole)
         ups = d_nll, _, d_smooth, d_entropy = plan.upstream(shard.cotangents(*cotangents, like=logits))
-        weights = 0.0 if d_smooth is None else shard.weight_sum(weight)
+        weights = 0.0 if d_smooth is None else shard.weights(weight)
         (t, inside), masses = shard.local(target), (mass, weights, e)
         here = slices.upstream(logits, t, inside, weight, m, rest, masses, *ups, layout=layout)
         d_logits = rows.cross_entropy_bwd(logits, t, weight, m, rest, *here, d_smooth, d_entropy, **layout)

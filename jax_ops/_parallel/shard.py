@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_ops._rows import slices
+from jax_ops._rows import slices, weights
 from jax_ops._rows.dispatch import is_soft
 from jax_ops._rules.varying import varying
 from softmax_ext import contract
@@ -37,9 +37,21 @@ class Shard:
         """The sum over the devices, which all of them get."""
         return lax.psum(self._cast(x), self.names) if self.names else x
 
-    def weight_sum(self, weight: Any) -> Any:
-        """The sum of the weights of all classes, each 1 without any."""
-        return self.total if weight is None else self.sum(weight.sum())
+    def sum_of_others(self, x: Array) -> Array:
+        """The sum over the other devices, which is no difference."""
+        if not self.names:
+            return jnp.zeros_like(x)
+        each = lax.all_gather(self._cast(x), self.names)
+        here = jnp.arange(len(each)) == lax.axis_index(self.names)
+        return jnp.where(here.reshape(-1, *[1] * x.ndim), 0.0, each).sum(0)
+
+    def weights(self, weight: Any) -> Any:
+        """What slices ask of the weights of all classes; without any the number of classes."""
+        if weight is None:
+            return self.total
+        largest = self.largest(weight.max(initial=-jnp.inf))
+        total, aside, held = self.sum(weights.sums_of(weight, largest))
+        return weights.Weights(total, largest, aside, held)
 
     def of_first(self, x: Array) -> Array:
         """What the first device has, of integers; where shard_map knows that all have the same nothing is told."""

@@ -49,6 +49,15 @@ def class_row(weight: Array | None, like: Array, axis: int) -> Array | None:
     return weight.reshape([-1 if i == axis else 1 for i in range(like.ndim)])
 
 
+def weight_sums(weight: Array) -> tuple[Array, Array, Array]:
+    """(the sum of class weights, that of all but the largest, which may hold nearly all of it, the largest)."""
+    if weight.shape[0] == 0:
+        return weight.sum(), weight.sum(), weight.sum()
+    heaviest = jnp.arange(weight.shape[0]) == weight.argmax()
+    largest, aside = jnp.where(heaviest, weight, 0.0).sum(), jnp.where(heaviest, 0.0, weight).sum()
+    return aside + largest, aside, largest
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def exponentials(z: Array, axis: int) -> tuple[Array, Array, Array, Array]:
     """(z - m, exp(z - m), m, rest); rest is NaN where m is not finite, and so is then the whole row."""

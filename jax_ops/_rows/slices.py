@@ -24,6 +24,7 @@ from jax import Array
 
 from jax_ops._rows import dispatch as rows
 from jax_ops._rows.arithmetic import LOWEST, relative
+from jax_ops._rows.weights import Weights
 
 State = dict[str, Array]
 
@@ -169,8 +170,8 @@ def upstream(
 ) -> tuple[Array | None, Array | None]:
     """(d_nll, d_lse) of which `cross_entropy_bwd` forms the whole row's gradient in this slice.
 
-    `masses` are the whole row's mass of soft targets, all of it and what lies beside its maximum, the sum of class
-    weights, and e.
+    `masses` are the whole row's mass of soft targets, all of it and what lies beside its maximum, the number of classes
+    or their Weights, and e.
     """
     # legend:  p, M, rest of the whole row; S, W, e sums over the whole row, S', W', e' over the slice
     # formula: `cross_entropy_bwd` forms dL/dz_j = A' p_j - .. with the slice's masses and entropy;
@@ -187,8 +188,10 @@ def upstream(
         others.append(elsewhere.sum(axis) if t.ndim == z.ndim else elsewhere)
         d_nll = jnp.where(inside | (t < 0), d_nll, 0.0)
     if d_smooth is not None:
-        here = z.shape[axis] if weight is None else weight.sum()
-        others.append(d_smooth * (weights - here))
+        if isinstance(weights, Weights):
+            others.append(d_smooth * weights.elsewhere(weight))  # pyright: ignore[reportArgumentType]
+        else:
+            others.append(d_smooth * (weights - (z.shape[axis] if weight is None else weight.sum())))
     if d_entropy is not None:
         whole = (jnp.expand_dims(v, axis) for v in (m, rest))
         d, f = relative(rows.capped(z, layout["scale"], layout["softcap"]), *whole)

@@ -8,6 +8,8 @@
 //              The target's d_nll (p_t - 1) is formed as -d_nll q_t: q_t = rest / total at the maximum and
 //              (total - e_t) / total elsewhere, where e_t <= total / 2. Never 1 subtracted from p. What else multiplies
 //              p_t is summed without d_nll, not A - d_nll: a small z-loss beside a loss would lose its digits.
+//              Of a confident row's maximum that holds most of W = sum w_j too, W p - w is (W - w) - W q, W - w the
+//              others' sum.
 #pragma once
 #include "row_state.h"
 #include "rows.h"
@@ -47,12 +49,12 @@ SX_INLINE void write_results(const CrossEntropy& a, int64_t r, const RowState& s
 
 // What the gradient of one row needs beside e_j.
 struct GradRow {
-  double total, rest, A, nll, smooth, entropy;  // upstream gradients, A as above
+  double total, rest, A, nll, lse, smooth, entropy;  // upstream gradients, A as above
   double others;                                // A without the d_nll of the class that at_target is asked for
   double log_shift;                             // log p_j + entropy = (z_j - m) + log_shift
-  SX_INLINE GradRow(double rest_, double target_mass, double weight_sum, double H, double nll_, double lse,
+  SX_INLINE GradRow(double rest_, double target_mass, double weight_sum, double H, double nll_, double lse_,
                     double smooth_, double entropy_)
-      : total(1 + rest_), rest(rest_), nll(nll_), smooth(smooth_), entropy(entropy_) {
+      : total(1 + rest_), rest(rest_), nll(nll_), lse(lse_), smooth(smooth_), entropy(entropy_) {
     others = smooth * weight_sum + lse;
     A = nll * target_mass + others;
     log_shift = entropy != 0 ? H - log1p_positive(rest) : 0;
@@ -63,6 +65,11 @@ struct GradRow {
     double q = d == 0 ? rest / total : (total - e) / total;
     double dz = others * p - nll * q - smooth * w;
     return entropy != 0 && p > 0 ? dz - entropy * p * (d + log_shift) : dz;
+  }
+  // dz at the maximum of a confident row, from what the other classes have of d_nll Y and of w
+  SX_INLINE double at_heavy(double nll_aside, double weight_aside) const {
+    double dz = (nll_aside + lse + smooth * weight_aside) - A * rest / total;
+    return entropy != 0 ? dz - entropy / total * log_shift : dz;
   }
 };
 

@@ -111,18 +111,20 @@ template <class T, Do what> struct ClassesOfRows {
       double own = row_value<F>(a.d_nll, at + k * inner());
       mass[first[k]] = first[k] == k ? own : mass[first[k]] + own;
     }
-    GradRow g(rest, 0, a.weight_sum, entropy, sum, row_value<F>(a.d_lse, r), row_value<F>(a.d_smooth, r),
+    GradRow g(rest, 1, a.weight_sum, entropy, sum, row_value<F>(a.d_lse, r), row_value<F>(a.d_smooth, r),
               row_value<F>(a.d_entropy, r));
     // The others' mass is summed, not all less this class's: one of K may hold nearly all of it.
     double before = 0, later = 0;
     for (int64_t k = a.K; k-- > 0;) after[k] = later, later += first[k] == k ? mass[k] : 0;
     const double beside = g.others;
+    const int64_t heavy = rest < 1 && g.smooth != 0 ? a.heavy : -1;
     for (int64_t k = 0; k < a.K; ++k) {
       if (first[k] != k) continue;
       int64_t v = id(at, k);
-      g.nll = mass[k], g.others = (before + after[k]) + beside;
+      const double aside = before + after[k], d = (double)(tr.on ? tr.one(x[k]) : x[k]) - m;
       before += mass[k];
-      double dz = g.at_target((double)(tr.on ? tr.one(x[k]) : x[k]) - m, w ? (double)w[v] : 1);
+      g.nll = mass[k], g.others = aside + beside;
+      double dz = v == heavy && d == 0 ? g.at_heavy(aside, a.weight_aside) : g.at_target(d, w ? (double)w[v] : 1);
       put(out + v * inner(), (F)(dz * (tr.on ? (double)tr.slope_one(x[k]) : 1)));
     }
   }

@@ -131,6 +131,22 @@ SX_INLINE void ce_lanes_write(const CrossEntropy& a, int64_t r0, int64_t n, cons
   }
 }
 
+// dz at the maximum of confident rows whose maximum is the heavy class, without what entropy adds.
+template <class F>
+SX_INLINE Vec<F> ce_lanes_heavy(const CrossEntropy& a, const LaneTargets<F>& targets, const LaneRows<F>& st,
+                                const double* nll, const double* lse, const double* smooth) {
+  const bool dense = is_dense(a);
+  typename Of<F>::Int t[W<F>];
+  std::memcpy(t, &targets.t, sizeof t);
+  double dz[W<F>];
+  for (int l = 0; l < W<F>; ++l) {
+    const double A = nll[l] * (dense ? st.a[l] : 1) + lse[l] + smooth[l] * a.weight_sum;
+    const double nll_aside = dense ? nll[l] * st.a_others[l] : (int64_t)t[l] == a.heavy ? 0 : nll[l];
+    dz[l] = (nll_aside + lse[l] + smooth[l] * a.weight_aside) - (A * st.rest[l]) / (1 + st.rest[l]);
+  }
+  return to_vec<F>(dz);
+}
+
 template <class F, class X, class Y, class Out>
 SX_INLINE void ce_lanes_gradient(const CrossEntropy& a, X x, Y y, Out out, int64_t r0, int64_t n,
                                  const LaneTargets<F>& targets, const Transform<F>& tr, const LaneRows<F>& st) {
@@ -142,6 +158,7 @@ SX_INLINE void ce_lanes_gradient(const CrossEntropy& a, X x, Y y, Out out, int64
   rows_in<F>(a.d_smooth, r0, n, smooth);
   rows_in<F>(a.d_entropy, r0, n, entropy);
   double factor[W<F>], at_top[W<F>], less_nll[W<F>], scale_e[W<F>], log_shift[W<F>], total[W<F>];
+  const int64_t heavy = a.d_smooth ? a.heavy : -1;
   for (int l = 0; l < W<F>; ++l) {
     total[l] = 1 + st.rest[l];
     const double beside = smooth[l] * a.weight_sum + lse[l];
@@ -158,6 +175,7 @@ SX_INLINE void ce_lanes_gradient(const CrossEntropy& a, X x, Y y, Out out, int64
   Vec<F> to_nll = to_vec<F>(less_nll), rest = to_vec<F>(st.rest);
   Split<F> f(factor), confident(at_top), whole(total);  // of a confident row: dz at the maximum, without w_m
   Split<F> f_target(A);                                 // what multiplies e_t beside the -d_nll q_t
+  Vec<F> at_heavy = heavy < 0 ? zero : ce_lanes_heavy<F>(a, targets, st, nll, lse, smooth);
   Vec<F> entropy_scale = {}, entropy_shift = {};
   if (a.d_entropy) {
     entropy_scale = to_vec<F>(scale_e);
@@ -184,6 +202,7 @@ SX_INLINE void ce_lanes_gradient(const CrossEntropy& a, X x, Y y, Out out, int64
       dz = is_target ? f_target.times_plus(q.e, c) : f.times_plus(q.e, c);
       index += 1;
     }
+    if (v == heavy) dz = (is_top & (rest < 1)) ? at_heavy : dz;
     if (a.d_entropy) dz = dz + entropy_scale * q.e * (q.d + entropy_shift);
     if (tr.on) dz = dz * tr.slope(raw);
     dz = poison ? all<F>((F)nan) : dz;

@@ -67,7 +67,8 @@ SX_INLINE RowState ce_visit(const CrossEntropy& a, const T* x, const Y* y, bool 
     return visit_row<T, Tr>(x, a.layout.V, tr);
 }
 
-// out_j = (A p_j - g_j - d_entropy p_j (log p_j + H)) dz/dx over the row, the integer target's entry apart.
+// out_j = (A p_j - g_j - d_entropy p_j (log p_j + H)) dz/dx over the row, the entries of the integer target and
+// of a heavy class apart.
 template <class T, class Y, bool Tr, bool Extra>
 void ce_gradient(const CrossEntropy& a, const T* x, const Y* y, T* out, int64_t t, double m, const GradRow& g,
                  double a_others, const Transform<Compute<T>>& tr) {
@@ -81,6 +82,16 @@ void ce_gradient(const CrossEntropy& a, const T* x, const Y* y, T* out, int64_t 
     F xt = get(x + t);
     double slope = Tr ? (double)tr.slope_one(xt) : 1;
     at_target = (F)(g.at_target((double)(Tr ? tr.one(xt) : xt) - (double)top, w ? (double)w[t] : 1) * slope);
+  }
+  int64_t apart = -1;
+  F at_heavy = 0;
+  if (Extra && a.heavy >= 0 && g.smooth != 0 && g.rest < 1) {
+    F xh = get(x + a.heavy);
+    if ((Tr ? tr.one(xh) : xh) == top) {
+      apart = a.heavy;
+      double aside = y ? g.nll * a_others : apart == t ? 0 : g.nll;
+      at_heavy = (F)(g.at_heavy(aside, a.weight_aside) * (Tr ? (double)tr.slope_one(xh) : 1));
+    }
   }
   Shift<F> s(all<F>(top));
   Split<F> factor(g.A / g.total), entropy(-g.entropy / g.total);
@@ -112,6 +123,7 @@ void ce_gradient(const CrossEntropy& a, const T* x, const Y* y, T* out, int64_t 
     store_n(out + i, n, dz);
   });
   if (t >= 0) put(out + t, at_target);
+  if (apart >= 0) put(out + apart, at_heavy);
 }
 
 // Forward and gradient with one exp per element, left in `kept` meanwhile, which may be `out`, which may be x: integer

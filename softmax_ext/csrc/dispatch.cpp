@@ -2,6 +2,7 @@
 #include "dispatch.h"
 
 #include <atomic>
+#include <utility>
 
 namespace softmax_ext {
 namespace {
@@ -72,14 +73,21 @@ void prepare(CrossEntropy& a) {
     a.weight_sum = (double)a.layout.V;
     return;
   }
-  double s = 0, lost = 0;
-  for (int64_t v = 0; v < a.layout.V; ++v) {
-    double w = a.type == Type::f64 ? ((const double*)a.weight)[v] : (double)((const float*)a.weight)[v];
+  auto at = [&](int64_t v) {
+    return a.type == Type::f64 ? ((const double*)a.weight)[v] : (double)((const float*)a.weight)[v];
+  };
+  double s = 0, lost = 0, top = a.layout.V > 0 ? at(0) : 0;
+  int64_t heavy = 0;
+  for (int64_t v = 1; v < a.layout.V; ++v) {
+    double w = at(v);
+    if (w > top) std::swap(w, top), heavy = v;
     double t = s + w, b = t - s;
     lost += (s - (t - b)) + (w - b);
     s = t;
   }
-  a.weight_sum = s + lost;
+  a.weight_aside = s + lost;
+  a.weight_sum = a.weight_aside + top;
+  a.heavy = 2 * top > a.weight_sum ? heavy : -1;
 }
 
 bool run(Fn fn, const void* args, int64_t begin, int64_t end) {

@@ -59,7 +59,10 @@ struct CrossEntropy {
   void *m, *rest;                             // written by the forward (may be null), read by the backward
   const void *d_nll, *d_lse, *d_smooth, *d_entropy;  // upstream gradients, F per row, each may be null
   void* dlogits;                              // may be the logits themselves
-  double weight_sum = 0;                      // filled by prepare()
+  // Filled by prepare(): the sum of the weights and, of a class that holds more than half of it, its place (else -1)
+  // and the sum of the others, which is no difference.
+  double weight_sum = 0, weight_aside = 0;
+  int64_t heavy = -1;
   // K classes a row, (outer, K, inner), in the place of the integer target, which is not read: nll and d_nll then have
   // this shape, and m and rest are not null in any call. An id of -1 is no class at all (its nll is 0, its d_nll not
   // read), any other outside [0, V) makes a NaN of its nll and its row's gradient. A row without ids is ignored.

@@ -90,7 +90,7 @@ def cross_entropy_bwd_kernel(
     x,
     target,
     weight,
-    weight_sum,
+    weight_sums,
     nll_out,
     lse_out,
     smooth_out,
@@ -151,29 +151,29 @@ def cross_entropy_bwd_kernel(
         )  # fmt: skip
     d_nll, d_lse = number(d_nll_in, row, real, F), number(d_lse_in, row, real, F)
     d_smooth, d_entropy = number(d_smooth_in, row, real, F), number(d_entropy_in, row, real, F)
-    others, log_shift, excess, lost, high, low, ent_high, ent_low = factors(
-        weight, weight_sum, V, ed, asum, aside, top, rest, d_nll, d_lse, d_smooth, d_entropy, SOFT, SMOOTH, ENTROPY, F
+    others, log_shift, excess, heavy, largest, lost, high, low, ent_high, ent_low = factors(
+        weight, weight_sums, V, ed, asum, aside, top, rest, d_nll, d_lse, d_smooth, d_entropy, SOFT, SMOOTH, ENTROPY, F
     )
     at_target = target_entry(
-        t, counts, target_raw, target_z, weight, m, top, rest, big, floor, magic, others, d_nll, d_smooth, d_entropy,
-        log_shift, scale, cap, SMOOTH, ENTROPY, F, FAST, SCALED, CAPPED,
+        t, counts, target_raw, target_z, weight, m, top, rest, big, floor, magic, others, heavy, largest, lost,
+        d_nll, d_smooth, d_entropy, log_shift, scale, cap, SMOOTH, ENTROPY, F, FAST, SCALED, CAPPED,
     )  # fmt: skip
     if not SOFT:
         dead = tl.where(counts, tl.zeros_like(m), float("nan"))  # NaN over the whole row of an invalid target
-        high, at_target = high + dead, at_target + dead
+        high, lost, at_target = high + dead, lost + dead, at_target + dead
     tl.debug_barrier()  # every thread has the target's logit: in place, another may be about to write over it
 
     if BOTH and ONE:
         cols = tl.arange(0, COLS)[None, :]
         at, mask = first + step(cols, inner, INNER), real & (cols < V)
         write_block(
-            dx, target, weight, at, mask, alive, cols, t, ignored, raw, e, at_target, m, excess, lost, high, low,
-            d_nll, d_smooth, d_entropy, log_shift, ent_high, ent_low, rest < top, scale, cap,
+            dx, target, weight, at, mask, alive, cols, t, ignored, raw, e, at_target, m, excess, heavy, largest,
+            lost, high, low, d_nll, d_smooth, d_entropy, log_shift, ent_high, ent_low, rest < top, scale, cap,
             SOFT, SMOOTH, ENTROPY, F, SCALED, CAPPED,
         )  # fmt: skip
     else:
         write_blocks(
-            dx, x, target, weight, first, real, alive, t, ignored, at_target, m, excess, lost, high, low,
-            d_nll, d_smooth, d_entropy, log_shift, ent_high, ent_low, rest < top, big, floor, magic,
+            dx, x, target, weight, first, real, alive, t, ignored, at_target, m, excess, heavy, largest,
+            lost, high, low, d_nll, d_smooth, d_entropy, log_shift, ent_high, ent_low, rest < top, big, floor, magic,
             V, inner, scale, cap, SOFT, SMOOTH, ENTROPY, F, FAST, SCALED, CAPPED, INNER, COLS,
         )  # fmt: skip

@@ -99,7 +99,7 @@ def stored(
 @triton.jit
 def factors(
     weight,
-    weight_sum,
+    weight_sums,
     V,
     ed,
     asum,
@@ -115,11 +115,18 @@ def factors(
     ENTROPY: tl.constexpr,
     F: tl.constexpr,
 ):
-    """What all of a row's entries are multiplied by; `others` and `excess` are A without the target's own part."""
+    """What all of a row's entries are multiplied by; `others` and `excess` are A without the target's own part.
+
+    `heavy` is `excess` without a maximum that has the largest class weight, `largest`: of the other weights' own sum.
+    """
     others = d_lse
+    heavy, largest = tl.zeros_like(top), tl.zeros_like(top)
     if SMOOTH:
         if weight is not None:
-            others += d_smooth * tl.load(weight_sum)
+            others += d_smooth * tl.load(weight_sums)
+            heavy, largest = d_lse + d_smooth * tl.load(weight_sums + 1), largest + tl.load(weight_sums + 2)
+            if SOFT:
+                heavy += d_nll * aside
         else:
             others += d_smooth * V
     log_shift = tl.zeros_like(top)
@@ -130,4 +137,4 @@ def factors(
     high, low = over(every, top, rest, F)
     ent_high, ent_low = over(-d_entropy, top, rest, F)
     lost_high, lost_low = over(every * rest, top, rest, F)
-    return others, log_shift, excess, lost_high + lost_low, high, low, ent_high, ent_low
+    return others, log_shift, excess, heavy, largest, lost_high + lost_low, high, low, ent_high, ent_low

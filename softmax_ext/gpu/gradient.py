@@ -25,6 +25,9 @@ def target_entry(
     floor,
     magic,
     others,
+    heavy,
+    largest,
+    lost,
     d_nll,
     d_smooth,
     d_entropy,
@@ -46,7 +49,9 @@ def target_entry(
     at_target = others * p - d_nll * (q_high + q_low)
     if SMOOTH:
         if weight is not None:
-            at_target -= d_smooth * tl.load(weight + t, mask=counts, other=0.0).to(F)
+            w = tl.load(weight + t, mask=counts, other=0.0).to(F)
+            apart = (target_z == m) & (rest < top) & (w == largest)
+            at_target = tl.where(apart, heavy - lost, at_target - d_smooth * w)
         else:
             at_target -= d_smooth
     if ENTROPY:
@@ -64,6 +69,8 @@ def _gradient(
     at_target,
     m,
     excess,
+    heavy,
+    largest,
     lost,
     high,
     low,
@@ -97,13 +104,18 @@ def _gradient(
         dz = tl.fma(e, high, tl.fma(e, low, g))
     else:
         dz = tl.fma(e, high, e * low)
-    if SOFT or ENTROPY:
+    if SOFT or ENTROPY or (SMOOTH and WEIGHTED):
         z = capped(raw, scale, cap, F, SCALED, CAPPED)
         if SOFT:
             # one class holds more than half: A p - g = (A - g) - A rest / total does not cancel there, where A - g is
             # formed of what lies on the others
             beside = excess - d_smooth * w if SMOOTH else excess
+            if SMOOTH and WEIGHTED:
+                beside = tl.where(w == largest, heavy, beside)
             dz = tl.where(confident & (z == m), beside - lost, dz)
+        elif SMOOTH and WEIGHTED:
+            # so are most of all weights on one class: of the target's own entry at_target tells
+            dz = tl.where(confident & (z == m) & (w == largest), (heavy + d_nll) - lost, dz)
         if ENTROPY:
             d = tl.where(e > 0.0, z - m, tl.zeros_like(e))
             dz = dz + tl.fma(e, ent_high, e * ent_low) * (d + log_shift)
@@ -130,6 +142,8 @@ def write_block(
     at_target,
     m,
     excess,
+    heavy,
+    largest,
     lost,
     high,
     low,
@@ -155,7 +169,7 @@ def write_block(
     if SOFT or (SMOOTH and WEIGHTED):
         w, a = masses(target, weight, at, cols, mask & alive, SOFT, F)
     out = _gradient(
-        raw, e, w, a, t == cols, at_target, m, excess, lost, high, low,
+        raw, e, w, a, t == cols, at_target, m, excess, heavy, largest, lost, high, low,
         d_nll, d_smooth, d_entropy, log_shift, ent_high, ent_low, confident, scale, cap,
         SOFT, WEIGHTED, SMOOTH, ENTROPY, F, SCALED, CAPPED,
     )  # fmt: skip
@@ -176,6 +190,8 @@ def write_blocks(
     at_target,
     m,
     excess,
+    heavy,
+    largest,
     lost,
     high,
     low,
@@ -210,7 +226,7 @@ def write_blocks(
         raw = tl.load(x + at, mask=mask & alive, other=-float("inf"), eviction_policy="evict_first").to(F)
         e = exp(capped(raw, scale, cap, F, SCALED, CAPPED), big, floor, magic, F, FAST)
         write_block(
-            dx, target, weight, at, mask, alive, cols, t, ignored, raw, e, at_target, m, excess, lost, high, low,
-            d_nll, d_smooth, d_entropy, log_shift, ent_high, ent_low, confident, scale, cap,
+            dx, target, weight, at, mask, alive, cols, t, ignored, raw, e, at_target, m, excess, heavy, largest,
+            lost, high, low, d_nll, d_smooth, d_entropy, log_shift, ent_high, ent_low, confident, scale, cap,
             SOFT, SMOOTH, ENTROPY, F, SCALED, CAPPED,
         )  # fmt: skip

@@ -13,7 +13,9 @@ import torch
 
 import jax_ops
 import torch_ops
+from jax_ops._head import sampled as jax_sampled
 from jax_ops._rows import native as jax_native
+from torch_ops._head import sampled as torch_sampled
 from torch_ops._rows import native as torch_native
 from torch_ops._rows import picked
 
@@ -124,3 +126,35 @@ def judge_digits(call: Call, mass: float, **options: Any) -> None:
 @pytest.mark.parametrize("way", ["fast", "lean", "sampled"])
 def test_a_confident_pair_keeps_its_gradient(call: Call, mass: float, way: str) -> None:
     judge_digits(call, mass, **({"u": 0.5} if way == "sampled" else {"memory": way}))
+
+
+def judge_heavy(call: Call, ids: tuple[int, ...], smoothing: float, u: float | None = 0.5) -> None:
+    """A row sure of a class that has nearly all of the weight: what smoothing gives it is of the other weights."""
+    b, weight = np.zeros(200, np.float32), np.linspace(1.0, 2.0, 200, dtype=np.float32)
+    b[7], weight[7] = 30.0, 1e6
+    pair = np.array([ids] * 2), np.full((2, len(ids)), 1 / len(ids), np.float32)
+    target = pair if len(ids) > 1 else pair[0][:, 0]
+    options: dict[str, Any] = {"weight": weight if call is by_jax else torch.from_numpy(weight), "reduction": "sum"}
+    found = call(*rows(b), target, u, label_smoothing=smoothing, **options)[3].astype(np.float64)
+    mass, q = smoothing / 200 * weight.astype(np.float64), 199 * np.exp(-30.0) / (1 + 199 * np.exp(-30.0))
+    for i in ids:
+        mass[i] += (1 - smoothing) * weight[i] / len(ids)
+    gained, lost = 2 * np.delete(mass, 7).sum() * (1 - q), 2 * mass[7] * q
+    assert abs(found[7] - (gained - lost)) <= 32 * 2.0**-24 * (gained + lost), (found[7], gained - lost)
+    np.testing.assert_allclose(found[11], -2 * mass[11], rtol=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("ids", [(7,), (3, 7, 7)], ids=str)
+def test_a_heavy_class_keeps_its_digits(call: Call, ids: tuple[int, ...], smoothing: float) -> None:
+    judge_heavy(call, ids, smoothing)
+
+
+def test_an_outer_product_of_all_weights_is_seen(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_of(targets: Any, d_nll: Any, d_smooth: Any, weight: Any, _: Any) -> Any:
+        return d_nll, d_smooth * weight.sum(), weight, targets[:, :0], d_nll[:, :0]
+
+    for module in (torch_sampled, jax_sampled):
+        monkeypatch.setattr(module, "smoothed", all_of)
+    with pytest.raises(AssertionError):
+        judge_heavy(call, (7,), 1.0)

@@ -19,6 +19,7 @@ from jax_ops._head import sampled
 from jax_ops._parallel import points
 from jax_ops._rows import native
 from tests.parallel.eight import ARRAYS, IDS, TARGET, D, N, V, compiled, main, same, total  # which asks for devices
+from tests.parallel.jax_heavy import heavy_weights_keep_their_digits
 
 OPS: Any = jax_ops
 KEY, K = jax.random.key(5), 6
@@ -360,4 +361,5 @@ if __name__ == "__main__":
         (keys_of_their_own, 1),
         (saboteurs_are_seen, 1),
         (loops_to_come, 1),
+        (heavy_weights_keep_their_digits, 1),
     )

@@ -25,6 +25,7 @@ from torch_ops._head.fast import Buffer
 from torch_ops._head.linear import Linear, first_maximum
 from torch_ops._head.per_row import as_row_map, derived_size
 from torch_ops._head.row_map import pushed_forward
+from torch_ops._head.smoothed import smoothed
 from torch_ops._rows import dispatch as rows
 from torch_ops._rows.picked import picked_fwd, picked_input_bwd, picked_weight_bwd
 from torch_ops._rows.points import points
@@ -48,6 +49,10 @@ class Shard(Protocol):
 
     def over_ranks(self, own: Tensor) -> Tensor:
         """The ranks' sum."""
+        ...
+
+    def over_others(self, own: Tensor) -> Tensor:
+        """The other ranks' sum."""
         ...
 
 
@@ -189,15 +194,19 @@ def _backward(
     kept = rows.of_rows(targets, 2, 1) != rows.IGNORED
     d_nll = torch.zeros_like(nll) if d_nll is None else d_nll.reshape(n, -1).masked_fill(targets < 0, 0.0)
     a = torch.zeros_like(q) if d_lse is None else d_lse
-    w = None
-    if d_smooth is not None:
-        w = lse.new_ones(lw.shape[0]) if weight is None else weight
+    w, more = None, [targets[:, :0], a.unsqueeze(1)[:, :0]]
+    if d_smooth is not None and weight is None:
+        w = lse.new_ones(lw.shape[0])
         a = a + d_smooth * (w.sum() if shard is None else shard.over_ranks(w.sum()))
+    elif d_smooth is not None and weight is not None:
+        d_nll, added, w, *more = smoothed(targets, d_nll, d_smooth, weight, shard)
+        a = a + added
+    if d_smooth is not None:
         d_smooth = (d_smooth * plan.scale).masked_fill(~kept, 0.0)
     invalid = rows.of_rows(targets, 2, 1) == rows.INVALID
     at, on, surprise = _on_targets(targets, nll, d_nll, a, q)
     off = ((d_nll.sum(1) + a) * (q / samples)).unsqueeze(1)
-    ids = torch.cat([ids, (at if shard is None else shard.here(at)).to(torch.int32)], 1)
+    ids = torch.cat([ids, (at if shard is None else shard.here(at)).to(torch.int32), more[0].to(torch.int32)], 1)
     if d_entropy is not None or plan.softcap is not None:
         raw = _logits_at(x, lw, lb, ids)
         if d_entropy is not None and h is not None:
@@ -207,9 +216,9 @@ def _backward(
             shown = nll.masked_fill((at < 0) | (nll == torch.inf), 0.0)  # there p is 0
             on = on + c * surprise * (h.unsqueeze(1) - shown.clamp(min=0.0))
         slope = rows.slope(raw, plan.scale, plan.softcap)
-        c = torch.cat([off.expand(n, samples), on], 1) * slope
+        c = torch.cat([off.expand(n, samples), on, more[1]], 1) * slope
     else:
-        c = torch.cat([off, on], 1) * plan.scale
+        c = torch.cat([off, on, more[1]], 1) * plan.scale
     c = c.masked_fill(invalid.unsqueeze(1), torch.nan).masked_fill(~kept.unsqueeze(1), 0.0)
     return _products(x, lw, lb, ids, c, w, d_smooth, kept, needs, shard)
 

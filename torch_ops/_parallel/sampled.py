@@ -119,3 +119,9 @@ class SampledShard:
     def over_ranks(self, own: Tensor) -> Tensor:
         """The ranks' sum."""
         return summed(own, self.shard.group)
+
+    def over_others(self, own: Tensor) -> Tensor:
+        """The other ranks' sum, which is no difference."""
+        each = gathered(own, self.shard.group)
+        here = torch.arange(len(each), device=own.device) == dist.get_rank(self.shard.group)
+        return each.masked_fill(here, 0.0).sum()

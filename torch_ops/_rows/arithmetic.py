@@ -46,6 +46,15 @@ def class_row(weight: Tensor | None, like: Tensor, dim: int) -> Tensor | None:
     return weight.reshape([-1 if i == dim else 1 for i in range(like.dim())])
 
 
+def weight_sums(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(the sum of class weights, that of all but the largest, which may hold nearly all of it, the largest)."""
+    if is_none(weight.shape[0]):
+        return weight.sum(), weight.sum(), weight.sum()
+    largest, at = weight.max(0)
+    aside = weight.index_fill(0, at, 0.0).sum()
+    return aside + largest, aside, largest
+
+
 def exponentials(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(z - m, exp(z - m), m, rest); rest is NaN where m is not finite, and so is then the whole row."""
     if is_none(z.shape[dim]):

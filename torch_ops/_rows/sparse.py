@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_ops._modes import is_plain
 from torch_ops._rows import triton
-from torch_ops._rows.arithmetic import capped, slope
+from torch_ops._rows.arithmetic import capped, slope, weight_sums
 from torch_ops._rows.classes import IGNORED, MASKED, of_rows
 
 
@@ -136,15 +136,17 @@ class Rows:
         d, total = self.z.double() - wide(m), 1.0 + wide(rest)
         e = torch.exp(d)
         # A class that holds more than half is the maximum, whatever its last bit is here.
-        p, q = e / total, torch.where(2.0 * e > total, wide(rest), total - e) / total
+        top = 2.0 * e > total
+        p, q = e / total, torch.where(top, wide(rest), total - e) / total
         if d_lse is not None:
             others = others + wide(d_lse)
-        if d_smooth is not None:
-            w = None if weight is None else weight.double()
-            others = others + wide(d_smooth) * (self.logits.shape[self.dim] if w is None else w.sum())
         dz = others * p - own * q
-        if d_smooth is not None:
-            dz = dz - wide(d_smooth) * (1.0 if w is None else w[self.target.clamp(min=0)])
+        if d_smooth is not None and weight is None:
+            dz = dz + wide(d_smooth) * (self.logits.shape[self.dim] * p - 1.0)
+        elif d_smooth is not None and weight is not None:
+            whole, aside, largest = weight_sums(weight.double())
+            w = weight.double()[self.target.clamp(min=0)]
+            dz = dz + wide(d_smooth) * torch.where(top & (w == largest), aside - whole * q, whole * p - w)
         if d_entropy is not None and h is not None:
             log_p = (d - torch.log1p(wide(rest))).masked_fill(~(e > 0), 0.0)
             dz = dz - wide(d_entropy) * p * (log_p + _entropy_here(wide(m), wide(rest), *map(wide, h)))

@@ -20,6 +20,7 @@ from softmax_ext.gpu import rows as gpu
 from softmax_ext.gpu import scaled as gpu_scaled
 from softmax_ext.gpu import softmax as gpu_softmax
 from softmax_ext.gpu import targets as gpu_targets
+from torch_ops._rows.arithmetic import weight_sums
 from torch_ops._rows.classes import IGNORED
 from torch_ops._rows.native import FAKES, describe, rows_like
 
@@ -164,10 +165,10 @@ def _backward(
     target, weight = target.contiguous(), _dense(weight)
     results, upstream = tuple(map(_dense, results)), tuple(map(_dense, (d_nll, d_lse, d_smooth, d_entropy)))
     smoothed = d_smooth is not None
-    weight_sum = weight.sum() if weight is not None and smoothed else None
+    sums = torch.stack(weight_sums(weight)) if weight is not None and smoothed and logits.numel() else None
     options, constants = _options(logits, target, scale, softcap)
     many = target.is_floating_point() or smoothed or d_entropy is not None or any(r is not None for r in results[2:4])
-    arrays = (logits, target, weight, weight_sum, *results, *upstream, dx)
+    arrays = (logits, target, weight, sums, *results, *upstream, dx)
     widest = ce.widest(_fast(logits) > 0, "both" if both else "bwd", bool(softcap), many)
     launch_rows(ce.cross_entropy_bwd_kernel, arrays, logits, dim, widest, *options, BOTH=both, **constants)
 

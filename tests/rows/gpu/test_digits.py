@@ -1,4 +1,4 @@
-"""The Triton kernels on confident rows whose soft targets, or K classes, agree with them, in the interpreter."""
+"""The Triton kernels on confident rows whose soft targets, K classes or weights agree with them, in the interpreter."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from tests.rows.gpu import interpreter
 
 pytest.importorskip("jax", reason="what judges both frameworks imports both")
 
-from tests.ops import test_soft_digits
+from tests.judging.heavy import TARGETS, Problem
+from tests.ops import test_heavy_weights, test_soft_digits
 
 if interpreter.why_not():
     pytest.skip(f"Triton's interpreter: {interpreter.why_not()}", allow_module_level=True)
 
 torch: Any = importlib.import_module("torch")
 ops: Any = importlib.import_module("torch_ops._rows.triton_ops")
+sparse: Any = importlib.import_module("torch_ops._rows.sparse")
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +51,36 @@ def test_soft_targets(
         monkeypatch.setattr(ops.gpu, "plan", lambda o, v, i, widest, *rest: plan(o, v, i, 32, *rest))
     test_soft_digits.judge(gradient, shape, other)
     assert "cross_entropy_bwd_kernel" in ran
+
+
+@pytest.mark.parametrize(
+    ("door", "classes", "smoothing", "blocks"),
+    [
+        ("torch", 1, 0.1, False),
+        ("torch", 8, 1.0, False),
+        ("torch", 100, 0.1, True),
+        ("torch, planes", 8, 0.1, False),
+        ("torch, fast", 40, 1e-3, True),
+    ],
+)
+def test_weights_of_nearly_one_class(
+    door: str, classes: int, smoothing: float, blocks: bool, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blocks:
+        plan = ops.gpu.plan
+        monkeypatch.setattr(ops.gpu, "plan", lambda o, v, i, widest, *rest: plan(o, v, i, 32, *rest))
+    for target in TARGETS:
+        p = Problem(classes, "float32", target, smoothing)
+        p.judge(*test_heavy_weights.DOORS[door](p))
+    assert "cross_entropy_bwd_kernel" in ran
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_whose_largest_is_not_told_are_seen(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.weight_sums
+    for module in (ops, sparse):
+        monkeypatch.setattr(module, "weight_sums", lambda w: (*right(w)[:2], w.sum() * float("nan")))
+    # K classes a row are written in float64: there it takes that much more
+    p = Problem(17, "float64" if target == "pairs" else "float32", target, 1.0)
+    with pytest.raises(AssertionError, match="gradient"):
+        p.judge(*test_heavy_weights.DOORS["torch"](p))

@@ -110,8 +110,8 @@ MUTANTS: dict[str, tuple[str, str, str, str, int]] = {
     "ignored row's loss": ("visit", "tl.where(ignored, zero, nll)", "nll", "canonical", WIDE),
     "invalid row's gradient": (
         "cross_entropy",
-        "high + dead, at_target + dead",
-        "high, at_target",
+        "high + dead, lost + dead, at_target + dead",
+        "high, lost, at_target",
         "canonical",
         WIDE,
     ),
