@@ -79,7 +79,7 @@ def _loss(axis: int, plan: Plan) -> Any:
             out = ("row", "row" if saved[1].ndim else "sum", "row", "sum")
             out = tuple(kind for kind, on in zip(out, wanted, strict=True) if on)
             found = iter(_cut(_loss_bwd, (axis, plan, wanted), axis, (*saved, *ups), kinds, out))
-            return tuple(next(found) if on else None for on in wanted)
+            return tuple(next(found).astype(of.dtype) if on else None for of, on in zip(saved, wanted, strict=False))
 
         return fwd, bwd
 
@@ -124,7 +124,8 @@ def _divergence(pair: Pair) -> Any:
                 kind for kind, on in zip(("row", "row" if saved[1].ndim else "sum"), wanted, strict=False) if on
             )
             found = iter(_cut(_divergence_bwd, (pair, wanted), pair.axis, (*saved, ct), kinds, out))
-            return *(next(found) if on else None for on in wanted[:2]), None, None
+            given = zip(saved, wanted[:2], strict=False)
+            return *(next(found).astype(of.dtype) if on else None for of, on in given), None, None
 
         return fwd, bwd
 
@@ -151,7 +152,7 @@ def _met(pair: Pair, student: Array, scale: Array, teacher: Array, keep: Array |
 def _scaled_bwd(
     logits: Array, scale: Array, g: Array, total: Any, axis: int, nothing: Any, wanted: Any, centred: bool
 ) -> list[Array]:
-    """Those wanted of dL/dlogits and dL/dscale, of one scale for all rows its sum."""
+    """Those wanted of dL/dlogits and dL/dscale, of one scale for all rows its sum, which pieces add up: not rounded."""
     (x, s, lost), found = operands(logits, scale, axis, nothing), []
     g = g.astype(jnp.promote_types(g.dtype, x.dtype))
     if wanted[0]:
@@ -159,7 +160,7 @@ def _scaled_bwd(
     if wanted[1]:
         d_scale = along(x, lost, g, total, axis, centred=centred)
         d_scale = d_scale if nothing is None else jnp.where(nothing, 0.0, d_scale)
-        found.append((d_scale if scale.ndim else d_scale.sum()).astype(scale.dtype))
+        found.append(d_scale.astype(scale.dtype) if scale.ndim else d_scale.sum())
     return found
 
 

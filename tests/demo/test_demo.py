@@ -28,7 +28,7 @@ import torch_ops
 from examples import corpus, demo, own_process, palette, report
 from examples.own_process import Run
 from examples.recipe import CHUNKS, Recipe, Weights
-from examples.torch_memory import Alive, loss_bytes
+from examples.torch_memory import loss_bytes, peak_bytes
 from examples.verdict import judge, judge_weights
 from tests.demo.small import CURVE, TINY, WEIGHTS, _moved
 
@@ -117,9 +117,9 @@ def test_third_line_is_the_fused_head_by_chunks(framework, monkeypatch):
     assert asked == (fused if framework == "jax" else [*fused, {"chunk_size": 8, "grad_samples": 64}])
 
 
-HEAD = Recipe(vocab=4096, width=8, length=16, batch=4)
-LOGITS = 4 * 64 * HEAD.vocab
-GRADIENTS = 4 * HEAD.width * (64 + HEAD.vocab)
+HEAD = Recipe(vocab=4096, width=8, length=64, batch=4)
+LOGITS = 4 * 256 * HEAD.vocab
+GRADIENTS = 4 * HEAD.width * (256 + HEAD.vocab)  # less than a chunk of logits
 
 
 @pytest.mark.parametrize("framework", demo.FRAMEWORKS)
@@ -134,17 +134,19 @@ def test_memory_is_that_of_the_logits_but_for_the_fused_head(framework):
         assert LOGITS / CHUNKS <= counted[report.SAMPLED] < LOGITS
 
 
-def test_alive_counts_what_is_held():
+def test_the_count_is_of_what_is_held():
     given = torch.zeros(1000)
-    with Alive(given) as alive:
+
+    def run():
         given.add_(1).view(10, 100).t()
-        assert alive.peak == 0, "the arguments' own memory"
         held = given + 1
-        assert alive.now == alive.peak == held.nbytes
         torch.cat([held, given])
         del held
-        assert alive.now == 0
-    assert alive.peak == 3 * given.nbytes
+        return given + 2
+
+    few = 64  # bytes of numbers that PyTorch makes on the way
+    assert peak_bytes(lambda: given.add_(1).view(10, 100).t()) <= few, "the arguments' own memory"
+    assert 3 * given.nbytes <= peak_bytes(run) <= 3 * given.nbytes + few
 
 
 def _fake_runs(monkeypatch, tmp_path, where=("jax", "linear_cross_entropy"), loss_by=0.0, weight_by=0.0) -> int:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_ops
-from examples.torch_memory import Alive
 from softmax_ext.contract import KINDS
 from tests.ops.test_divergence_torch import composed
+from tests.storages import Alive
 from torch_ops._head import ops
 from torch_ops._rows import divergence_parts as parts
 

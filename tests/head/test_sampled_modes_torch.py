@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import torch_ops
-from examples.torch_memory import Alive
+from tests.storages import Alive
 from torch_ops import _modes as modes
 
 OPS: Any = torch_ops

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_ops
-from examples.torch_memory import Alive
 from tests.head.torch_arrays import IN, MEMORY, func
 from tests.rules.test_torch_transforms import _same
+from tests.storages import Alive
 from torch_ops._head import chunks, ops, rounding
 
 ROWS, WIDTH, CLASSES = 256, 16, 4096
@@ -47,6 +47,19 @@ def _forward_mode(f: Any, x: Tensor, w: Tensor) -> Any:
 
 def _hvp(f: Any, x: Tensor, w: Tensor) -> Any:
     return func.jvp(func.grad(f), (x.detach(), w.detach()), (torch.ones_like(x), torch.ones_like(w)))
+
+
+def test_alive_counts_what_is_held() -> None:
+    given = torch.zeros(1000)
+    with Alive(given) as alive:
+        given.add_(1).view(10, 100).t()
+        assert alive.peak == 0, "the arguments' own memory"
+        held = given + 1
+        assert alive.now == alive.peak == held.nbytes
+        torch.cat([held, given])
+        del held
+        assert alive.now == 0
+    assert alive.peak == 3 * given.nbytes
 
 
 def test_the_counter_sees_the_builtins_logits() -> None:
@@ -131,8 +144,9 @@ def test_ignored_rows_are_dropped_before_the_matmul() -> None:
         assert done == pytest.approx(whole / 4)
 
 
-def test_shift_reads_no_copy_of_the_input() -> None:
+def test_shift_reads_no_copy_of_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the input's size is made but its gradient."""
+    monkeypatch.setattr(ops, "is_observed", lambda *arrays: False)  # the loop is shown
     x, w = torch.randn(2, 256, 512).requires_grad_(), torch.randn(8, 512).requires_grad_()
     t = torch.randint(8, (2, 256))
     with Alive(x, w, t) as live:

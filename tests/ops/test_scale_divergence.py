@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_ops
-from examples.torch_memory import Alive
 from softmax_ext.contract import KINDS
+from tests.storages import Alive
 from torch_ops._rules import scaled_divergence, scaled_pieces
 
 INF, NAN = torch.inf, torch.nan

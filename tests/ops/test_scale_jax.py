@@ -234,3 +234,34 @@ def test_saboteurs_of_pieces_are_caught(fault: str, monkeypatch: pytest.MonkeyPa
         jax.clear_caches()
         for cache in caches:
             cache.cache_clear()
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "divergence"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_one_half_precision_scale_is_summed_in_float32(op: str, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 2048 pieces, each of half a unit of their sum and less; the saboteur rounds each piece's part."""
+    monkeypatch.setattr(scaled_rows, "_PIECE", 8)
+    if rounded:
+        right = scaled_rows._scaled_bwd
+
+        def each(logits: Any, scale: Any, *more: Any) -> list[Any]:
+            return [d.astype(scale.dtype) for d in right(logits, scale, *more)]
+
+        monkeypatch.setattr(scaled_rows, "_scaled_bwd", each)
+    jax.clear_caches()
+    r, s = np.random.default_rng(0), 0.75
+    x, y = (3 * r.standard_normal((2048, 8)) for _ in range(2))
+    p = np.exp(s * x)
+    p /= p.sum(1, keepdims=True)
+    q = np.eye(8)[r.integers(0, 8, 2048)] if op == "cross_entropy" else np.exp(y) / np.exp(y).sum(1, keepdims=True)
+    due = ((p - q) * x).sum()
+    other: Any = jnp.asarray(
+        q.argmax(1) if op == "cross_entropy" else y, None if op == "cross_entropy" else jnp.float32
+    )
+
+    def loss(s: Any) -> Any:
+        return getattr(jax_ops, op)(jnp.asarray(x, jnp.float32), other, logit_scale=s, reduction="sum")
+
+    found = float(jax.jit(jax.grad(loss))(jnp.asarray(s, jnp.bfloat16)))
+    jax.clear_caches()
+    assert (abs(found - due) <= 2.0**-8 * abs(due)) != rounded, (found, due)
