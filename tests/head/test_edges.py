@@ -10,6 +10,8 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 
 import torch_ops  # noqa: E402
+from torch_ops._head import lean  # noqa: E402
+from torch_ops._rows import dispatch as rows  # noqa: E402
 
 MODES = pytest.mark.parametrize("memory", ["fast", "lean"])
 head: Any = torch_ops.linear_cross_entropy
@@ -103,3 +105,28 @@ def test_classes_that_are_nan_in_whole_slices(slices: tuple[int, int]) -> None:
     assert loss.isnan().all()
     assert stats["entropy"].isnan().all()
     assert dx.isnan().all()
+
+
+@pytest.mark.parametrize("target", ["indices", "pairs"])
+@pytest.mark.parametrize(
+    ("classes", "more"), [(1, {}), (1, {"logit_scale": 1.7}), (64, {}), (300, {"logit_scale": 0.9})]
+)
+@pytest.mark.parametrize("another", [False, True])
+def test_a_capped_target_is_capped_as_the_maximum_is(
+    target: str, classes: int, more: dict[str, Any], another: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of exp(-20) keeps its digits in slices; the saboteur caps the target by another tanh."""
+    if another:
+        wrong = lambda z, plan: rows.capped(z, plan.scale, plan.softcap) * (1 - 2.0**-23)  # noqa: E731
+        monkeypatch.setattr(lean, "_as_maximum", wrong)
+    x = torch.linspace(21.0, 24.0, 31).unsqueeze(1)
+    w = torch.zeros(classes, 1)
+    w[0] = 1.0
+    t: Any = torch.zeros(31, dtype=torch.int64)
+    if target == "pairs":
+        t = t.unsqueeze(1), torch.ones(31, 1)
+    options: dict[str, Any] = {"softcap": 40.0, "reduction": "none", **more}
+    found = head(x, w, t, memory="lean", chunk_size=max(1, classes // 3), **options).double()
+    cap = 40.0 * torch.tanh(x[:, 0].double() * more.get("logit_scale", 1.0) / 40.0)
+    due = torch.log1p((classes - 1) * torch.exp(-cap))
+    assert bool(((found - due).abs() <= 2e-5 * due).all()) != another

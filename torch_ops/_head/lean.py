@@ -51,8 +51,7 @@ def fwd(x: Tensor, head: Linear, target: Tensor, weight: Tensor | None, plan: Pl
         state.add(values, dead, _mass(local, w, kind) if soft else None, _total(w, j - i, state.m))
         if inside is not None and j > i:
             picked = z.gather(1, local if each else local.unsqueeze(1))
-            picked = rows.capped(picked if each else picked.squeeze(1), plan.scale, plan.softcap)
-            at_target = torch.where(inside, picked, at_target)
+            at_target = torch.where(inside, _as_maximum(picked, plan).view_as(inside), at_target)
         if plan.argmax:
             value, position = first_maximum(z, plan.scale, plan.softcap)
             more = (value > best) | (value.isnan() & ~best.isnan())
@@ -201,6 +200,17 @@ class _Merged:
             ignored = rows.of_rows(target, 2, 1) == rows.IGNORED
             out = [v.masked_fill(target == rows.IGNORED if v is nll else ignored, 0.0) for v in out]
         return [*out, self.m, rest]
+
+
+def _as_maximum(z: Tensor, plan: Plan) -> Tensor:
+    """Scaled and capped logits, as the rows' m is: another tanh would leave a difference where both are the same."""
+    if plan.scale == 1.0 and plan.softcap is None:
+        return rows.capped(z, 1.0, None)
+    alone = z.reshape(-1, 1)  # m of a row of one class
+    m = rows.cross_entropy_fwd(
+        alone, torch.zeros_like(alone[:, 0], dtype=torch.int64), None, **plan.row, smooth=False, entropy=False
+    )[-2]
+    return torch.where(z.isnan(), z, m.view_as(z))
 
 
 def _local(target: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from softmax_ext import contract
 from torch_ops import _modes as modes
 from torch_ops._head.chunks import join
 from torch_ops._head.draws import uniform
-from torch_ops._head.fast import Buffer
-from torch_ops._head.linear import Linear, first_maximum
+from torch_ops._head.fast import Buffer, rows_that_fit
+from torch_ops._head.linear import Linear, first_maximum, formed_in
 from torch_ops._head.per_row import as_row_map, derived_size
 from torch_ops._head.row_map import pushed_forward
 from torch_ops._head.smoothed import smoothed
@@ -32,6 +32,10 @@ from torch_ops._rows.points import points
 from torch_ops._rows.sparse import by_class
 from torch_ops._rules.function import forward_rule, in_graph
 from torch_ops._rules.plan import Plan
+
+# Bytes of a chunk's logits in half precision on a CPU, where no dW is read and written once a chunk: 2048x576@49152 in
+# bfloat16 takes 265 ms in one chunk, whose fresh pages cost more than its rows, 222 in four; float32 is slower in four.
+HALVES = 1 << 26
 
 
 class Shard(Protocol):
@@ -156,8 +160,11 @@ def _select(arrays: Any, in_dims: Any, i: int) -> Iterator[Any]:
 def _forward(
     x: Tensor, head: Linear, target: Tensor, weight: Tensor | None, u: Tensor, plan: Plan, shard: Shard | None
 ) -> tuple[Tensor, ...]:
-    buffer = Buffer(x, head, target, plan.chunk_size if shard is None else shard.chunk_size)
-    parts = []
+    size = plan.chunk_size if shard is None else shard.chunk_size
+    kind = formed_in(x, target)
+    if size is None and kind.itemsize < 4 and x.device.type == "cpu":
+        size = min(rows_that_fit(x, head.classes, kind, None), max(1, HALVES // max(1, 2 * head.classes)))
+    buffer, parts = Buffer(x, head, target, size), []
     for i, j in buffer.spans:
         z = head.logits(x[i:j], buffer.rows(j - i))
         given = z, target[i:j], weight, u[i:j]
@@ -194,19 +201,19 @@ def _backward(
     kept = rows.of_rows(targets, 2, 1) != rows.IGNORED
     d_nll = torch.zeros_like(nll) if d_nll is None else d_nll.reshape(n, -1).masked_fill(targets < 0, 0.0)
     a = torch.zeros_like(q) if d_lse is None else d_lse
-    w, more = None, [targets[:, :0], a.unsqueeze(1)[:, :0]]
+    w, beside = None, [targets[:, :0], a.unsqueeze(1)[:, :0]]  # ids and entries
     if d_smooth is not None and weight is None:
         w = lse.new_ones(lw.shape[0])
         a = a + d_smooth * (w.sum() if shard is None else shard.over_ranks(w.sum()))
     elif d_smooth is not None and weight is not None:
-        d_nll, added, w, *more = smoothed(targets, d_nll, d_smooth, weight, shard)
+        d_nll, added, w, *beside = smoothed(targets, d_nll, d_smooth, weight, shard)
         a = a + added
     if d_smooth is not None:
         d_smooth = (d_smooth * plan.scale).masked_fill(~kept, 0.0)
     invalid = rows.of_rows(targets, 2, 1) == rows.INVALID
     at, on, surprise = _on_targets(targets, nll, d_nll, a, q)
     off = ((d_nll.sum(1) + a) * (q / samples)).unsqueeze(1)
-    ids = torch.cat([ids, (at if shard is None else shard.here(at)).to(torch.int32), more[0].to(torch.int32)], 1)
+    ids = torch.cat([ids, (at if shard is None else shard.here(at)).to(torch.int32), beside[0].to(torch.int32)], 1)
     if d_entropy is not None or plan.softcap is not None:
         raw = _logits_at(x, lw, lb, ids)
         if d_entropy is not None and h is not None:
@@ -216,9 +223,9 @@ def _backward(
             shown = nll.masked_fill((at < 0) | (nll == torch.inf), 0.0)  # there p is 0
             on = on + c * surprise * (h.unsqueeze(1) - shown.clamp(min=0.0))
         slope = rows.slope(raw, plan.scale, plan.softcap)
-        c = torch.cat([off.expand(n, samples), on, more[1]], 1) * slope
+        c = torch.cat([off.expand(n, samples), on, beside[1]], 1) * slope
     else:
-        c = torch.cat([off, on, more[1]], 1) * plan.scale
+        c = torch.cat([off, on, beside[1]], 1) * plan.scale
     c = c.masked_fill(invalid.unsqueeze(1), torch.nan).masked_fill(~kept.unsqueeze(1), 0.0)
     return _products(x, lw, lb, ids, c, w, d_smooth, kept, needs, shard)
 
