@@ -86,7 +86,10 @@ def _programs_for(rows: str) -> None:
 
 @pytest.fixture
 def programs_for() -> Callable[[str], None]:
-    """Called with the way JAX's rows are served: programs compiled for another are forgotten, those of this one not."""
+    """Called with the way JAX's rows are served: programs compiled for another are forgotten, those of this one not.
+
+    Who patches more than that way forgets them himself, before and after.
+    """
     return _programs_for
 
 

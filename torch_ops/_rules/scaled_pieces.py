@@ -44,7 +44,7 @@ def beside(scale: Tensor, logits: Tensor, nothing: Tensor | None, dim: int) -> T
 
 
 def pieces(logits: Tensor, s: Tensor, dim: int) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """(what takes its part of an array of rows, s x) of each piece, the product in one reused buffer."""
+    """(what takes its part of an array of rows, s x) of each piece, one product at a time."""
     at, room = cut_along(logits, dim), _PIECE if logits.device.type == "cpu" else _PIECE_ON_DEVICE
     count = 1 if at is None else logits.shape[at]
     size = max(1, room * count // max(1, logits.numel()))
