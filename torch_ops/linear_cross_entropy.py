@@ -135,7 +135,8 @@ def linear_cross_entropy(
         shift: k judges input[..., :-k, :] by target[..., k:], and by token_weight likewise: 1 for the next token. A
             logit_scale of the rows' shape goes with the input.
         memory: "fast" works by chunks of rows, "lean" by slices of the vocabulary; see Memory.
-        chunk_size: rows (fast) or classes (lean) at a time; None takes the most that fit the workspace.
+        chunk_size: rows (fast) or classes (lean) at a time; None takes the most that fit the workspace, with
+            `grad_samples` in half precision on a CPU 64 MiB of logits.
         grad_samples: K, or None for the exact gradient. Loss and statistics stay exact; off its targets a row's
             gradient is taken at K points drawn from the model's own distribution: unbiased, its variance in any
             direction at most 1/K of that of a label drawn from the model, and one matmul in the place of three.

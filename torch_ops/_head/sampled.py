@@ -25,7 +25,7 @@ from torch_ops._head.fast import Buffer, rows_that_fit
 from torch_ops._head.linear import Linear, first_maximum, formed_in
 from torch_ops._head.per_row import as_row_map, derived_size
 from torch_ops._head.row_map import pushed_forward
-from torch_ops._head.smoothed import smoothed
+from torch_ops._head.smoothed import Ranks, smoothed
 from torch_ops._rows import dispatch as rows
 from torch_ops._rows.picked import picked_fwd, picked_input_bwd, picked_weight_bwd
 from torch_ops._rows.points import points
@@ -38,7 +38,7 @@ from torch_ops._rules.plan import Plan
 HALVES = 1 << 26
 
 
-class Shard(Protocol):
+class Shard(Ranks, Protocol):
     """The classes of one rank, where a head's lie on several: m, rest, q and points are then of whole rows."""
 
     chunk_size: int | None
@@ -47,16 +47,8 @@ class Shard(Protocol):
         """_chunk of whole rows; ids of this rank's classes, IGNORED where a point is another's."""
         ...
 
-    def here(self, ids: Tensor) -> Tensor:
-        """Ids of the whole vocabulary as this rank's, IGNORED where they are another's."""
-        ...
-
     def over_ranks(self, own: Tensor) -> Tensor:
         """The ranks' sum."""
-        ...
-
-    def over_others(self, own: Tensor) -> Tensor:
-        """The other ranks' sum."""
         ...
 
 
@@ -202,14 +194,13 @@ def _backward(
     d_nll = torch.zeros_like(nll) if d_nll is None else d_nll.reshape(n, -1).masked_fill(targets < 0, 0.0)
     a = torch.zeros_like(q) if d_lse is None else d_lse
     w, beside = None, [targets[:, :0], a.unsqueeze(1)[:, :0]]  # ids and entries
-    if d_smooth is not None and weight is None:
-        w = lse.new_ones(lw.shape[0])
-        a = a + d_smooth * (w.sum() if shard is None else shard.over_ranks(w.sum()))
-    elif d_smooth is not None and weight is not None:
-        d_nll, added, w, *beside = smoothed(targets, d_nll, d_smooth, weight, shard)
-        a = a + added
     if d_smooth is not None:
-        d_smooth = (d_smooth * plan.scale).masked_fill(~kept, 0.0)
+        if weight is None:
+            w = lse.new_ones(lw.shape[0])
+            added = d_smooth * (w.sum() if shard is None else shard.over_ranks(w.sum()))
+        else:
+            d_nll, added, w, *beside = smoothed(targets, d_nll, d_smooth, weight, shard)
+        a, d_smooth = a + added, (d_smooth * plan.scale).masked_fill(~kept, 0.0)
     invalid = rows.of_rows(targets, 2, 1) == rows.INVALID
     at, on, surprise = _on_targets(targets, nll, d_nll, a, q)
     off = ((d_nll.sum(1) + a) * (q / samples)).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Logits times their rows' numbers, a piece at a time in memory that every piece writes over."""
+"""Logits times their rows' numbers, a piece at a time."""
 
 from __future__ import annotations
 
